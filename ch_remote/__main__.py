@@ -1,0 +1,5 @@
+import sys
+
+from ch_remote.main import main
+
+sys.exit(main())

@@ -1,0 +1,92 @@
+"""The janitor: outlives the controller by a moment and removes what SIGKILL left behind.
+
+It holds a pidfd of the controller and a list of paths (sockets, runtime directory) and terminal settings. A clean end
+tells it "done"; any other end of the controller makes it tidy up by itself. Updates are one msgpack datagram each:
+{"add": path} {"remove": path} {"termios": [fd attributes], "tty": path} {"done": true}.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import stat
+import termios
+from typing import Any
+
+import msgpack
+
+from shared.worker import Start
+
+MAX_UPDATE = 65536
+
+
+def main(start: Start) -> int:
+    """Wait for the controller's end, then remove what is still on the list."""
+    os.setsid()  # a terminal's hang-up must not take the cleaner with it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    paths: list[str] = list(start.spec["paths"])
+    terminals: dict[int, list[Any]] = {}
+    controller, updates = start.fds["controller"], start.fds["updates"]
+    poll = select.poll()
+    poll.register(controller, select.POLLIN)
+    poll.register(updates, select.POLLIN)
+    watching = True
+    while watching:
+        for fd, _ in poll.poll():
+            if fd == controller:
+                watching = False
+            elif (data := os.read(updates, MAX_UPDATE)) == b"":
+                poll.unregister(updates)
+            else:
+                _update(msgpack.unpackb(data), paths, terminals, start)
+    _drain(updates, paths, terminals, start)
+    for fd, attributes in terminals.items():
+        _restore(fd, attributes)
+    for path in reversed(paths):
+        _remove(path)
+    return 0
+
+
+def _update(message: dict[str, Any], paths: list[str], terminals: dict[int, list[Any]], start: Start) -> None:
+    if "add" in message:
+        paths.append(message["add"])
+    if "remove" in message and message["remove"] in paths:
+        paths.remove(message["remove"])
+    if "termios" in message:
+        fd = start.fds["tty"]
+        if message["termios"] is None:
+            terminals.pop(fd, None)
+        else:
+            terminals[fd] = message["termios"]
+
+
+def _drain(updates: int, paths: list[str], terminals: dict[int, list[Any]], start: Start) -> None:
+    """What the controller said in its last moment still counts."""
+    os.set_blocking(updates, False)
+    try:
+        while data := os.read(updates, MAX_UPDATE):
+            _update(msgpack.unpackb(data), paths, terminals, start)
+    except BlockingIOError:
+        pass
+
+
+def _restore(fd: int, attributes: list[Any]) -> None:
+    # A background process that sets a terminal gets SIGTTOU, which the zygote's signal setting ignores for us.
+    try:
+        termios.tcsetattr(fd, termios.TCSANOW, attributes)
+    except (OSError, termios.error):
+        pass
+
+
+def _remove(path: str) -> None:
+    """Only a socket or a directory of ours is removed: a path that became something else is not ours any more."""
+    try:
+        mode = os.lstat(path).st_mode
+        if stat.S_ISSOCK(mode) or path.endswith(".lock"):
+            os.unlink(path)
+        elif stat.S_ISDIR(mode):
+            shutil.rmtree(path)
+    except OSError:
+        pass

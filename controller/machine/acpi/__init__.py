@@ -1,0 +1,1 @@
+"""Firmware tables: ACPI, SMBIOS and the MP table."""

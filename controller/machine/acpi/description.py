@@ -1,0 +1,33 @@
+"""What of the VM's configuration shows in its firmware tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from controller.machine.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class SmbiosStrings:
+    """The `--platform` strings; None takes Cloud Hypervisor's default or leaves the field out. `uuid` as text."""
+
+    manufacturer: str | None = None
+    product_name: str | None = None
+    version: str | None = None
+    serial_number: str | None = None
+    uuid: str | None = None
+    sku_number: str | None = None
+    family: str | None = None
+    chassis_asset_tag: str | None = None
+    oem_strings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """vCPU counts, `--cpus topology=` if given, whether COM1 exists, and the SMBIOS strings."""
+
+    boot_vcpus: int
+    max_vcpus: int
+    topology: Topology | None = None
+    serial: bool = True
+    smbios: SmbiosStrings = field(default_factory=SmbiosStrings)

@@ -1,0 +1,60 @@
+"""The VM's runtime directory: 0700, holds control endpoints for the moment in which they are connected.
+
+Every directory has a `lock` file with an OFD lock. One whose lock can be had belonged to a VM that was killed, janitor
+included, and is removed at the next start of any VM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+
+from controller.locks import try_lock
+from shared.errors import HostError
+
+PREFIX = "vm."
+
+
+def root() -> str:
+    """`$FLOTILLA_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/flotilla`, else /run/flotilla (root) or a folder in the temp dir."""
+    if path := os.environ.get("FLOTILLA_RUNTIME_DIR"):
+        return path
+    if base := os.environ.get("XDG_RUNTIME_DIR"):
+        return f"{base}/flotilla"
+    return "/run/flotilla" if os.geteuid() == 0 else f"{tempfile.gettempdir()}/flotilla-{os.geteuid()}"
+
+
+class RuntimeDir:
+    """`path` exists from construction to close()."""
+
+    def __init__(self) -> None:
+        base = root()
+        try:
+            os.makedirs(base, 0o700, exist_ok=True)
+            sweep(base)
+            self.path = tempfile.mkdtemp(prefix=PREFIX, dir=base)
+            self._lock_fd = os.open(f"{self.path}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise HostError(f"runtime directory {base}: {error.strerror}", "set FLOTILLA_RUNTIME_DIR") from error
+        try_lock(self._lock_fd, exclusive=True)
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock_fd)
+
+
+def sweep(base: str) -> None:
+    """Remove what killed VMs left in `base`."""
+    for name in os.listdir(base):
+        path = f"{base}/{name}"
+        if not name.startswith(PREFIX):
+            continue
+        with contextlib.suppress(OSError):  # not ours, or its owner is about to lock it
+            fd = os.open(f"{path}/lock", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if try_lock(fd, exclusive=True):
+                    shutil.rmtree(path)
+            finally:
+                os.close(fd)

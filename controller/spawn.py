@@ -1,0 +1,103 @@
+"""Starting processes: the zygote itself, workers through it, and fresh interpreters for the rest."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from shared import log
+from shared.errors import WorkerError, WorkerLost
+from shared.linux import recv_fds, send_fds
+from shared.reactor import Lock, Reactor, readable
+
+MAX_ANSWER = 4096
+SPAWN_SECONDS = 30.0
+
+
+def interpreter(code: str, *arguments: str) -> list[str]:
+    """argv that runs `code` with this interpreter as it was started (`-m` would import runpy, 5 ms)."""
+    flags = [f"-{letter}" for letter, on in _flags() if on]
+    return [sys.executable, *flags, "-c", code, *arguments]
+
+
+def _flags() -> list[tuple[str, bool]]:
+    return [("I", bool(sys.flags.isolated)), ("S", bool(sys.flags.no_site)), ("E", bool(sys.flags.ignore_environment))]
+
+
+def environment() -> dict[str, str]:
+    """The environment for a fresh interpreter: it must find our packages where this one did."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def exec_python(code: str, arguments: list[str], fds: Mapping[int, int]) -> int:
+    """posix_spawn a fresh interpreter; `fds` maps its descriptor numbers (3 and up) to ours. The pid.
+
+    posix_spawn and not fork: the controller has gigabytes mapped, and its vCPUs share its address space.
+    """
+    actions: list[Any] = [(os.POSIX_SPAWN_DUP2, ours, theirs) for theirs, ours in fds.items()]
+    argv = interpreter(code, *arguments)
+    return os.posix_spawn(argv[0], argv, environment(), file_actions=actions, setsigdef=[signal.SIGPIPE])
+
+
+class Zygote:
+    """The controller's end. Requests are answered in order; a dead zygote is started again at the next request."""
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self._lock = Lock()
+        self._socket: socket.socket | None = None
+
+    def start(self) -> None:
+        """Exec it. From the main thread: PDEATHSIG watches the thread, not the process."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        code = "import sys; from controller.zygote import main; sys.exit(main(3, int(sys.argv[1])))"
+        self.pid = exec_python(code, [str(os.getpid())], {3: theirs.fileno()})
+        theirs.close()
+        ours.setblocking(False)
+        self._socket = ours
+
+    def stop(self) -> None:
+        """Close the line; the zygote ends by itself and is reaped."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+            _reap(self.pid)
+
+    async def fork(self, reactor: Reactor, request: dict[str, Any], fds: Mapping[str, int]) -> int:
+        """The pid of a new worker, a child of ours. Raises WorkerError."""
+        import msgpack
+
+        data = msgpack.packb({**request, "fds": list(fds), "log": log.settings()})
+        async with self._lock:
+            for attempt in (1, 2):
+                if self._socket is None:
+                    self.start()
+                assert self._socket is not None
+                cause: OSError | None = None
+                try:
+                    send_fds(self._socket, data, list(fds.values()))
+                    await readable(reactor, self._socket.fileno(), SPAWN_SECONDS)
+                    answer, _ = recv_fds(self._socket, MAX_ANSWER)
+                except OSError as error:
+                    answer, cause = b"", error
+                if answer:
+                    pid = int(msgpack.unpackb(answer)["pid"])
+                    if pid <= 0:
+                        raise WorkerError(f"{request['name']}: the zygote could not fork")
+                    return pid
+                # The zygote died. Whether it had forked is not known: a worker whose pid nobody learnt finds
+                # its control endpoint unclaimed and its vhost socket closed, and ends.
+                self.stop()
+                log.warn(f"the zygote ended (attempt {attempt}); starting another")
+            raise WorkerLost(f"{request['name']}: no zygote to fork it") from cause
+
+
+def _reap(pid: int) -> None:
+    try:
+        os.waitpid(pid, 0)
+    except ChildProcessError:
+        pass

@@ -1,0 +1,533 @@
+"""The VMM side of vhost-user: one device's rings, given to a back end, and to its successor when it dies.
+
+    await frontend.connect(sock)                    negotiate
+    await frontend.activate(acked, queues)          the driver said DRIVER_OK
+    await frontend.stop() … await frontend.resume() quiesce and go on
+    await frontend.reset()                          the driver said 0
+
+What the device is to do (the session) is kept here and is recorded before it is sent. So when the back end dies, at
+any message, the supervisor hears of it by `on_lost`, brings up another one, and `replay(sock)` puts that into the same
+state; whoever awaited activate(), stop() or reset() meanwhile just waits longer. The guest's kicks stay in the
+eventfds, and requests that were in flight are in the inflight region, which lives here.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol, TypeVar
+
+from controller.vhost_link import Link, dial
+from shared import vhost_user as vu
+from shared.errors import FlotillaError, HostError, ProtocolError, Timeout, WorkerLost
+from shared.linux import memfd
+from shared.memory import GuestMemory
+from shared.reactor import Event, Future, Lock, Reactor, within
+from shared.vhost_user import Message, ProtocolFeature, Request, VringAddr, VringState
+
+__all__ = ("Frontend", "Queue", "dial")
+
+T = TypeVar("T")
+
+SECONDS = 10.0  # for what a back end answers at once
+STOP_SECONDS = 60.0  # for what may have to wait for a disk
+
+WANTED: Final = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.INFLIGHT_SHMFD
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
+)
+
+
+class Queue(Protocol):
+    """A virtqueue as the transport describes it; addresses are guest physical."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def desc(self) -> int: ...
+    @property
+    def avail(self) -> int: ...
+    @property
+    def used(self) -> int: ...
+    @property
+    def kick_fd(self) -> int: ...
+    @property
+    def call_fd(self) -> int: ...
+
+
+@dataclass(slots=True)
+class _Inflight:
+    """Which requests are popped and not completed. The file is written by the back end: it is never mapped here."""
+
+    fd: int
+    area: vu.InflightArea
+
+    @classmethod
+    def allocate(cls, num_queues: int, queue_size: int) -> _Inflight:
+        size = num_queues * vu.inflight_stride(queue_size)
+        return cls(memfd("vhost-inflight", size), vu.InflightArea(size, 0, num_queues, queue_size))
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+@dataclass(slots=True)
+class _Session:
+    """What the back end is to do. `bases`: next avail index per queue while the rings are stopped."""
+
+    features: int
+    queues: tuple[Queue, ...]
+    bases: dict[int, int]
+    running: bool = True
+    inflight: _Inflight | None = None
+    link: Link | None = None  # the connection that carries it out
+
+    def close(self) -> None:
+        if self.inflight is not None:
+            self.inflight.close()
+            self.inflight = None
+
+
+@dataclass(slots=True)
+class _DirtyLog:
+    fd: int
+    size: int
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Requests under way together."""
+
+    futures: list[Future[Message]] = field(default_factory=list)
+
+    def add(self, future: Future[Message]) -> None:
+        self.futures.append(future)
+
+    async def wait(self) -> list[Message]:
+        return [await future for future in self.futures]
+
+
+class Frontend:
+    """One device's front end. All methods belong to the reactor's thread.
+
+    `features` (with vhost's own two bits), `protocol_features` and `max_queues` are the back end's, valid after
+    connect(). `on_lost(error)` tells that a connected back end is gone: None if it closed, else what it did wrong.
+    `on_config_change()` tells that the configuration space reads differently now.
+    """
+
+    def __init__(self, reactor: Reactor, memory: GuestMemory, name: str, *, own: bool = True) -> None:
+        """`own`: the back end is a worker of ours. A stranger allocates the inflight region itself."""
+        self._reactor = reactor
+        self._memory = memory
+        self._name = name
+        self._own = own
+        self._link: Link | None = None
+        self._events: vu.Connection | None = None
+        self._session: _Session | None = None
+        self._log: _DirtyLog | None = None
+        self._live = Event()  # a back end is connected and does what the session says, or we gave up
+        self._lock = Lock()  # one conversation at a time
+        self._given_up: FlotillaError | None = None
+        self.features = 0
+        self.protocol_features = ProtocolFeature(0)
+        self.max_queues = 1
+        self.on_lost: Callable[[Exception | None], None] = lambda _error: None
+        self.on_config_change: Callable[[], None] = lambda: None
+
+    @property
+    def connected(self) -> bool:
+        return self._live.is_set() and self._given_up is None
+
+    @property
+    def active(self) -> bool:
+        """Whether the driver has activated the device, its rings running or stopped."""
+        return self._session is not None
+
+    # Connections ------------------------------------------------------------------------------------------------
+
+    async def connect(self, sock: socket.socket) -> None:
+        """Take a connected socket and negotiate. Raises WorkerLost and ProtocolError; on_lost is then not called."""
+        await self.replay(sock)
+
+    async def replay(self, sock: socket.socket) -> None:
+        """Let a new back end take over where the last one ended; nothing of that one may write any more.
+
+        Rings that ran go on from their used index and the inflight region. Raises as connect() does, and HostError
+        when the new back end can't do what the driver has negotiated with the last one.
+        """
+        async with self._lock:
+            self._drop()
+            link = Link(self._reactor, sock, self._name, self._lost)
+            self._link = link
+            try:
+                await self._negotiate(link)
+                if self._session is not None and self._session.running:
+                    await self._start(link, self._session, self._used_indices(self._session), wake=True)
+            except BaseException:
+                self._drop()
+                raise
+            self._given_up = None
+            self._live.set()
+
+    def give_up(self, error: FlotillaError) -> None:
+        """There will be no successor: fail whoever waits for one with `error`."""
+        self._drop()
+        self._given_up = error
+        self._live.set()
+
+    def close(self) -> None:
+        """Hang up and let go of everything. on_lost is not called. Idempotent."""
+        self.give_up(WorkerLost(f"{self._name}: the device was closed"))
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        self._forget_log()
+
+    def _drop(self) -> None:
+        link, self._link = self._link, None
+        self._live.clear()
+        if link is not None:
+            link.close()
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def _lost(self, link: Link, error: Exception | None) -> None:
+        if link is not self._link:
+            return
+        was_live = self._live.is_set()
+        self._drop()
+        if was_live:  # otherwise connect() or replay() raises it
+            self.on_lost(error)
+
+    async def _negotiate(self, link: Link) -> None:
+        features = await self._ask_u64(link, Request.GET_FEATURES)
+        protocol = ProtocolFeature(0)
+        if features & vu.VHOST_USER_F_PROTOCOL_FEATURES:
+            protocol = ProtocolFeature(await self._ask_u64(link, Request.GET_PROTOCOL_FEATURES)) & WANTED
+            link.tell(Request.SET_PROTOCOL_FEATURES, vu.pack_u64(protocol))
+            link.acks = ProtocolFeature.REPLY_ACK in protocol
+        lacking = self._session.features & ~features if self._session is not None else 0
+        if lacking:
+            raise HostError(
+                f"{self._name}: the new back end lacks features {lacking:#x} that the guest uses",
+                "start it with the options of the one before it",
+            )
+        queues = await self._ask_u64(link, Request.GET_QUEUE_NUM) if ProtocolFeature.MQ in protocol else 1
+        batch = _Batch()
+        batch.add(link.tell(Request.SET_OWNER))
+        if ProtocolFeature.BACKEND_REQ in protocol:
+            ours, theirs = socket.socketpair()
+            self._events = vu.Connection(self._reactor, ours, self._on_event, self._events_closed)
+            with theirs:
+                batch.add(link.tell(Request.SET_BACKEND_REQ_FD, fds=(theirs.fileno(),)))
+        await self._within(link, batch.wait(), "negotiation")
+        self.features, self.protocol_features, self.max_queues = features, protocol, queues
+
+    def _on_event(self, message: Message) -> None:
+        message.close_fds()
+        if message.needs_reply and self._events is not None:
+            known = message.request == vu.BackendRequest.CONFIG_CHANGE_MSG
+            reply = Message(message.request, vu.pack_u64(0 if known else 1), vu.VERSION | vu.REPLY)
+            self._events.send(reply)
+        if message.request == vu.BackendRequest.CONFIG_CHANGE_MSG:
+            self.on_config_change()
+
+    def _events_closed(self, _: Exception | None) -> None:
+        self._events = None
+
+    async def _ask_u64(self, link: Link, request: Request) -> int:
+        message: Message = await self._within(link, link.call(request), request.name)
+        message.close_fds()
+        return vu.unpack_u64(message.payload)
+
+    async def _within(self, link: Link, awaitable: Awaitable[T], what: str) -> T:
+        """A back end that does not answer in time is as good as dead: the supervisor is to replace it."""
+        try:
+            return await within(self._reactor, SECONDS, awaitable, f"{self._name}: vhost-user {what}")
+        except Timeout as error:
+            link.fail(error)
+            raise WorkerLost(f"{self._name}: the back end does not answer") from error
+
+    async def _on_back_end(self, action: Callable[[Link], Awaitable[T]]) -> T:
+        """Carry an action out; when the back end dies under it, on its successor."""
+        while True:
+            await self._live.wait()
+            async with self._lock:
+                link = self._link
+                if link is None:
+                    if self._given_up is not None:
+                        raise self._given_up
+                    continue
+                try:
+                    return await action(link)
+                except WorkerLost:
+                    if self._link is link:
+                        raise
+
+    # Rings ------------------------------------------------------------------------------------------------------
+
+    async def activate(
+        self, acked: int, queues: Sequence[Queue], bases: Mapping[int, int] | None = None, *, restored: bool = False
+    ) -> None:
+        """Start the rings of a driver that has negotiated `acked`.
+
+        `bases` are next avail indices by queue; without one a ring starts at 0, or, if `restored`, where its used
+        ring in guest memory ends. A restored device also has every kick and call signalled. Raises BadGuestAddress
+        for rings outside RAM and ProtocolError when the back end refuses; the device is not active then.
+        """
+        if self._session is not None:
+            self._session.close()
+        features = acked & self.features & ~(vu.VHOST_F_LOG_ALL | vu.VHOST_USER_F_PROTOCOL_FEATURES)
+        session = _Session(features, tuple(queues), {})
+        session.bases = {q.index: 0 for q in session.queues}
+        if restored:
+            session.bases = self._used_indices(session)
+        session.bases.update((index, base) for index, base in (bases or {}).items() if index in session.bases)
+        self._session = session
+
+        async def start(link: Link) -> None:
+            if session.link is link:
+                return  # a replay has done it
+            try:
+                await self._start(link, session, session.bases, wake=restored)
+            except ProtocolError:
+                await self._halt(link)  # some of the rings may run already
+                raise
+
+        try:
+            await self._on_back_end(start)
+        except BaseException:
+            session.close()
+            self._session = None
+            raise
+
+    async def resume(self) -> None:
+        """Start the rings again that stop() has stopped, from its bases."""
+        session = self._session
+        if session is None or session.running:
+            return
+        session.running = True
+        session.link = None
+
+        async def start(link: Link) -> None:
+            if session.link is not link:
+                await self._start(link, session, session.bases, wake=True)
+
+        await self._on_back_end(start)
+
+    async def stop(self, seconds: float | None = STOP_SECONDS) -> dict[int, int]:
+        """Stop all rings; when this returns nothing is in flight. {queue index: next avail index}.
+
+        Raises Timeout. A back end that dies meanwhile is waited for: its successor finishes what was in flight.
+        """
+        session = self._session
+        if session is None:
+            return {}
+        if session.running:
+            what = f"{self._name}: stopping the rings"
+            session.bases = await within(self._reactor, seconds, self._on_back_end(self._halt), what)
+            session.running = False
+            session.link = None
+        return dict(session.bases)
+
+    async def _halt(self, link: Link) -> dict[int, int]:
+        session = self._session
+        if session is None:
+            return {}
+        batch = _Batch()
+        for queue in session.queues:
+            batch.add(link.call(Request.GET_VRING_BASE, VringState(queue.index, 0).pack()))
+        bases: dict[int, int] = {}
+        for queue, message in zip(session.queues, await batch.wait(), strict=True):
+            message.close_fds()
+            state = VringState.unpack(message.payload)
+            if state.queue != queue.index:
+                raise ProtocolError(f"{self._name}: asked for queue {queue.index}, told of {state.queue}")
+            bases[state.queue] = state.num & 0xFFFF
+        return bases
+
+    async def reset(self) -> None:
+        """Take the rings away; when this returns the back end has stopped touching guest memory."""
+        session = self._session
+        if session is None:
+            return
+        try:
+            await self.stop(None)
+        except FlotillaError:
+            if self._given_up is None:
+                raise  # otherwise it is dead, and touches nothing
+        session.close()
+        self._session = None
+
+    def _used_indices(self, session: _Session) -> dict[int, int]:
+        """Where a back end has to go on that nobody could ask: what it has published counts as done."""
+        return {q.index: self._memory.u16(q.used + 2) for q in session.queues}
+
+    async def _start(self, link: Link, session: _Session, bases: Mapping[int, int], *, wake: bool) -> None:
+        # All addresses first: a bad one must not leave half of the rings running.
+        addresses = [self._vring_addr(queue) for queue in session.queues]
+        batch = _Batch()
+        batch.add(link.tell(Request.SET_FEATURES, vu.pack_u64(self._feature_bits(session))))
+        self._send_memory(link, batch)
+        if self._log is not None:
+            batch.add(self._send_log(link, self._log))
+        if ProtocolFeature.INFLIGHT_SHMFD in self.protocol_features and session.queues:
+            if session.inflight is None:
+                session.inflight = await self._new_inflight(link, session)
+            batch.add(link.tell(Request.SET_INFLIGHT_FD, session.inflight.area.pack(), (session.inflight.fd,)))
+        for queue, address in zip(session.queues, addresses, strict=True):
+            self._send_queue(link, batch, queue, address, bases[queue.index])
+        if not link.acks:
+            batch.add(link.call(Request.GET_FEATURES))  # its reply tells that all before it has been read
+        await self._within(link, batch.wait(), "activation")
+        session.link = link
+        if wake:
+            # A kick may have been consumed by the back end before, and an interrupt may have died with it.
+            for queue in session.queues:
+                os.eventfd_write(queue.kick_fd, 1)
+                os.eventfd_write(queue.call_fd, 1)
+
+    def _feature_bits(self, session: _Session) -> int:
+        bits = session.features | self.features & vu.VHOST_USER_F_PROTOCOL_FEATURES
+        return bits | (vu.VHOST_F_LOG_ALL if self._log is not None else 0)
+
+    def _send_memory(self, link: Link, batch: _Batch) -> None:
+        regions = [(vu.MemoryRegion(r.gpa, r.size, r.address, r.offset), r.fd) for r in self._memory.regions]
+        table, rest = regions[: vu.MAX_REGIONS], regions[vu.MAX_REGIONS :]
+        if rest and ProtocolFeature.CONFIGURE_MEM_SLOTS not in self.protocol_features:
+            raise HostError(f"{self._name}: the back end takes {vu.MAX_REGIONS} memory regions, not {len(regions)}")
+        payload = vu.pack_regions([region for region, _ in table])
+        batch.add(link.tell(Request.SET_MEM_TABLE, payload, tuple(fd for _, fd in table)))
+        for region, fd in rest:
+            batch.add(link.tell(Request.ADD_MEM_REG, region.pack_single(), (fd,)))
+
+    async def _new_inflight(self, link: Link, session: _Session) -> _Inflight:
+        num_queues = max(q.index for q in session.queues) + 1
+        queue_size = max(q.size for q in session.queues)
+        if self._own:
+            return _Inflight.allocate(num_queues, queue_size)
+        wanted = vu.InflightArea(0, 0, num_queues, queue_size).pack()
+        message: Message = await self._within(link, link.call(Request.GET_INFLIGHT_FD, wanted), "GET_INFLIGHT_FD")
+        try:
+            area = vu.InflightArea.unpack(message.payload)
+            return _Inflight(message.take_fd(), area)
+        finally:
+            message.close_fds()
+
+    def _send_queue(self, link: Link, batch: _Batch, queue: Queue, address: bytes, base: int) -> None:
+        batch.add(link.tell(Request.SET_VRING_NUM, VringState(queue.index, queue.size).pack()))
+        batch.add(link.tell(Request.SET_VRING_ADDR, address))
+        batch.add(link.tell(Request.SET_VRING_BASE, VringState(queue.index, base).pack()))
+        batch.add(link.tell(Request.SET_VRING_CALL, vu.pack_u64(queue.index), (queue.call_fd,)))
+        batch.add(link.tell(Request.SET_VRING_KICK, vu.pack_u64(queue.index), (queue.kick_fd,)))
+        if self.features & vu.VHOST_USER_F_PROTOCOL_FEATURES:
+            batch.add(link.tell(Request.SET_VRING_ENABLE, VringState(queue.index, 1).pack()))
+
+    def _vring_addr(self, queue: Queue) -> bytes:
+        address = self._memory.host_address
+        return VringAddr(
+            queue=queue.index,
+            flags=vu.VRING_F_LOG if self._log is not None else 0,
+            desc=address(queue.desc, 16 * queue.size),
+            used=address(queue.used, 6 + 8 * queue.size),
+            avail=address(queue.avail, 6 + 2 * queue.size),
+            log=queue.used,
+        ).pack()
+
+    # Memory, dirty log, configuration space ---------------------------------------------------------------------
+
+    async def set_memory(self, memory: GuestMemory) -> None:
+        """Guest memory has grown or shrunk; regions that stay keep their addresses. Rings go on."""
+        self._memory = memory
+
+        async def send(link: Link) -> None:
+            batch = _Batch()
+            self._send_memory(link, batch)
+            await self._within(link, batch.wait(), "SET_MEM_TABLE")
+
+        if self._session is not None:
+            await self._on_back_end(send)
+
+    @property
+    def can_log(self) -> bool:
+        """Whether a VM with this device can be migrated while it runs."""
+        return bool(self.features & vu.VHOST_F_LOG_ALL) and ProtocolFeature.LOG_SHMFD in self.protocol_features
+
+    async def start_logging(self, fd: int, size: int) -> None:
+        """From now on the back end marks every page it writes in the bitmap: `size` bytes of `fd`, which stays the
+        caller's; one bit per 4 KiB of guest address, to be harvested by atomic exchange. Raises HostError."""
+        if not self.can_log:
+            raise HostError(
+                f"{self._name}: its vhost-user back end keeps no dirty log", "the VM can't migrate while it runs"
+            )
+        self._forget_log()
+        self._log = _DirtyLog(os.dup(fd), size)
+        await self._switch_log()
+
+    async def stop_logging(self) -> None:
+        """The back end marks nothing from now on."""
+        if self._log is not None:
+            self._forget_log()
+            await self._switch_log()
+
+    def _forget_log(self) -> None:
+        if self._log is not None:
+            os.close(self._log.fd)
+            self._log = None
+
+    def _send_log(self, link: Link, log: _DirtyLog) -> Future[Message]:
+        return link.call(Request.SET_LOG_BASE, vu.LogArea(log.size, 0).pack(), (log.fd,))
+
+    async def _switch_log(self) -> None:
+        session = self._session
+        if session is None:
+            return
+
+        async def send(link: Link) -> None:
+            batch = _Batch()
+            if self._log is not None:
+                batch.add(self._send_log(link, self._log))
+            batch.add(link.tell(Request.SET_FEATURES, vu.pack_u64(self._feature_bits(session))))
+            for queue in session.queues:
+                batch.add(link.tell(Request.SET_VRING_ADDR, self._vring_addr(queue)))
+            if not link.acks:
+                batch.add(link.call(Request.GET_FEATURES))
+            await self._within(link, batch.wait(), "switching the dirty log")
+
+        if session.running:
+            await self._on_back_end(send)
+
+    async def get_config(self, size: int) -> bytes:
+        """The first `size` bytes of the device's configuration space. Raises ProtocolError when it has none."""
+
+        async def ask(link: Link) -> bytes:
+            if ProtocolFeature.CONFIG not in self.protocol_features:
+                raise ProtocolError(f"{self._name}: the back end offers no configuration space")
+            wanted = vu.ConfigSpan(0, 0, bytes(size)).pack()
+            message: Message = await self._within(link, link.call(Request.GET_CONFIG, wanted), "GET_CONFIG")
+            message.close_fds()
+            if not message.payload:
+                raise ProtocolError(f"{self._name}: the back end refuses to read {size} bytes of configuration")
+            return vu.ConfigSpan.unpack(message.payload).data.ljust(size, b"\0")
+
+        return await self._on_back_end(ask)
+
+    async def set_config(self, offset: int, data: bytes) -> None:
+        """Write to the configuration space on behalf of the driver. Raises ProtocolError when it is refused."""
+
+        async def send(link: Link) -> None:
+            if ProtocolFeature.CONFIG in self.protocol_features:
+                payload = vu.ConfigSpan(offset, 0, data).pack()
+                await self._within(link, link.tell(Request.SET_CONFIG, payload), "SET_CONFIG")
+
+        await self._on_back_end(send)

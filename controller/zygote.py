@@ -1,0 +1,106 @@
+"""The zygote: a warm interpreter that forks worker processes for the controller.
+
+It is exec'd first, from the controller's main thread, while the controller still builds the VM. Every request is one
+SOCK_SEQPACKET datagram (msgpack) with the worker's file descriptors; the answer is the new pid.
+
+A worker is forked with CLONE_PARENT, which makes it the *controller's* child: it outlives the zygote, the controller can
+wait for it, and PDEATHSIG ties it to the controller's main thread. No zmq context and no thread may exist here before a
+fork: neither survives one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+from shared.linux import die_with_parent, recv_fds, set_name
+
+MAX_REQUEST = 256 << 10
+SYS_CLONE = 56
+CLONE_PARENT = 0x8000
+# What a terminal sends to its whole foreground group is the controller's to answer, not a worker's.
+TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+
+
+def main(request_fd: int, controller: int) -> int:
+    """Serve until the controller closes its end."""
+    die_with_parent(controller)
+    set_name("zygote")
+    for number in TERMINAL_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    requests = socket.socket(fileno=request_fd)
+    import msgpack
+
+    import shared.control
+    import shared.vhost_backend
+    import shared.worker  # noqa: F401  all of these only to be warm after the fork
+
+    gc.collect()
+    gc.freeze()  # the children's collector must not touch, and so copy, these pages
+    while True:
+        data, fds = recv_fds(requests, MAX_REQUEST)
+        if not data:
+            return 0
+        request = msgpack.unpackb(data)
+        pid = _fork_for_parent()
+        if pid == 0:
+            requests.close()
+            _become(request, fds, controller)
+        for fd in fds:
+            os.close(fd)
+        requests.send(msgpack.packb({"pid": pid}))
+
+
+def _fork_for_parent() -> int:
+    """fork() with CLONE_PARENT. os.fork() can't pass flags; the interpreter is told by hand what os.fork() tells it."""
+    python = ctypes.PyDLL(None)  # PyDLL: the GIL stays held across the call, as it is across os.fork()
+    python.syscall.restype = ctypes.c_long
+    python.PyOS_BeforeFork()
+    pid: int = python.syscall(SYS_CLONE, CLONE_PARENT | signal.SIGCHLD, 0, 0, 0, 0)
+    if pid == 0:
+        python.PyOS_AfterFork_Child()
+    else:
+        python.PyOS_AfterFork_Parent()
+    return pid
+
+
+def _become(request: dict[str, Any], fds: list[int], controller: int) -> None:
+    """In the child: run the worker and exit with its code. Never returns."""
+    code = 70
+    try:
+        from importlib import import_module
+
+        from shared import log, sandbox
+        from shared.worker import Start
+
+        orphan = bool(request["orphan"])
+        if not orphan:
+            die_with_parent(controller)
+        set_name(request["name"].lstrip("_") or request["kind"])
+        settings = request["log"]
+        log.configure(log.Level(settings["level"]), settings["fd"], request["name"], settings["began"])
+        named = dict(zip(request["fds"], fds, strict=True))
+        sandbox.confine(request["sandbox"])
+        if not orphan:
+            # Confining may change credentials, and that clears PDEATHSIG.
+            die_with_parent(controller)
+        module = import_module(request["module"])
+        code = module.main(Start(request["kind"], request["name"], request["spec"], named, request["endpoint"]))
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

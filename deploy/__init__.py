@@ -1,0 +1,1 @@
+"""Installation, the lab, the demo: what brings Flotilla onto a machine and tries it there."""

@@ -1,0 +1,144 @@
+"""ZeroMQ on the reactor: requests with answers in both directions, and events.
+
+Both ends are a `Channel`: a DEALER on an ipc:// endpoint (or one client of a ROUTER, for the API). The worker binds, the
+controller connects; the socket's name is unlinked as soon as both hold it, so a killed VM leaves no name behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import zmq
+
+from shared import messages
+from shared.errors import FlotillaError, ProtocolError, WorkerLost
+from shared.reactor import Future, Reactor, within
+
+# A handler returns the answer's fields, at once or as an awaitable.
+Handler = Callable[[dict[str, Any]], "dict[str, Any] | Awaitable[dict[str, Any]]"]
+Peer = bytes  # routing id of a ROUTER's client; b"" on a DEALER
+_context: zmq.Context[Any] | None = None
+
+
+def context() -> zmq.Context[Any]:
+    """The process's zmq context, made at first use: never before a fork (a context has threads)."""
+    global _context
+    if _context is None:
+        _context = zmq.Context()
+        _context.set(zmq.BLOCKY, 0)
+    return _context
+
+
+def endpoint_path(endpoint: str) -> str:
+    return endpoint.removeprefix("ipc://")
+
+
+class Channel:
+    """Requests, answers and events over one zmq socket. All methods belong to the reactor's thread."""
+
+    def __init__(self, reactor: Reactor, endpoint: str, *, bind: bool, router: bool = False) -> None:
+        self._reactor = reactor
+        self._router = router
+        self._socket = context().socket(zmq.ROUTER if router else zmq.DEALER)
+        self._socket.set(zmq.LINGER, 200)
+        self._socket.set(zmq.SNDHWM, 0)
+        self._socket.set(zmq.MAXMSGSIZE, messages.MAX_MESSAGE)
+        self._fd: int = self._socket.get(zmq.FD)
+        self._pending: dict[int, Future[dict[str, Any]]] = {}
+        self._next_id = 0
+        self._closed = False
+        self.handlers: dict[str, Handler] = {}
+        self.on_event: Callable[[str, dict[str, Any]], None] = lambda _name, _args: None
+        if bind:
+            self._socket.bind(endpoint)
+        else:
+            self._socket.connect(endpoint)
+        reactor.add_reader(self._fd, self._drain)
+
+    def close(self, reason: str = "closed") -> None:
+        """Fail what waits for an answer and let go of the socket. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._reactor.remove_reader(self._fd)
+        self._socket.close()
+        pending, self._pending = self._pending, {}
+        for future in pending.values():
+            future.set_exception(WorkerLost(reason))
+
+    async def call(self, verb: str, timeout: float | None = 10.0, **arguments: Any) -> dict[str, Any]:
+        """Ask the peer. Raises what it answered, WorkerLost when the channel closes first, Timeout."""
+        if self._closed:
+            raise WorkerLost(f"{verb}: the channel is closed")
+        self._next_id += 1
+        number = self._next_id
+        future: Future[dict[str, Any]] = Future()
+        self._pending[number] = future
+        self._send(b"", {"id": number, "verb": verb, "args": arguments})
+        try:
+            return await within(self._reactor, timeout, future, verb)
+        finally:
+            self._pending.pop(number, None)
+
+    def emit(self, event: str, **arguments: Any) -> None:
+        """Tell the peer something; nobody answers."""
+        if not self._closed:
+            self._send(b"", {"event": event, "args": arguments})
+
+    def _send(self, peer: Peer, message: dict[str, Any]) -> None:
+        frames = [peer, messages.encode(message)] if self._router else [messages.encode(message)]
+        with contextlib.suppress(zmq.ZMQError):  # a vanished peer is noticed by its pidfd, not here
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
+        # zmq's fd is edge-triggered and a send may have eaten the edge of a message that came in.
+        self._reactor.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        while not self._closed and self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+            frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            peer = frames[0] if self._router else b""
+            try:
+                self._dispatch(peer, messages.decode(frames[-1]))
+            except ProtocolError as error:
+                self._send(peer, {"id": 0, "error": messages.error_to_wire(error)})
+
+    def _dispatch(self, peer: Peer, message: dict[str, Any]) -> None:
+        number = message.get("id", 0)
+        if "verb" in message:
+            self._reactor.spawn(self._serve(peer, number, message), f"control {message['verb']}")
+        elif "event" in message:
+            self.on_event(str(message["event"]), message.get("args") or {})
+        elif future := self._pending.get(number):
+            if "error" in message:
+                future.set_exception(messages.error_from_wire(message["error"]))
+            else:
+                future.set_result(message.get("ok") or {})
+
+    async def _serve(self, peer: Peer, number: int, message: dict[str, Any]) -> None:
+        try:
+            verb = str(message["verb"])
+            arguments = messages.check_arguments(verb, message.get("args", {}))
+            handler = self.handlers.get(verb)
+            if handler is None:
+                raise ProtocolError(f"this process does not serve {verb!r}")
+            answer = handler(arguments)
+            result = answer if isinstance(answer, dict) else await answer
+        except (FlotillaError, OSError) as error:
+            self._answer(peer, {"id": number, "error": messages.error_to_wire(error)})
+        except Exception as error:
+            # A bug in a handler is the requester's error too, and must not leave it waiting for ever.
+            self._answer(peer, {"id": number, "error": messages.error_to_wire(error)})
+            raise
+        else:
+            self._answer(peer, {"id": number, "ok": result})
+
+    def _answer(self, peer: Peer, message: dict[str, Any]) -> None:
+        if not self._closed:
+            self._send(peer, message)
+
+
+def unlink_endpoint(endpoint: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(endpoint_path(endpoint))

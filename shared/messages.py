@@ -1,0 +1,127 @@
+"""The control plane's schema: every verb that travels by ZeroMQ, in one place.
+
+    request   {"v": 1, "id": n, "verb": "quiesce", "args": {…}}
+    answer    {"v": 1, "id": n, "ok": {…}}  or  {"v": 1, "id": n, "error": {"type", "message", "hint", "causes"}}
+    event     {"v": 1, "event": "progress", "args": {…}}             unsolicited, no answer
+
+Encoded with msgpack. Readers are tolerant: unknown fields are ignored, so that N and N+1 talk to each other; an unknown
+verb, a missing field or a wrong type is answered with a typed error and harms nobody. File descriptors never travel here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import msgpack
+
+from shared import errors
+from shared.errors import FlotillaError, ProtocolError, WorkerError
+
+VERSION = 1
+MAX_MESSAGE = 16 << 20
+
+
+class Verb(StrEnum):
+    """What a worker understands. The first nine are the contract of every worker."""
+
+    HELLO = "hello"
+    HEARTBEAT = "heartbeat"
+    QUIESCE = "quiesce"
+    SAVE = "save"
+    LOAD = "load"
+    RESUME = "resume"
+    STATS = "stats"
+    LOG_LEVEL = "log-level"
+    FAULT = "fault"
+    SHUTDOWN = "shutdown"
+    API = "api"  # api process -> controller: one HTTP request
+    SEND = "send"  # controller -> migration agent
+    RECEIVE = "receive"
+    DELIVER = "deliver"  # controller -> agent: a message for the peer
+    CANCEL = "cancel"
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    name: str
+    type: type | tuple[type, ...]
+    required: bool = True
+
+
+ARGUMENTS: dict[Verb, tuple[Field, ...]] = {
+    Verb.HELLO: (),
+    Verb.HEARTBEAT: (),
+    Verb.QUIESCE: (),
+    Verb.SAVE: (),
+    Verb.LOAD: (Field("kind", str), Field("version", int), Field("state", dict)),
+    Verb.RESUME: (),
+    Verb.STATS: (),
+    Verb.LOG_LEVEL: (Field("level", str),),
+    Verb.FAULT: (Field("what", str), Field("value", int, required=False)),
+    Verb.SHUTDOWN: (),
+    Verb.API: (Field("method", str), Field("path", str), Field("body", (bytes, type(None)), required=False)),
+    Verb.SEND: (Field("url", str), Field("local", bool)),
+    Verb.RECEIVE: (Field("url", str),),
+    Verb.DELIVER: (Field("type", str), Field("body", dict)),
+    Verb.CANCEL: (),
+}
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    return bytes(msgpack.packb({"v": VERSION, **message}, use_bin_type=True))
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    """One message. Raises ProtocolError for anything that is not one."""
+    if len(data) > MAX_MESSAGE:
+        raise ProtocolError(f"control message of {len(data)} bytes (limit {MAX_MESSAGE})")
+    try:
+        message = msgpack.unpackb(data, raw=False, strict_map_key=False)
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        raise ProtocolError("control message is not msgpack") from error
+    if not isinstance(message, dict) or message.get("v") != VERSION:
+        raise ProtocolError(f"control message of version {message.get('v') if isinstance(message, dict) else '?'}")
+    return message
+
+
+def check_arguments(verb: str, arguments: object) -> dict[str, Any]:
+    """The arguments of a request, checked against the table. Raises ProtocolError that names verb and field."""
+    try:
+        fields = ARGUMENTS[Verb(verb)]
+    except ValueError:
+        raise ProtocolError(f"unknown verb {verb!r}", "both processes must be of the same release") from None
+    if not isinstance(arguments, dict):
+        raise ProtocolError(f"{verb}: arguments are not a map")
+    for field in fields:
+        if field.name not in arguments:
+            if field.required:
+                raise ProtocolError(f"{verb}: field {field.name} is missing")
+        elif not isinstance(arguments[field.name], field.type):
+            raise ProtocolError(f"{verb}: field {field.name} has type {type(arguments[field.name]).__name__}")
+    return arguments
+
+
+def error_to_wire(error: BaseException) -> dict[str, Any]:
+    return {
+        "type": type(error).__name__,
+        "message": error.message if isinstance(error, FlotillaError) else f"{type(error).__name__}: {error}",
+        "hint": error.hint if isinstance(error, FlotillaError) else "",
+        "causes": errors.chain(error)[1:],
+    }
+
+
+def error_from_wire(wire: object) -> FlotillaError:
+    """The error again, of the same class if it is one of ours, WorkerError otherwise, with its causes chained."""
+    if not isinstance(wire, dict):
+        return ProtocolError("an error answer without an error")
+    kind = getattr(errors, str(wire.get("type")), None)
+    cls = kind if isinstance(kind, type) and issubclass(kind, FlotillaError) else WorkerError
+    error: FlotillaError = cls(str(wire.get("message", "")), str(wire.get("hint", "")))
+    below: BaseException = error
+    causes = wire.get("causes")
+    for text in causes if isinstance(causes, list) else []:
+        below.__cause__ = FlotillaError(str(text))
+        below = below.__cause__
+    return error

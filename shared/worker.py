@@ -1,0 +1,95 @@
+"""What every worker process has in common: how it is told its task, its contract, and its main loop.
+
+    zygote forks ──▶ main(start) of the worker's package ──▶ serve(start, worker, reactor) until `shutdown`
+
+The contract (one parametrised suite in tests/test_worker_contract.py holds every worker to it):
+
+    hello      -> {"kind", "pid", "version"}
+    quiesce    -> {"bases": {ring: next avail index}}: after the answer no write to guest memory, no use of a host resource,
+                  no notification, until resume
+    save       -> {"kind", "version", "state"}; only while quiesced
+    load       takes what save gave; refuses another kind or a newer version
+    resume     go on (or begin) from the present state
+    stats      -> counters, name -> int
+    heartbeat  -> {"epoch": n}: the native loop's own epoch where there is one, a main loop's pulse elsewhere
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from shared import log
+from shared.errors import ProtocolError
+from shared.messages import Verb
+from shared.reactor import Reactor
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A worker's task, as the zygote hands it over."""
+
+    kind: str  # import name of the package, for example "blk_worker"
+    name: str  # device id, for example "_disk0"; the process's comm
+    spec: Mapping[str, Any]  # settings, per kind
+    fds: Mapping[str, int]  # named descriptors that came with the request; now this process's own
+    endpoint: str  # zmq endpoint to bind for the control plane
+
+
+class Worker(Protocol):
+    kind: str
+    version: int
+
+    def quiesce(self) -> dict[str, Any]: ...
+    def save(self) -> dict[str, Any]: ...
+    def load(self, state: dict[str, Any]) -> None: ...
+    def resume(self) -> None: ...
+    def stats(self) -> dict[str, int]: ...
+    def epoch(self) -> int: ...
+    def fault(self, what: str, value: int) -> None: ...
+
+
+def check_state(worker: Worker, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The state inside a `load` request. Raises ProtocolError for another kind or a version from the future."""
+    if saved["kind"] != worker.kind:
+        raise ProtocolError(f"state of kind {saved['kind']!r} given to a {worker.kind}")
+    if saved["version"] > worker.version:
+        raise ProtocolError(f"{worker.kind} state version {saved['version']} is newer than {worker.version}")
+    return dict(saved["state"])
+
+
+def serve(start: Start, worker: Worker, reactor: Reactor) -> int:
+    """Bind the control endpoint and run until `shutdown`. Returns the exit code."""
+    from shared.control import Channel, Handler  # zmq only after the fork
+
+    channel = Channel(reactor, start.endpoint, bind=True)
+
+    def saved() -> dict[str, Any]:
+        return {"kind": worker.kind, "version": worker.version, "state": worker.save()}
+
+    def do(action: Callable[[dict[str, Any]], None]) -> Handler:
+        def handler(arguments: dict[str, Any]) -> dict[str, Any]:
+            action(arguments)
+            return {}
+
+        return handler
+
+    channel.handlers = {
+        Verb.HELLO: lambda _: {"kind": worker.kind, "version": worker.version, "pid": os.getpid()},
+        Verb.HEARTBEAT: lambda _: {"epoch": worker.epoch()},
+        Verb.QUIESCE: lambda _: worker.quiesce(),
+        Verb.SAVE: lambda _: saved(),
+        Verb.LOAD: do(lambda args: worker.load(check_state(worker, args))),
+        Verb.RESUME: do(lambda _: worker.resume()),
+        Verb.STATS: lambda _: dict(worker.stats()),
+        Verb.FAULT: do(lambda args: worker.fault(args["what"], args.get("value", 0))),
+        Verb.LOG_LEVEL: do(lambda args: log.set_level(args["level"])),
+        Verb.SHUTDOWN: do(lambda _: reactor.call_soon(reactor.stop)),
+    }
+    try:
+        return reactor.run()
+    finally:
+        channel.close()
+

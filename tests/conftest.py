@@ -1,0 +1,52 @@
+"""Rules for every test: it leaves nothing behind (see leaks.py), and it ends (pytest-timeout, pyproject.toml)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shared import native
+from tests import leaks
+
+FLOORS = ("probe", "lab", "external")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    leaks.become_subreaper()
+    leaks.isolate()
+    for name in native.available():
+        native.build(name)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in FLOORS):
+            item.add_marker(pytest.mark.unit)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runtime_folder() -> Iterator[Path]:
+    """A short XDG_RUNTIME_DIR of this run's own (a unix socket's path has 107 bytes at most)."""
+    folder = Path(tempfile.mkdtemp(prefix="fl."))
+    before = os.environ.get("XDG_RUNTIME_DIR")
+    os.environ["XDG_RUNTIME_DIR"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["XDG_RUNTIME_DIR"]
+    else:
+        os.environ["XDG_RUNTIME_DIR"] = before
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind(request: pytest.FixtureRequest, runtime_folder: Path) -> Iterator[None]:
+    before = leaks.Snapshot.take(runtime_folder)
+    yield
+    tmp_path = getattr(request.node, "funcargs", {}).get("tmp_path")
+    if left := leaks.find(before, tmp_path):
+        pytest.fail("the test left behind:\n  " + "\n  ".join(left), pytrace=False)

@@ -1,0 +1,136 @@
+"""shared.reactor: the loop, its futures and its cancellation."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from shared.errors import Timeout
+from shared.reactor import Cancelled, Event, Future, Lock, Reactor, gather, readable, sleep, within
+
+
+@pytest.fixture
+def reactor():
+    loop = Reactor()
+    yield loop
+    loop.close()
+
+
+def test_run_until_returns_the_coroutines_value(reactor):
+    async def main():
+        await sleep(reactor, 0)
+        return 7
+
+    assert reactor.run_until(main(), 5) == 7
+
+
+def test_readable_wakes_when_the_fd_has_data(reactor):
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    reactor.call_later(0.01, lambda: os.eventfd_write(fd, 3))
+
+    async def main():
+        await readable(reactor, fd, 5)
+        return os.eventfd_read(fd)
+
+    assert reactor.run_until(main(), 5) == 3
+    os.close(fd)
+
+
+def test_within_says_what_was_waited_for(reactor):
+    with pytest.raises(Timeout, match="the answer of life"):
+        reactor.run_until(within(reactor, 0.01, Future(), "the answer of life"), 5)
+
+
+def test_cancel_runs_finally_blocks_and_a_later_result_does_not_step_again(reactor):
+    seen = []
+    gate: Future[None] = Future()
+
+    async def victim():
+        try:
+            await gate
+        finally:
+            seen.append("cleaned")
+
+    async def main():
+        task = reactor.spawn(victim())
+        await sleep(reactor, 0)
+        task.cancel()
+        gate.set_result(None)
+        with pytest.raises(Cancelled):
+            await task
+
+    reactor.run_until(main(), 5)
+    assert seen == ["cleaned"]
+
+
+def test_cancel_of_a_task_whose_future_just_completed_is_not_lost(reactor):
+    gate: Future[None] = Future()
+    never: Future[None] = Future()
+
+    async def victim():
+        await gate
+        await never
+
+    async def main():
+        task = reactor.spawn(victim())
+        await sleep(reactor, 0)
+        gate.set_result(None)
+        task.cancel()
+        with pytest.raises(Cancelled):
+            await task
+
+    reactor.run_until(main(), 5)
+
+
+def test_gather_waits_for_all_before_it_raises(reactor):
+    finished = []
+
+    async def good():
+        await sleep(reactor, 0.02)
+        finished.append(True)
+
+    async def bad():
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        reactor.run_until(gather(reactor, bad(), good()), 5)
+    assert finished == [True]
+
+
+def test_an_error_in_a_task_nobody_awaits_ends_run(reactor):
+    async def bad():
+        raise ValueError("unseen")
+
+    reactor.spawn(bad())
+    with pytest.raises(ValueError, match="unseen"):
+        reactor.run()
+
+
+def test_lock_is_fair_and_event_wakes_all(reactor):
+    order = []
+    lock, event = Lock(), Event()
+
+    async def holder(name):
+        await event.wait()
+        async with lock:
+            order.append(name)
+            await sleep(reactor, 0)
+
+    async def main():
+        tasks = [reactor.spawn(holder(n)) for n in "abc"]
+        await sleep(reactor, 0)
+        event.set()
+        await gather(reactor, *tasks)
+
+    reactor.run_until(main(), 5)
+    assert order == ["a", "b", "c"]
+
+
+def test_timers_fire_in_order_and_cancelled_ones_do_not(reactor):
+    fired = []
+    reactor.call_later(0.02, lambda: fired.append(2))
+    reactor.call_later(0.01, lambda: fired.append(1))
+    reactor.call_later(0.015, lambda: fired.append(0)).cancel()
+    reactor.run_until(sleep(reactor, 0.03), 5)
+    assert fired == [1, 2]
