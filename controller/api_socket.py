@@ -70,13 +70,15 @@ class ApiSocket:
         return cls(sock, None, None)
 
     def close(self) -> None:
-        """Remove the names, then let go of the lock: in this order nobody sees a stale socket."""
-        for path in self.paths:
+        """Remove the names, then let go of the lock: in this order nobody sees a stale socket. Idempotent."""
+        paths, self.paths = self.paths, []
+        for path in paths:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         self.sock.close()
         if self._lock_fd is not None:
             os.close(self._lock_fd)
+            self._lock_fd = None
 
 
 def _remove_stale(path: str, what: str) -> None:

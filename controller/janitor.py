@@ -40,7 +40,9 @@ def main(start: Start) -> int:
             elif (data := os.read(updates, MAX_UPDATE)) == b"":
                 poll.unregister(updates)
             else:
-                _update(msgpack.unpackb(data), paths, terminals, start)
+                update = msgpack.unpackb(data)
+                _update(update, paths, terminals, start)
+                watching = not update.get("done", False)
     _drain(updates, paths, terminals, start)
     for fd, attributes in terminals.items():
         _restore(fd, attributes)

@@ -6,6 +6,7 @@
 
 #define CR0_LONG 0x80000033 /* PG NE ET MP PE */
 #define CR4_LONG 0x00000620 /* OSXMMEXCPT OSFXSR PAE */
+#define IO_BITMAP_OFFSET (CPU_IO_BITMAP - CPU_TSS)
 #define GDT_ENTRIES 6
 #define EFER 0xc0000080
 #define EFER_LONG 0x101 /* LME SCE; NXE stays off: everything is executable */
@@ -87,7 +88,8 @@ enter_ring3:
         add $8, %r8d
         .endr
         mov %rsp, CPU_TSS + 4(%rdi) /* RSP0 */
-        movw $0x68, CPU_TSS + 0x66(%rdi) /* no I/O bitmap: IOPL 3 opens the ports */
+        movw $IO_BITMAP_OFFSET, CPU_TSS + 0x66(%rdi)
+        movb $0xff, CPU_IO_BITMAP + 0x2000(%rdi) /* the byte that must close the bitmap */
         lea CPU_TSS(%rdi), %rax
         mov %rax, %rdx
         shl $40, %rdx
@@ -95,7 +97,7 @@ enter_ring3:
         shr $24, %rax
         shl $56, %rax /* base 31:24 at bit 56 */
         or %rdx, %rax
-        mov $0x0000890000000067, %rdx
+        mov $(0x0000890000000000 + IO_BITMAP_OFFSET + 0x2000), %rdx
         or %rdx, %rax
         mov %rax, CPU_GDT + SEL_TSS(%rdi)
         movq $0, CPU_GDT + SEL_TSS + 8(%rdi)

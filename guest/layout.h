@@ -6,6 +6,7 @@
  * pointer of a CPU, rounded down, is therefore its struct cpu: no segment base and no MSR is needed. */
 #define CPU_REGION 0x10000
 #define CPU_RING0_TOP 0x3000
+#define CPU_IO_BITMAP 0x3000 /* 8 KiB of zeros: every port is open to ring 3 */
 #define CPU_RING3_TOP 0x10000
 
 #define CPU_IRQ_TOTAL 0x08
@@ -23,7 +24,9 @@
 #define SEL_CODE3 0x2b
 #define SEL_TSS 0x30
 
-#define RFLAGS_RING3 0x3002 /* IOPL 3; interrupts stay off until the first cpu_wait() */
+/* IOPL stays 0: a software KVM that runs ring 3 natively does not keep it, hence the bitmap. Interrupts stay off
+ * until the first cpu_wait(). */
+#define RFLAGS_RING3 0x2
 
 #define VECTOR_IRQ_FIRST 0x20
 #define VECTOR_IRQ_COUNT 0x60

@@ -124,6 +124,7 @@ _Static_assert(offsetof(struct cpu, gdt) == CPU_GDT, "layout.h");
 _Static_assert(offsetof(struct cpu, tss) == CPU_TSS, "layout.h");
 _Static_assert(offsetof(struct cpu, clock) == CPU_CLOCK, "layout.h");
 _Static_assert(sizeof(struct cpu) <= CPU_RING0_TOP - 0x1000, "a page for the ring 0 stack");
+_Static_assert(CPU_RING0_TOP <= CPU_IO_BITMAP, "layout.h");
 
 #define MAX_CPUS 64
 #define VECTOR_TIMER VECTOR_IRQ_FIRST

@@ -50,6 +50,7 @@ class Channel:
         self._pending: dict[int, Future[dict[str, Any]]] = {}
         self._next_id = 0
         self._closed = False
+        self._peers: set[Peer] = set()
         self.handlers: dict[str, Handler] = {}
         self.on_event: Callable[[str, dict[str, Any]], None] = lambda _name, _args: None
         if bind:
@@ -88,6 +89,12 @@ class Channel:
         if not self._closed:
             self._send(b"", {"event": event, "args": arguments})
 
+    def broadcast(self, event: str, **arguments: Any) -> None:
+        """emit() to every client of a ROUTER that has said something."""
+        for peer in self._peers:
+            if not self._closed:
+                self._send(peer, {"event": event, "args": arguments})
+
     def _send(self, peer: Peer, message: dict[str, Any]) -> None:
         frames = [peer, messages.encode(message)] if self._router else [messages.encode(message)]
         with contextlib.suppress(zmq.ZMQError):  # a vanished peer is noticed by its pidfd, not here
@@ -99,6 +106,7 @@ class Channel:
         while not self._closed and self._socket.get(zmq.EVENTS) & zmq.POLLIN:
             frames = self._socket.recv_multipart(zmq.NOBLOCK)
             peer = frames[0] if self._router else b""
+            self._peers.add(peer)
             try:
                 self._dispatch(peer, messages.decode(frames[-1]))
             except ProtocolError as error:

@@ -39,7 +39,7 @@ def validate(config: VmConfig) -> None:
     """Raises ConfigError (HTTP 400) for what can't be carried out, DuplicateIdError (HTTP 409) for an id
     used twice.
     """
-    if config.payload.kernel is None:
+    if not config.payload.kernel:
         raise ConfigError(
             "No bootitem provided: neither firmware nor kernel", "give --kernel, or payload.kernel"
         )

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.errors import ConfigError
-from shared.memory import HIGH_RAM_START as RAM_64BIT_START
-from shared.memory import LOW_RAM_END, PAGE_SIZE
+from shared.memory import HIGH_RAM_START, LOW_RAM_END, PAGE_SIZE
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -32,6 +31,7 @@ SMBIOS_START = 0xF_0000
 KERNEL_START = 0x10_0000
 
 # The gap between LOW_RAM_END and RAM_64BIT_START.
+RAM_64BIT_START = HIGH_RAM_START
 MEM_32BIT_DEVICES_START = 0xC000_0000
 MEM_32BIT_DEVICES_SIZE = 640 * MIB
 PCI_MMCONFIG_START = 0xE800_0000

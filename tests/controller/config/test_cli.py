@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -352,6 +353,11 @@ def test_version_has_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     assert lines[0] == f"cloud-hypervisor {version.BUILD_VERSION}"
     assert lines[1].startswith("Migration Protocol Versions: ") and len(lines) == 2
+
+
+def test_the_version_is_the_packages() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == version.FLOTILLA_VERSION
 
 
 @pytest.mark.parametrize("words", [["-V", "-v"], ["-vV"], ["-v", "--version"]])

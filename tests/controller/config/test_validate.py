@@ -71,6 +71,7 @@ def test_sensible_configurations_pass(config: VmConfig) -> None:
     ("config", "message"),
     [
         (replace(BASE, payload=PayloadConfig()), "No bootitem provided"),
+        (replace(BASE, payload=PayloadConfig("")), "No bootitem provided"),
         (replace(BASE, payload=PayloadConfig("/k", "x" * 65536)), "--cmdline"),
         (with_cpus(0, 1), "boot=) is 0"),
         (with_cpus(2, 1), "Max CPUs lower than boot CPUs"),

@@ -1,0 +1,113 @@
+"""A worker that serves one or more vhost-user devices, and its successors.
+
+    start ──▶ serving ──(killed, crashed, hung up)──▶ waiting ──fork──▶ replaying ──▶ serving
+                                                         ▲                 │ fails
+                                                         └──── back-off ◀──┘
+
+The guest sees nothing of it: kicks stay in the eventfds, requests that were in flight are in the inflight region. The
+pidfd has been waited for before a successor is forked, so nothing of the dead process can still write (DESIGN, fence).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+
+from controller.fleet import Fleet, Process, WorkerSpec
+from controller.vhost_frontend import Frontend
+from shared import log
+from shared.errors import FlotillaError
+from shared.reactor import Reactor, describe
+
+# A worker that lived this long has earned an immediate restart.
+STEADY_SECONDS = 1.0
+FIRST_DELAY, LAST_DELAY = 0.02, 2.0
+
+
+class Backend:
+    """`frontends`: by the name under which the worker gets the other end of its socket."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        fleet: Fleet,
+        spec: WorkerSpec,
+        frontends: Mapping[str, Frontend],
+        fds: Mapping[str, int],
+    ) -> None:
+        """`fds` are given to every incarnation and belong to this object from now on."""
+        self._reactor = reactor
+        self._fleet = fleet
+        self._spec = spec
+        self._frontends = dict(frontends)
+        self._fds = dict(fds)
+        self._closing = False
+        self._restarts = 0
+        self._delay = 0.0
+        self._began = 0.0
+        self.process: Process | None = None
+        for frontend in self._frontends.values():
+            frontend.on_lost = self._hung_up
+
+    @property
+    def name(self) -> str:
+        return self._spec.name
+
+    async def start(self) -> None:
+        """Fork the worker and connect every front end. Raises WorkerError, ProtocolError."""
+        self._began = time.monotonic()
+        pairs = {name: socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for name in self._frontends}
+        try:
+            fds = {**self._fds, **{name: theirs.fileno() for name, (_, theirs) in pairs.items()}}
+            self.process = await self._fleet.start(self._spec, fds, self._ended, self._restarts)
+            for name, frontend in self._frontends.items():
+                ours = pairs[name][0].dup()
+                ours.setblocking(False)
+                await frontend.replay(ours)
+        finally:
+            for ours, theirs in pairs.values():
+                ours.close()
+                theirs.close()
+
+    def _hung_up(self, error: Exception | None) -> None:
+        """The connection broke. A worker that lives on is of no use: end it, its end brings the successor."""
+        if self.process is not None and not self._closing:
+            log.warn(f"{self.name}: vhost-user connection lost: {describe(error) if error else 'closed'}")
+            self._fleet.kill(self.process)
+
+    def _ended(self, process: Process) -> None:
+        if self._closing or process is not self.process and self.process is not None:
+            return
+        self.process = None
+        lived = time.monotonic() - self._began
+        self._delay = 0.0 if lived > STEADY_SECONDS else min(max(self._delay * 2, FIRST_DELAY), LAST_DELAY)
+        self._reactor.call_later(self._delay, self._restart)
+
+    def _restart(self) -> None:
+        if not self._closing:
+            self._restarts += 1
+            self._reactor.spawn(self._try_again(), f"restart {self.name}")
+
+    async def _try_again(self) -> None:
+        try:
+            await self.start()
+        except FlotillaError as error:
+            log.error(f"{self.name}: its successor failed: {describe(error)}")
+            if self.process is not None:
+                self._fleet.kill(self.process)
+            elif not self._closing:
+                self._delay = min(max(self._delay * 2, FIRST_DELAY), LAST_DELAY)
+                self._reactor.call_later(self._delay, self._restart)
+
+    async def close(self) -> None:
+        """End the worker and wait for it."""
+        self._closing = True
+        for frontend in self._frontends.values():
+            frontend.close()
+        if self.process is not None:
+            await self._fleet.stop(self.process)
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds = {}

@@ -1,0 +1,66 @@
+"""`cloud-hypervisor`: parse, boot, serve; error output and exit codes as Cloud Hypervisor's.
+
+Exit codes: 0 the VM ended in order, 1 it could not start or failed, 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from controller.config.cli import Options, parse_argv
+from shared import log
+from shared.errors import FlotillaError, HostError, chain
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    began = time.monotonic()
+    try:
+        options = parse_argv(sys.argv[1:] if argv is None else argv)
+        os.umask(0o077)
+        _configure_log(options, began)
+        return _run(options, began)
+    except FlotillaError as error:
+        report(error)
+        return 1
+
+
+def report(error: FlotillaError) -> None:
+    """Cloud Hypervisor's form: one line for one message, a numbered list for a chain."""
+    messages = chain(error)
+    if len(messages) == 1:
+        text = f"Error: Cloud Hypervisor exited with the following error:\n  {messages[0]}\n"
+    else:
+        lines = "".join(f"  {number}: {message}\n" for number, message in enumerate(messages))
+        text = f"Error: Cloud Hypervisor exited with the following chain of errors:\n{lines}"
+    sys.stderr.write(text)
+
+
+def _configure_log(options: Options, began: float) -> None:
+    fd = 2
+    if options.log_file is not None:
+        try:
+            fd = os.open(options.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise HostError(f"--log-file {options.log_file}: {error.strerror}") from error
+    log.configure(options.log_level, fd, "vmm", began)
+
+
+def _run(options: Options, began: float) -> int:
+    from controller.api_socket import ApiSocket
+    from controller.vmm import Vmm
+
+    target = options.api_socket
+    api_socket = None
+    if target is not None:
+        api_socket = ApiSocket.listen(target.path) if target.path is not None else ApiSocket.inherit(target.fd or 0)
+    try:
+        vmm = Vmm(options, began)
+        if options.event_monitor is not None:
+            vmm.events.open(options.event_monitor.path, options.event_monitor.fd)
+        return vmm.run(api_socket)
+    finally:
+        if api_socket is not None:
+            api_socket.close()

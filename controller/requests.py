@@ -1,0 +1,77 @@
+"""From an API request to an answer: method and body rules, the status table, the error array.
+
+    200 + JSON     GET, and vmm.shutdown with an empty body
+    204            everything else that went well
+    400 404 409 …  `["Error from API", "what failed", "why", …]`, outermost first, status by the error's class
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from controller.api.endpoints import BY_NAME
+from shared import log
+from shared.errors import ConfigError, DuplicateIdError, FlotillaError, NotFoundError, chain
+
+Verb = Callable[[Any], Awaitable[Any]]
+
+# The first class that fits decides; everything else is 500.
+STATUS: tuple[tuple[type[FlotillaError], int], ...] = (
+    (DuplicateIdError, 409),
+    (ConfigError, 400),
+    (NotFoundError, 404),
+)
+
+
+def status_of(error: BaseException) -> int:
+    """HTTP status of an error. A wrapped configuration error is still the requester's mistake."""
+    below: BaseException | None = error
+    while below is not None:
+        for kind, status in STATUS:
+            if isinstance(below, kind):
+                return status
+        below = below.__cause__
+    return 500
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    body = json.dumps(["Error from API", *chain(error)], separators=(",", ":"), ensure_ascii=False)
+    return {"status": status_of(error), "body": body.encode()}
+
+
+async def answer(verbs: dict[str, Verb], method: str, name: str, body: bytes) -> dict[str, Any]:
+    """{"status", "body"} for one request. Never raises for what a client or the VM did wrong."""
+    try:
+        endpoint = BY_NAME.get(name)
+        verb = verbs.get(name)
+        if endpoint is None or verb is None:
+            raise NotFoundError(f"{name}: no such request")
+        if method != endpoint.method:
+            raise ConfigError(f"{name}: method {method} is not supported", f"use {endpoint.method}")
+        result = await verb(_parse(name, body, endpoint.body))
+    except FlotillaError as error:
+        log.error(f"API request {name} failed: {': '.join(chain(error))}")
+        return failure(error)
+    except OSError as error:
+        log.error(f"API request {name} failed: {error}")
+        return failure(FlotillaError(str(error)))
+    if endpoint.success == 204:
+        return {"status": 204, "body": b""}
+    if result is None:
+        return {"status": 200, "body": b""}
+    return {"status": 200, "body": json.dumps(result, separators=(",", ":"), ensure_ascii=False).encode()}
+
+
+def _parse(name: str, body: bytes, wanted: bool) -> Any:
+    if not wanted:
+        if body:
+            raise ConfigError(f"{name}: takes no request body")
+        return None
+    if not body:
+        raise ConfigError(f"{name}: a JSON request body is missing")
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: the request body is not JSON: {error}") from None

@@ -1,0 +1,159 @@
+"""What the VMM needs beside the VM and after the first KVM_RUN: the API process and the janitor.
+
+Both are replaceable: the API process is started again when it dies (the listening socket stays here, so clients wait
+instead of being refused), the janitor too.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from controller import requests
+from controller.api_socket import ApiSocket
+from controller.fleet import Fleet, Process, ProcessState, WorkerSpec
+from controller.spawn import exec_python
+from shared import log
+from shared.control import Channel, unlink_endpoint
+from shared.errors import FlotillaError, Timeout
+from shared.messages import Verb
+from shared.reactor import Reactor, describe, within
+
+GOODBYE_SECONDS = 3.0
+API_CODE = "import sys; from controller.api.process import main; sys.exit(main(3, sys.argv[1], int(sys.argv[2])))"
+
+
+class Services:
+    """`verbs`: the API's handlers by request name."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        fleet: Fleet,
+        runtime_dir: str,
+        api_socket: ApiSocket | None,
+        verbs: dict[str, Callable[[Any], Awaitable[Any]]],
+    ) -> None:
+        self._reactor = reactor
+        self._fleet = fleet
+        self._runtime_dir = runtime_dir
+        self._api_socket = api_socket
+        self._verbs = verbs
+        self._api: Process | None = None
+        self._channel: Channel | None = None
+        self._incarnation = 0
+        self._stopping = False
+        self._janitor: Process | None = None
+        self._updates: socket.socket | None = None
+        self._paths = [runtime_dir, *(api_socket.paths if api_socket else [])]
+        self._terminal: tuple[int, list[Any]] | None = None
+
+    async def start(self) -> None:
+        """Failures are logged and tried again at the next death: the guest runs on without either."""
+        self._start_api()
+        try:
+            await self._start_janitor()
+        except FlotillaError as error:
+            log.warn(f"no janitor: {describe(error)}")
+
+    # The API process ---------------------------------------------------------------------------------------------
+
+    def _start_api(self) -> None:
+        if self._api_socket is None:
+            return
+        self._incarnation += 1
+        endpoint = f"ipc://{self._runtime_dir}/api.{self._incarnation}"
+        channel = Channel(self._reactor, endpoint, bind=True, router=True)
+        channel.handlers[Verb.API] = lambda a: requests.answer(self._verbs, a["method"], a["path"], a.get("body") or b"")
+        channel.on_event = lambda name, _: unlink_endpoint(endpoint) if name == "ready" else None
+        self._channel = channel
+        pid = exec_python(API_CODE, [endpoint, str(os.getpid())], {3: self._api_socket.sock.fileno()})
+        self._api = self._fleet.adopt("api", "api", pid, self._api_ended, self._incarnation - 1)
+        self._api.state = ProcessState.RUNNING
+
+    def _api_ended(self, _: Process) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        self._api = None
+        if not self._stopping:
+            self._reactor.call_later(0.1, self._start_api)
+
+    # The janitor -------------------------------------------------------------------------------------------------
+
+    async def _start_janitor(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self_fd = os.pidfd_open(os.getpid())
+        spec = WorkerSpec(
+            "janitor", "janitor", "controller.janitor", "janitor", {"paths": self._paths}, orphan=True, control=False
+        )
+        fds = {"controller": self_fd, "updates": theirs.fileno()}
+        if self._terminal is not None:
+            fds["tty"] = self._terminal[0]
+        try:
+            self._janitor = await self._fleet.start(spec, fds, self._janitor_ended)
+        finally:
+            theirs.close()
+            os.close(self_fd)
+        self._updates = ours
+        if self._terminal is not None:
+            self._tell({"termios": self._terminal[1]})
+
+    def _janitor_ended(self, _: Process) -> None:
+        self._janitor = None
+        if self._updates is not None:
+            self._updates.close()
+            self._updates = None
+        if not self._stopping:
+            self._reactor.call_later(0.1, lambda: self._reactor.spawn(self._start_janitor(), "janitor") and None)
+
+    def _tell(self, update: dict[str, Any]) -> None:
+        import msgpack
+
+        if self._updates is not None:
+            try:
+                self._updates.send(msgpack.packb(update))
+            except OSError as error:
+                log.warn(f"janitor: {error}")
+
+    def path_changed(self, path: str, exists: bool) -> None:
+        """A socket of ours appeared or went: the janitor removes what is left after a kill."""
+        if exists:
+            self._paths.append(path)
+            self._tell({"add": path})
+        elif path in self._paths:
+            self._paths.remove(path)
+            self._tell({"remove": path})
+
+    def terminal_changed(self, fd: int, attributes: list[Any] | None) -> None:
+        """A terminal is raw now and had these settings before; None: it is as it was."""
+        self._terminal = (fd, attributes) if attributes is not None else None
+        if self._janitor is not None and attributes is not None:
+            # The descriptor can't follow a running janitor: a fresh one gets it.
+            self._fleet.kill(self._janitor)
+        else:
+            self._tell({"termios": None})
+
+    async def stop(self) -> None:
+        """Let requests under way be answered, end both processes, remove the API socket."""
+        self._stopping = True
+        if self._api_socket is not None:
+            self._api_socket.close()
+        if self._api is not None and self._channel is not None:
+            self._channel.broadcast("goodbye")
+            try:
+                await within(self._reactor, GOODBYE_SECONDS, self._api.ended.wait(), "the API process's end")
+            except Timeout:
+                self._fleet.kill(self._api)
+                await self._api.ended.wait()
+        if self._janitor is not None:
+            self._janitor.state = ProcessState.STOPPING
+            ended = self._janitor.ended
+            # The end of the line tells it nothing; "done" makes it tidy up and leave.
+            self._tell({"done": True})
+            try:
+                await within(self._reactor, GOODBYE_SECONDS, ended.wait(), "the janitor's end")
+            except Timeout:
+                log.warn("the janitor did not end")

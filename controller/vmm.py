@@ -1,0 +1,372 @@
+"""The VMM: one process-wide object that owns the reactor, the fleet, the API and at most one VM.
+
+VM states, as the API tells them (Cloud Hypervisor's API page, section 3.7):
+
+    (none) ──create──▶ Created ──boot──▶ Running ◀──resume── Paused
+       ▲                  ▲                 │ └──pause──────▶  │
+       └──────delete──────┴───shutdown──────┴──────────────────┘
+
+While a migration is under way, requests that would change the VM are refused; asking is always allowed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from controller.config.cli import Options
+from controller.config.identity import assign_ids
+from controller.config.model import VmConfig
+from controller.config.validate import validate
+from controller.devices.events import GuestEvent
+from controller.events import EventMonitor
+from controller.fleet import Fleet
+from controller.runtime import RuntimeDir
+from controller.signals import Signals
+from controller.spawn import Zygote
+from controller.vm import Vm, VmContext
+from shared import log
+from shared.errors import FlotillaError, NotFoundError, StateError
+from shared.reactor import Lock, Reactor, describe
+
+if TYPE_CHECKING:
+    from controller.migration.incoming import Incoming
+    from controller.migration.outgoing import Outgoing
+    from controller.services import Services
+
+
+class VmState(StrEnum):
+    CREATED = "Created"
+    RUNNING = "Running"
+    PAUSED = "Paused"
+
+
+class Vmm:
+    """See the module. `run()` returns the process's exit code."""
+
+    def __init__(self, options: Options, began: float) -> None:
+        self.options = options
+        self.reactor = Reactor()
+        self.reactor.on_error = self._unexpected
+        self.events = EventMonitor(began)
+        self.runtime = RuntimeDir()
+        self.zygote = Zygote()
+        self.fleet = Fleet(self.reactor, self.zygote, self.runtime.path)
+        self.config: VmConfig | None = None
+        self.vm: Vm | None = None
+        self.state = VmState.CREATED
+        self.services: Services | None = None
+        self.migration: Outgoing | Incoming | None = None
+        self._operations = Lock()
+        self._ending = False
+        self._context = VmContext(self.reactor, self.fleet, self.events, self._guest_event, options.seccomp)
+        self.verbs: dict[str, Callable[[Any], Awaitable[Any]]] = {
+            "vmm.ping": self.ping,
+            "vmm.shutdown": self.shutdown_vmm,
+            "vmm.fleet": self.describe_fleet,
+            "vm.info": self.info,
+            "vm.counters": self.counters,
+            "vm.create": self.create,
+            "vm.boot": self.boot,
+            "vm.pause": self.pause,
+            "vm.resume": self.resume,
+            "vm.shutdown": self.shutdown,
+            "vm.reboot": self.reboot,
+            "vm.delete": self.delete,
+            "vm.power-button": self.power_button,
+            "vm.send-migration": self.send_migration,
+            "vm.receive-migration": self.receive_migration,
+            "vm.migration-progress": self.migration_progress,
+            "vm.cancel-migration": self.cancel_migration,
+        }
+
+    # The process ------------------------------------------------------------------------------------------------
+
+    def run(self, api_socket: Any) -> int:
+        """Boot what the command line asks for, serve until the end; the exit code. Raises FlotillaError."""
+        signals = Signals(
+            self.reactor,
+            {
+                signal.SIGTERM: lambda: self.end(0),
+                signal.SIGINT: lambda: self.end(0),
+                signal.SIGWINCH: self._resized,
+            },
+        )
+        try:
+            self.events.emit("vmm", "starting")
+            if self.options.vm is not None:
+                self.config = assign_ids(self.options.vm)
+                # Without a wait from here to the first KVM_RUN: the workers come up while the guest boots.
+                self._boot_now()
+            self.reactor.call_soon(lambda: self._start_services(api_socket))
+            code = self.reactor.run()
+        finally:
+            signals.close()
+            self._cleanup()
+        return code
+
+    def _start_services(self, api_socket: Any) -> None:
+        from controller.services import Services
+
+        self.services = Services(self.reactor, self.fleet, self.runtime.path, api_socket, self.verbs)
+        self._context.on_path = self.services.path_changed
+        self._context.on_terminal = self.services.terminal_changed
+        self.reactor.spawn(self.services.start(), "services")
+
+    def end(self, code: int) -> None:
+        """End VM and VMM in order. Idempotent."""
+        if not self._ending:
+            self._ending = True
+            self.reactor.spawn(self._end(code), "end")
+
+    async def _end(self, code: int) -> None:
+        try:
+            if self.migration is not None:
+                self.migration.cancel()
+            if self.vm is not None:
+                await self.vm.destroy()
+                self.vm = None
+            self.events.emit("vmm", "shutdown")
+            if self.services is not None:
+                await self.services.stop()
+        finally:
+            self.reactor.stop(code)
+
+    def _cleanup(self) -> None:
+        """What must be gone even when the orderly end failed."""
+        if self.vm is not None:
+            self.vm.abandon()
+        self.zygote.stop()
+        for process in list(self.fleet.processes):
+            self.fleet.kill(process)
+        for process in list(self.fleet.processes):
+            os.waitid(os.P_PIDFD, process.pidfd, os.WEXITED)
+        self.runtime.close()
+
+    def _unexpected(self, error: BaseException, where: str) -> None:
+        """A bug in one callback: say so loudly, keep the guest running."""
+        import traceback
+
+        log.error(f"{where}: {describe(error)}\n{''.join(traceback.format_exception(error))}")
+
+    def _resized(self) -> None:
+        if self.vm is not None:
+            self.vm.terminal_resized()
+
+    # The guest's own wishes --------------------------------------------------------------------------------------
+
+    def _guest_event(self, event: GuestEvent) -> None:
+        """Power-off ends the VMM (or only the VM, with --no-shutdown); a reset boots again in place."""
+        if self._ending:
+            return
+        if event is GuestEvent.RESET:
+            self.reactor.spawn(self._guest_reset(), "guest reset")
+        else:
+            self.reactor.spawn(self._guest_power_off(), "guest power-off")
+
+    async def _guest_reset(self) -> None:
+        async with self._operations:
+            try:
+                await self._reboot()
+            except FlotillaError as error:
+                log.error(f"the guest asked for a reset, which failed: {describe(error)}")
+                self.end(1)
+
+    async def _guest_power_off(self) -> None:
+        async with self._operations:
+            await self._stop_vm()
+        if not self.options.no_shutdown:
+            self.end(0)
+
+    # Requests: asking --------------------------------------------------------------------------------------------
+
+    async def ping(self, _: None) -> dict[str, Any]:
+        from controller.config.version import BUILD_VERSION, CH_VERSION, FEATURES
+
+        return {
+            "build_version": BUILD_VERSION,
+            "version": f"{CH_VERSION}.0",
+            "pid": os.getpid(),
+            "features": list(FEATURES),
+        }
+
+    async def describe_fleet(self, _: None) -> list[dict[str, Any]]:
+        rows = self.fleet.describe()
+        if self.vm is not None:
+            rows += self.vm.describe_vcpus()
+        return sorted(rows, key=lambda row: (row["kind"], row["device"]))
+
+    async def info(self, _: None) -> dict[str, Any]:
+        from controller.config.codec import to_json
+
+        config = self._need_config()
+        answer: dict[str, Any] = {"config": to_json(config), "state": str(self.state)}
+        answer["memory_actual_size"] = config.memory.size
+        if self.vm is not None:
+            answer["device_tree"] = self.vm.device_tree()
+        return answer
+
+    async def counters(self, _: None) -> dict[str, Any]:
+        return await self._need_vm().counters()
+
+    async def migration_progress(self, _: None) -> dict[str, Any]:
+        if self.migration is None:
+            return {"state": "none"}
+        return self.migration.progress()
+
+    # Requests: changing ------------------------------------------------------------------------------------------
+
+    def _need_config(self) -> VmConfig:
+        if self.config is None:
+            raise NotFoundError("VM is not created")
+        return self.config
+
+    def _need_vm(self) -> Vm:
+        self._need_config()
+        if self.vm is None:
+            raise StateError("VM is not running", "boot it first")
+        return self.vm
+
+    def _not_migrating(self) -> None:
+        if self.migration is not None and self.migration.progress()["state"] == "ongoing":
+            raise StateError("VM is being migrated", "wait for the migration's end, or cancel it")
+
+    async def create(self, body: Any) -> None:
+        from controller.config.codec import from_json
+
+        async with self._operations:
+            self._not_migrating()
+            if self.config is not None:
+                raise StateError("VM is already created", "vm.delete removes it")
+            config = from_json(body, strict=True)
+            validate(config)
+            self.config = assign_ids(config)
+            self.state = VmState.CREATED
+
+    async def boot(self, _: None) -> None:
+        async with self._operations:
+            self._not_migrating()
+            self._need_config()
+            if self.vm is not None:
+                raise StateError(f"VM can't be booted: its state is {self.state}")
+            self._boot_now()
+
+    def _boot_now(self) -> None:
+        """Everything up to the first KVM_RUN; the workers follow by themselves."""
+        config = self._need_config()
+        self.events.emit("vm", "booting")
+        self.vm = Vm.boot(self._context, config)
+        self.config = self.vm.config
+        self.state = VmState.RUNNING
+        self.events.emit("vm", "booted")
+
+    async def pause(self, _: None) -> None:
+        async with self._operations:
+            self._not_migrating()
+            vm = self._need_vm()
+            if self.state is not VmState.RUNNING:
+                raise StateError(f"VM can't be paused: its state is {self.state}")
+            self.events.emit("vm", "pausing")
+            await vm.pause()
+            self.state = VmState.PAUSED
+            self.events.emit("vm", "paused")
+
+    async def resume(self, _: None) -> None:
+        async with self._operations:
+            self._not_migrating()
+            vm = self._need_vm()
+            if self.state is not VmState.PAUSED:
+                raise StateError(f"VM can't be resumed: its state is {self.state}")
+            self.events.emit("vm", "resuming")
+            await vm.resume()
+            self.state = VmState.RUNNING
+            self.events.emit("vm", "resumed")
+
+    async def _stop_vm(self) -> None:
+        if self.vm is not None:
+            vm, self.vm = self.vm, None
+            self.state = VmState.CREATED
+            await vm.destroy()
+            self.events.emit("vm", "shutdown")
+
+    async def shutdown(self, _: None) -> None:
+        async with self._operations:
+            self._not_migrating()
+            self._need_vm()
+            await self._stop_vm()
+
+    async def _reboot(self) -> None:
+        self.events.emit("vm", "rebooting")
+        await self._stop_vm()
+        self._boot_now()
+        self.events.emit("vm", "rebooted")
+
+    async def reboot(self, _: None) -> None:
+        async with self._operations:
+            self._not_migrating()
+            self._need_vm()
+            await self._reboot()
+
+    async def delete(self, _: None) -> None:
+        async with self._operations:
+            self._not_migrating()
+            await self._stop_vm()
+            if self.config is not None:
+                self.config = None
+                self.events.emit("vm", "deleted")
+
+    async def power_button(self, _: None) -> None:
+        self._not_migrating()
+        self._need_vm().power_button()
+
+    async def shutdown_vmm(self, _: None) -> None:
+        self.end(0)
+
+    # Migration ---------------------------------------------------------------------------------------------------
+
+    async def send_migration(self, body: Any) -> None:
+        from controller.migration.arguments import parse_send
+        from controller.migration.outgoing import Outgoing
+
+        arguments = parse_send(body)
+        async with self._operations:
+            self._not_migrating()
+            vm = self._need_vm()
+            outgoing = Outgoing(self.reactor, self.fleet, self.events, vm, was_running=self.state is VmState.RUNNING)
+            self.migration = outgoing
+            await outgoing.run(arguments)
+            # The guest runs elsewhere: nothing of it may be touched here any more, only let go.
+            self.vm = None
+            vm.release()
+        self.end(0)
+
+    async def receive_migration(self, body: Any) -> None:
+        from controller.migration.arguments import parse_receive
+        from controller.migration.incoming import Incoming
+
+        url = parse_receive(body)
+        async with self._operations:
+            self._not_migrating()
+            if self.config is not None:
+                raise StateError("Can't receive a migration: a VM is already created", "vm.delete removes it")
+            incoming = Incoming(self.reactor, self.fleet, self.events, self._build_incoming, self._context.on_path)
+            self.migration = incoming
+            vm, running = await incoming.run(url)
+            assert isinstance(vm, Vm)
+            self.vm, self.config = vm, vm.config
+            self.state = VmState.RUNNING if running else VmState.PAUSED
+
+    async def _build_incoming(
+        self, config: dict[str, Any], parts: list[Any], ram_fds: list[int], disk_fds: dict[str, int], info: Any
+    ) -> Vm:
+        return await Vm.build_incoming(self._context, config, parts, ram_fds, disk_fds, info)
+
+    async def cancel_migration(self, _: None) -> None:
+        if self.migration is None or self.migration.progress()["state"] != "ongoing":
+            raise StateError("No migration is under way")
+        self.migration.cancel()
+
+

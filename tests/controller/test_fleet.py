@@ -1,0 +1,119 @@
+"""controller.fleet, controller.spawn, controller.zygote and the control plane, with real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from controller.fleet import Fleet, Process, ProcessState, WorkerSpec
+from controller.spawn import Zygote
+from shared.errors import ProtocolError, WorkerError, WorkerLost
+from shared.messages import Verb
+from shared.reactor import Future, Reactor
+
+SECONDS = 20
+
+
+@pytest.fixture
+def reactor():
+    loop = Reactor()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def fleet(reactor, tmp_path):
+    zygote = Zygote()
+    made = Fleet(reactor, zygote, str(tmp_path))
+    yield made
+    for process in list(made.processes):
+        made.kill(process)
+        reactor.run_until(process.ended.wait(), SECONDS)
+    zygote.stop()
+
+
+def toy(**spec):
+    return WorkerSpec("toy", "_toy0", "tests.toy_worker", "worker", spec)
+
+
+def ignore(_: Process) -> None:
+    pass
+
+
+def status(pid: int, field: str) -> str:
+    with open(f"/proc/{pid}/status") as file:
+        return next(line.split(":", 1)[1].strip() for line in file if line.startswith(field))
+
+
+def test_worker_is_the_controllers_child_and_keeps_the_contract(reactor, fleet):
+    process = reactor.run_until(fleet.start(toy(count=5), {}, ignore), SECONDS)
+    assert status(process.pid, "PPid") == str(os.getpid())
+    assert status(process.pid, "Name") == "toy0"
+    assert reactor.run_until(process.call(Verb.STATS), SECONDS) == {"count": 5}
+    saved = reactor.run_until(process.call(Verb.SAVE), SECONDS)
+    assert saved == {"kind": "toy", "version": 1, "state": {"count": 5}}
+    reactor.run_until(process.call(Verb.LOAD, **{**saved, "state": {"count": 9}}), SECONDS)
+    assert reactor.run_until(process.call(Verb.HEARTBEAT), SECONDS) == {"epoch": 9}
+
+
+def test_worker_has_given_up_privileges_and_leaves_no_name_behind(reactor, fleet, tmp_path):
+    process = reactor.run_until(fleet.start(toy(), {}, ignore), SECONDS)
+    assert status(process.pid, "NoNewPrivs") == "1"
+    assert int(status(process.pid, "CapEff"), 16) == 0
+    assert os.listdir(tmp_path) == []
+
+
+def test_killed_worker_fails_its_pending_call_and_is_reported_once(reactor, fleet):
+    ended: Future[Process] = Future()
+    process = reactor.run_until(fleet.start(toy(), {}, ended.set_result), SECONDS)
+    os.kill(process.pid, signal.SIGSTOP)
+    call = reactor.spawn(process.call(Verb.STATS))
+    call.add_done_callback(lambda _: None)
+    os.kill(process.pid, signal.SIGKILL)
+    assert reactor.run_until(ended, SECONDS) is process
+    assert process.state is ProcessState.ENDED
+    assert isinstance(call.exception(), WorkerLost)
+    assert process not in fleet.processes
+
+
+def test_workers_survive_the_zygotes_death_and_the_next_one_starts_a_new_zygote(reactor, fleet):
+    first = reactor.run_until(fleet.start(toy(count=1), {}, ignore), SECONDS)
+    zygote = fleet.zygote.pid
+    os.kill(zygote, signal.SIGKILL)
+    second = reactor.run_until(fleet.start(toy(count=2), {}, ignore), SECONDS)
+    assert fleet.zygote.pid != zygote
+    assert reactor.run_until(first.call(Verb.STATS), SECONDS) == {"count": 1}
+    assert reactor.run_until(second.call(Verb.STATS), SECONDS) == {"count": 2}
+
+
+def test_worker_that_exits_at_once_is_an_error_that_names_it(reactor, fleet):
+    with pytest.raises(WorkerLost, match="_toy0"):
+        reactor.run_until(fleet.start(toy(refuse=True), {}, ignore), SECONDS)
+
+
+def test_unknown_verb_missing_field_and_wrong_type_are_typed_errors(reactor, fleet):
+    process = reactor.run_until(fleet.start(toy(), {}, ignore), SECONDS)
+    with pytest.raises(ProtocolError, match="unknown verb 'dance'"):
+        reactor.run_until(process.call("dance"), SECONDS)
+    with pytest.raises(ProtocolError, match="load: field kind is missing"):
+        reactor.run_until(process.call(Verb.LOAD), SECONDS)
+    with pytest.raises(ProtocolError, match="load: field version has type str"):
+        reactor.run_until(process.call(Verb.LOAD, kind="toy", version="1", state={}), SECONDS)
+    with pytest.raises(ProtocolError, match="state of kind 'blk'"):
+        reactor.run_until(process.call(Verb.LOAD, kind="blk", version=1, state={}), SECONDS)
+    with pytest.raises(ProtocolError, match="newer"):
+        reactor.run_until(process.call(Verb.LOAD, kind="toy", version=2, state={}), SECONDS)
+
+
+def test_orderly_stop_ends_with_zero(reactor, fleet):
+    process = reactor.run_until(fleet.start(toy(), {}, ignore), SECONDS)
+    reactor.run_until(fleet.stop(process), SECONDS)
+    assert process.exit_status == 0
+
+
+def test_a_bug_in_a_handler_is_the_callers_error_too(reactor, fleet):
+    process = reactor.run_until(fleet.start(toy(), {}, ignore), SECONDS)
+    with pytest.raises(WorkerError, match="ZeroDivisionError"):
+        reactor.run_until(process.call(Verb.FAULT, what="bug"), SECONDS)

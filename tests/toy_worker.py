@@ -1,0 +1,45 @@
+"""The smallest worker: counts, and keeps the contract. What tests fork through the real zygote."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shared.reactor import Reactor
+from shared.worker import Start, serve
+
+
+class Toy:
+    kind = "toy"
+    version = 1
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def quiesce(self) -> dict[str, Any]:
+        return {"bases": {}}
+
+    def save(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+    def resume(self) -> None:
+        self.count += 1
+
+    def stats(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def epoch(self) -> int:
+        return self.count
+
+    def fault(self, what: str, value: int) -> None:
+        if what == "bug":
+            raise ZeroDivisionError("a bug in a handler")
+        self.count = value
+
+
+def main(start: Start) -> int:
+    if start.spec.get("refuse"):
+        return 3
+    return serve(start, Toy(start.spec.get("count", 0)), Reactor())
