@@ -7,9 +7,9 @@
 #define CR0_LONG 0x80000033 /* PG NE ET MP PE */
 #define CR4_LONG 0x00000620 /* OSXMMEXCPT OSFXSR PAE */
 #define IO_BITMAP_OFFSET (CPU_IO_BITMAP - CPU_TSS)
-#define GDT_ENTRIES 6
+#define GDT_ENTRIES 5
 #define EFER 0xc0000080
-#define EFER_LONG 0x101 /* LME SCE; NXE stays off: everything is executable */
+#define EFER_LONG 0x100 /* LME; NXE stays off: everything is executable */
 #define PAGE_TABLE 0x67 /* D A U W P */
 #define PAGE_2M 0xe7    /* PS and the above; preset A and D spare the walker its updates */
 #define PAGE_2M_DEVICE 0xff /* and PCD PWT */
@@ -109,18 +109,6 @@ enter_ring3:
         mov $SEL_TSS, %eax
         ltr %ax
 
-        mov $0xc0000081, %ecx /* STAR */
-        xor %eax, %eax
-        mov $(SEL_SYSRET << 16 | SEL_CODE0), %edx
-        wrmsr
-        mov $0xc0000082, %ecx /* LSTAR */
-        mov $gate, %eax
-        xor %edx, %edx
-        wrmsr
-        mov $0xc0000084, %ecx /* SFMASK: IF */
-        mov $0x200, %eax
-        wrmsr
-
         mov $0x40000000, %eax
         cpuid
         cmp $0x4b4d564b, %ebx /* "KVMK" */
@@ -152,7 +140,6 @@ gdt_template:
         .quad 0
         .quad 0x00af9b000000ffff /* ring 0 code */
         .quad 0x00cf93000000ffff /* ring 0 data */
-        .quad 0 /* SYSRET counts from here */
         .quad 0x00cff3000000ffff /* ring 3 data */
         .quad 0x00affb000000ffff /* ring 3 code */
 gdt_end:

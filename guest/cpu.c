@@ -21,7 +21,7 @@ enum {
 #define ICR_INIT 0x4500
 #define ICR_STARTUP 0x4600
 
-extern u8 irq_stubs[], fault_stubs[], spurious_stub[], trampoline[], trampoline_end[];
+extern u8 irq_stubs[], fault_stubs[], general_protection_stub[], spurious_stub[], trampoline[], trampoline_end[];
 extern u64 idt[][2];
 extern struct cpu bsp_region;
 extern volatile u64 ap_region;
@@ -45,6 +45,7 @@ static void idt_init(void)
 {
     for (u32 i = 0; i < 32; i++)
         idt_set(i, fault_stubs + i * TRAP_STUB_SIZE);
+    idt_set(13, general_protection_stub);
     for (u32 i = 0; i < VECTOR_IRQ_COUNT; i++)
         idt_set(VECTOR_IRQ_FIRST + i, irq_stubs + i * TRAP_STUB_SIZE);
     idt_set(VECTOR_SPURIOUS, spurious_stub);
@@ -137,7 +138,7 @@ void halt_forever(void)
     static u32 zero;
     lapic_timer(0);
     for (;;)
-        cpu_wait(&zero, 0);
+        gate(&zero, 0);
 }
 
 /* An empty IDT turns the first fault into a double and then a triple fault. */
@@ -169,6 +170,8 @@ void fault_entry(void);
 void fault_entry(void)
 {
     const struct fault *f = &this_cpu()->fault;
+    while (f->count > 1) /* reporting the first one faulted too */
+        pause();
     uart_lock.held = 0; /* the fault may have come inside a line */
     die("fault vector=%lu error=0x%lx rip=0x%lx rsp=0x%lx cr2=0x%lx", f->vector, f->error, f->rip, f->rsp,
         f->cr2);

@@ -12,6 +12,7 @@
 #define CPU_IRQ_TOTAL 0x08
 #define CPU_IRQ 0x10
 #define CPU_FAULT 0x410
+#define CPU_FAULT_COUNT 0x438
 #define CPU_KVM_FEATURES 0x440
 #define CPU_GDT 0x480
 #define CPU_TSS 0x500
@@ -19,13 +20,12 @@
 
 #define SEL_CODE0 0x08
 #define SEL_DATA0 0x10
-#define SEL_SYSRET 0x18
-#define SEL_DATA3 0x23
-#define SEL_CODE3 0x2b
+#define SEL_DATA3 0x1b
+#define SEL_CODE3 0x23
 #define SEL_TSS 0x30
 
 /* IOPL stays 0: a software KVM that runs ring 3 natively does not keep it, hence the bitmap. Interrupts stay off
- * until the first cpu_wait(). */
+ * until the first gate(). */
 #define RFLAGS_RING3 0x2
 
 #define VECTOR_IRQ_FIRST 0x20

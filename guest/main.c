@@ -61,7 +61,7 @@ static void tasks_run(struct cpu *cpu, struct task *tasks, u32 count)
             busy |= progress != IDLE || task->polled;
         }
         if (!busy)
-            cpu_wait(&cpu->irq_total, seen);
+            gate(&cpu->irq_total, seen);
     }
 }
 
@@ -82,7 +82,7 @@ static void finish(struct cpu *cpu)
     u32 total = 0;
     for (u32 i = 1; i < cpu_count; i++)
         while (!cpus[i]->done)
-            cpu_wait(&cpu->irq_total, cpu->irq_total);
+            gate(&cpu->irq_total, cpu->irq_total);
     for (u32 i = 0; i < cpu_count; i++)
         total += cpus[i]->bad;
     say("probe: done bad=%u", total);

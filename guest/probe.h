@@ -89,7 +89,7 @@ struct pvclock {
 };
 
 struct fault {
-    u64 vector, error, rip, rsp, cr2;
+    u64 vector, error, rip, rsp, cr2, count;
 };
 
 struct cpu {
@@ -119,6 +119,7 @@ struct cpu {
 _Static_assert(offsetof(struct cpu, irq_total) == CPU_IRQ_TOTAL, "layout.h");
 _Static_assert(offsetof(struct cpu, irq_count) == CPU_IRQ, "layout.h");
 _Static_assert(offsetof(struct cpu, fault) == CPU_FAULT, "layout.h");
+_Static_assert(offsetof(struct cpu, fault.count) == CPU_FAULT_COUNT, "layout.h");
 _Static_assert(offsetof(struct cpu, kvm_features) == CPU_KVM_FEATURES, "layout.h");
 _Static_assert(offsetof(struct cpu, gdt) == CPU_GDT, "layout.h");
 _Static_assert(offsetof(struct cpu, tss) == CPU_TSS, "layout.h");
@@ -139,16 +140,13 @@ static inline struct cpu *this_cpu(void)
     return (struct cpu *)(rsp & -(u64)CPU_REGION);
 }
 
-/* Interrupts on; halt until the next one unless *word already differs from value. */
-static inline void cpu_wait(volatile u32 *word, u32 value)
-{
-    __asm__ volatile("syscall" ::"D"(word), "S"(value) : "rcx", "r11", "memory");
-}
+/* Interrupts on; halt until the next one unless *word already differs from value. (traps.S) */
+void gate(volatile u32 *word, u32 value);
 
 static inline void interrupts_on(void)
 {
     static u32 zero;
-    cpu_wait(&zero, 1);
+    gate(&zero, 1);
 }
 
 void lapic_init(void);

@@ -4,17 +4,33 @@
         .text
         .code64
 
-/* SYSCALL gate, rdi = address of a u32, esi = value: halt unless the word has already changed, return with
- * interrupts on. SYSCALL clears IF and STI holds interrupts off for one instruction, so a wake-up between the
- * comparison and the HLT cannot be missed. Runs on the ring 3 stack (no red zone is used). */
+/* void gate(volatile u32 *word, u32 value), called in ring 3: halt unless the word has already changed; interrupts
+ * are on afterwards. A HLT in ring 3 is a general protection fault, and that is the way into ring 0: a software KVM
+ * that runs ring 3 natively delivers faults as the architecture says, but not SYSCALL (CPL stays 3) nor INT n. */
         .globl gate
 gate:
+        hlt
+        ret
+
+/* The interrupt gate has cleared IF, and STI holds interrupts off for one instruction more, so a wake-up between the
+ * comparison and the HLT cannot be missed. */
+gate_ring0:
         cmp %esi, (%rdi)
         jne 1f
         sti
         hlt
-1:      or $0x200, %r11d
-        sysretq
+1:      orl $0x200, 24(%rsp)
+        incq 8(%rsp) /* over the one-byte HLT */
+        add $8, %rsp
+        iretq
+
+        .balign TRAP_STUB_SIZE
+        .globl general_protection_stub
+general_protection_stub:
+        cmpq $gate, 8(%rsp)
+        je gate_ring0
+        push $13
+        jmp fault_common
 
         .balign TRAP_STUB_SIZE
         .globl irq_stubs
@@ -63,6 +79,7 @@ fault_stubs:
 fault_common:
         mov %rsp, %rdi
         and $-CPU_REGION, %rdi
+        incl CPU_FAULT_COUNT(%rdi)
         pop CPU_FAULT(%rdi)
         pop CPU_FAULT + 8(%rdi)
         mov (%rsp), %rax
@@ -73,7 +90,7 @@ fault_common:
         mov %rax, CPU_FAULT + 32(%rdi)
         mov $SEL_DATA3, %eax
         push %rax
-        lea CPU_RING3_TOP - 8(%rdi), %rax
+        lea CPU_RING3_TOP - 8(%rdi), %rax /* a fresh stack */
         push %rax
         push $RFLAGS_RING3
         push $SEL_CODE3

@@ -194,15 +194,18 @@ class StatePages:
 
     @property
     def uart(self) -> UartPage:
-        return self.machine.uart
+        page: UartPage = self.machine.uart
+        return page
 
     @property
     def pci(self) -> PciPage:
-        return self.machine.pci
+        page: PciPage = self.machine.pci
+        return page
 
     @property
     def timer(self) -> TimerPage:
-        return self.machine.timer
+        page: TimerPage = self.machine.timer
+        return page
 
     def vcpu(self, index: int) -> VcpuPage:
         return self._pages[index]

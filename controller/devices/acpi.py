@@ -14,6 +14,7 @@ from typing import Final
 from controller.devices.events import GuestEvent, OnEvent
 from controller.devices.misuse import Misuse
 from controller.devices.state import PRIVATE, Fields, State
+from vcpu_worker.layout import TimerPage
 
 PM_TIMER_HZ: Final = 3_579_545
 _SECOND_NS: Final = 1_000_000_000
@@ -43,36 +44,34 @@ def pm_timer_ticks(elapsed_ns: int) -> int:
 
 
 class PmTimer:
-    """Port 0x608, 4-byte reads. The vCPU loops answer it themselves from the same base, published by `on_base`.
+    """Port 0x608, 4-byte reads. The vCPU loops answer it themselves from the page's start, the CLOCK_MONOTONIC time
+    in nanoseconds at which the counter was 0."""
 
-    The base is the CLOCK_MONOTONIC time, in nanoseconds, at which the counter was 0.
-    """
-
-    def __init__(self, on_base: Callable[[int], None] | None = None, clock: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(self, page: TimerPage, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        self._page = page
         self._clock = clock
-        self._on_base = on_base
-        self._base_ns = 0
-        self._set_base(clock())
+        page.start = clock()
+        page.present = 1
 
-    def _set_base(self, base_ns: int) -> None:
-        self._base_ns = base_ns
-        if self._on_base is not None:
-            self._on_base(base_ns)
+    @property
+    def _elapsed_ns(self) -> int:
+        return self._clock() - int(self._page.start) & (1 << 64) - 1
 
     def read(self, offset: int, size: int) -> int | None:
-        return pm_timer_ticks(self._clock() - self._base_ns) if size == 4 and offset == 0 else None
+        return pm_timer_ticks(self._elapsed_ns) if size == 4 and offset == 0 else None
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Read-only."""
 
     def save(self) -> State:
-        """Cloud Hypervisor's timer starts again from 0; ours goes on. The clock does not run while the VM is on its way."""
-        return {PRIVATE: {"elapsed_ns": self._clock() - self._base_ns}}
+        """Cloud Hypervisor's timer starts again from 0; ours goes on where it was."""
+        return {PRIVATE: {"elapsed_ns": self._elapsed_ns}}
 
     def load(self, state: object) -> None:
         private = Fields("PM timer", state).private()
         if "elapsed_ns" in private:
-            self._set_base(self._clock() - private.integer("elapsed_ns", 63))
+            # Modulo 2^64, as the loops subtract: this host may have been up for less than the guest.
+            self._page.start = self._clock() - private.integer("elapsed_ns", 63) & (1 << 64) - 1
 
 
 class GedEvent(IntFlag):

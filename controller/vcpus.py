@@ -1,0 +1,223 @@
+"""All vCPUs of a VM: their exits, their pauses, their deaths.
+
+Exits are carried out here, on the reactor's thread, one after the other, so devices need no locks. An effect that has to
+wait (a device's activation) is a coroutine: its vCPU waits for it, the others go on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from controller.bus import Bus, Effect
+from shared import kvm, log
+from shared.errors import FlotillaError, HostError
+from shared.reactor import Future, Reactor, describe, drain_eventfd, within
+from vcpu_worker.layout import StatePages
+from vcpu_worker.process import Exit, ExitKind, Vcpu
+
+PAUSE_SECONDS = 10.0
+# A vCPU that is killed again and again is started again and again, but not in a busy loop.
+STEADY_SECONDS = 0.2
+RESTART_DELAY = 0.02
+# KVM_SYSTEM_EVENT_*: 1 shutdown, 2 reset, 3 crash
+SYSTEM_EVENT_SHUTDOWN = 1
+
+
+class Machine(Protocol):
+    """What an exit can mean for the VM as a whole."""
+
+    pio: Bus
+    mmio: Bus
+
+    def end_of_interrupt(self, vector: int) -> None: ...
+    def triple_fault(self) -> None: ...
+    def guest_shutdown(self) -> None: ...
+    def vcpu_failed(self, name: str, why: str) -> None: ...
+
+
+class Vcpus:
+    """Made with the vCPU fds; start() lets them run."""
+
+    def __init__(
+        self, reactor: Reactor, vm: kvm.KvmVm, pages: StatePages, apic_ids: list[int], machine: Machine
+    ) -> None:
+        self._reactor = reactor
+        self._machine = machine
+        self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.all = [Vcpu(vm, pages, index, apic_id, self._event_fd) for index, apic_id in enumerate(apic_ids)]
+        self._spawned = [0.0] * len(self.all)
+        self._parking: Future[None] | None = None
+        self._closing = False
+        reactor.add_reader(self._event_fd, self._on_event)
+
+    def start(self, *, paused: bool = False) -> None:
+        """Spawn every process. Paused: they park at once and wait for resume()."""
+        for vcpu in self.all:
+            if paused:
+                vcpu.request_pause()
+            self._spawn(vcpu)
+
+    def _spawn(self, vcpu: Vcpu) -> None:
+        vcpu.spawn()
+        self._spawned[vcpu.index] = time.monotonic()
+        self._reactor.add_reader(vcpu.pidfd, lambda: self._ended(vcpu))
+
+    def _ended(self, vcpu: Vcpu) -> None:
+        """Killed: its successor finishes the exit that was under way. Reaped first: two on one stack would be the end."""
+        self._reactor.remove_reader(vcpu.pidfd)
+        status = vcpu.reap()
+        if self._closing:
+            return
+        log.warn(f"{vcpu.name} ended with {status}; starting its successor")
+        lived = time.monotonic() - self._spawned[vcpu.index]
+        if lived > STEADY_SECONDS:
+            self._respawn(vcpu)
+        else:
+            self._reactor.call_later(RESTART_DELAY, lambda: self._respawn(vcpu))
+
+    def _respawn(self, vcpu: Vcpu) -> None:
+        if self._closing:
+            return
+        try:
+            self._spawn(vcpu)
+        except HostError as error:
+            log.error(f"{describe(error)}; trying again")
+            self._reactor.call_later(1.0, lambda: self._respawn(vcpu))
+
+    # Exits -------------------------------------------------------------------------------------------------------
+
+    def _on_event(self) -> None:
+        drain_eventfd(self._event_fd)
+        for vcpu in self.all:
+            exit = vcpu.take_exit()
+            if exit is not None:
+                self._carry_out(vcpu, exit)
+        self._check_parked()
+
+    def _carry_out(self, vcpu: Vcpu, exit: Exit) -> None:
+        try:
+            effects = self._effects(vcpu, exit)
+        except FlotillaError as error:
+            log.warn(f"{vcpu.name}: {exit.kind.value} at {exit.address:#x}: {describe(error)}")
+            effects = []
+        if effects:
+            self._reactor.spawn(self._finish_later(vcpu, exit, effects), f"{vcpu.name} exit")
+        else:
+            vcpu.finish_exit(exit.epoch)
+
+    async def _finish_later(self, vcpu: Vcpu, exit: Exit, effects: list[Effect]) -> None:
+        try:
+            for effect in effects:
+                await effect
+        except FlotillaError as error:
+            # The guest must not hang for it: the device has said what it thinks (NEEDS_RESET).
+            log.error(f"{vcpu.name}: {exit.kind.value} at {exit.address:#x}: {describe(error)}")
+        finally:
+            if not self._closing:
+                vcpu.finish_exit(exit.epoch)
+
+    def _effects(self, vcpu: Vcpu, exit: Exit) -> list[Effect]:
+        """Carry an exit out; what is left to be waited for."""
+        machine = self._machine
+        if exit.kind is ExitKind.PIO:
+            return _access(machine.pio, exit)
+        if exit.kind is ExitKind.MMIO:
+            return _access(machine.mmio, exit)
+        if exit.kind is ExitKind.IOAPIC_EOI:
+            machine.end_of_interrupt(exit.address)
+        elif exit.kind is ExitKind.SHUTDOWN:
+            machine.triple_fault()
+            return [_never()]  # nothing is left to run in this vCPU
+        elif exit.kind is ExitKind.SYSTEM_EVENT and exit.address == SYSTEM_EVENT_SHUTDOWN:
+            machine.guest_shutdown()
+            return [_never()]
+        elif exit.kind is ExitKind.SYSTEM_EVENT:
+            machine.triple_fault()
+            return [_never()]
+        else:
+            machine.vcpu_failed(vcpu.name, vcpu.failure())
+            return [_never()]
+        return []
+
+    # Pause -------------------------------------------------------------------------------------------------------
+
+    async def pause(self) -> None:
+        """All vCPUs out of the guest, no exit pending. Raises Timeout after PAUSE_SECONDS (they are resumed then)."""
+        parking: Future[None] = Future()
+        self._parking = parking
+        for vcpu in self.all:
+            vcpu.request_pause()
+        self._check_parked()
+        try:
+            await within(self._reactor, PAUSE_SECONDS, parking, "the vCPUs to park")
+        except BaseException:
+            self.resume()
+            raise
+        finally:
+            self._parking = None
+
+    def _check_parked(self) -> None:
+        if self._parking is not None and all(vcpu.parked for vcpu in self.all):
+            self._parking.set_result(None)
+
+    def resume(self) -> None:
+        for vcpu in self.all:
+            vcpu.resume()
+
+    # End ---------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Kill and reap every process, let go of the fds. The guest is gone when this returns."""
+        if self._closing:
+            return
+        self._closing = True
+        self._reactor.remove_reader(self._event_fd)
+        for vcpu in self.all:
+            if vcpu.pidfd >= 0:
+                self._reactor.remove_reader(vcpu.pidfd)
+                vcpu.kill()
+        for vcpu in self.all:
+            if vcpu.pidfd >= 0:
+                vcpu.reap()
+            vcpu.close()
+        os.close(self._event_fd)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Rows for `vmm.fleet`. A vCPU shares the controller's address space: its own PSS is 0."""
+        return [
+            {
+                "kind": "vcpu",
+                "device": vcpu.name,
+                "pid": vcpu.pid,
+                "state": vcpu.state.name.lower(),
+                "restarts": vcpu.restarts,
+                "pss_kib": 0,
+            }
+            for vcpu in self.all
+        ]
+
+
+async def _never() -> None:
+    await Future[None]()
+
+
+def _access(bus: Bus, exit: Exit) -> list[Effect]:
+    """One access, or each element of a string instruction, all at the same address."""
+    effects: list[Effect] = []
+    found = bus.find(exit.address)
+    if found is None:
+        return effects
+    device, offset = found
+    size, data = exit.size, exit.data
+    read: Callable[[int, int], int | None] = device.read
+    for start in range(0, size * exit.repeats, size):
+        if exit.is_write:
+            effect = device.write(offset, size, int.from_bytes(data[start : start + size], "little"))
+            if effect is not None:
+                effects.append(effect)
+        elif (value := read(offset, size)) is not None:
+            data[start : start + size] = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+    return effects

@@ -1,0 +1,168 @@
+"""A vCPU's whole state, out of KVM and into it again. Key names are Cloud Hypervisor's (machine page, section 7.7).
+
+Binary structs travel as bytes, `msrs` as a list of (index, value), `cpuid` as a list of seven integers each. The order of
+both directions is part of the contract with KVM; each line says why. The vCPU must be out of KVM_RUN with no exit
+pending (Vcpu.parked).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from collections.abc import Sequence
+from typing import Any
+
+from shared import kvm
+from shared.errors import ProtocolError
+from shared.kvm import ioctl
+
+State = dict[str, Any]
+
+MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE = 0x10, 0x6E0
+# Not in KVM's index list, but guests set them: variable ranges, fixed ranges, default type.
+MTRR_MSRS = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF)
+_BLOBS = {
+    "regs": (kvm.KVM_GET_REGS, kvm.KVM_SET_REGS, kvm.kvm_regs),
+    "sregs": (kvm.KVM_GET_SREGS, kvm.KVM_SET_SREGS, kvm.kvm_sregs),
+    "fpu": (kvm.KVM_GET_FPU, kvm.KVM_SET_FPU, kvm.kvm_fpu),
+    "xcrs": (kvm.KVM_GET_XCRS, kvm.KVM_SET_XCRS, kvm.kvm_xcrs),
+    "debugregs": (kvm.KVM_GET_DEBUGREGS, kvm.KVM_SET_DEBUGREGS, kvm.kvm_debugregs),
+    "lapic_state": (kvm.KVM_GET_LAPIC, kvm.KVM_SET_LAPIC, kvm.kvm_lapic_state),
+    "mp_state": (kvm.KVM_GET_MP_STATE, kvm.KVM_SET_MP_STATE, kvm.kvm_mp_state),
+    "vcpu_events": (kvm.KVM_GET_VCPU_EVENTS, kvm.KVM_SET_VCPU_EVENTS, kvm.kvm_vcpu_events),
+}
+# MP_STATE first: reading it runs pending INIT and SIPI, which change registers and LAPIC. VCPU_EVENTS last: other
+# getters may turn a pending event into another one.
+_SAVE_FIRST = ("mp_state", "regs", "sregs")
+_SAVE_REST = ("xcrs", "debugregs", "lapic_state", "fpu")
+# SREGS carries APIC_BASE, without which the LAPIC's registers are not taken; FPU after XSAVE, which covers it too.
+_LOAD_FIRST = ("mp_state", "regs", "sregs")
+_LOAD_REST = ("xcrs", "debugregs", "lapic_state", "fpu")
+
+
+def _get(fd: int, name: str) -> bytes:
+    request, _, struct = _BLOBS[name]
+    value = struct()
+    ioctl(fd, request, value)
+    return bytes(value)
+
+
+def _set(fd: int, name: str, data: object) -> None:
+    _, request, struct = _BLOBS[name]
+    if not isinstance(data, bytes) or len(data) != ctypes.sizeof(struct):
+        raise ProtocolError(f"vCPU state: {name}: expected {ctypes.sizeof(struct)} bytes")
+    ioctl(fd, request, struct.from_buffer_copy(data))
+
+
+class VcpuCodec:
+    """Saves and loads vCPUs of one VM; knows the host's MSR list and XSAVE size, asked once, before any downtime."""
+
+    def __init__(self, vm: kvm.KvmVm) -> None:
+        self._indices = list(dict.fromkeys([*vm.kvm.msr_indices(), *MTRR_MSRS]))
+        # KVM_CAP_XSAVE2 is 0 where KVM_GET_XSAVE's 4096 bytes hold everything.
+        self._xsave_size = max(vm.kvm.check_extension(kvm.KVM_CAP_XSAVE2), kvm.XSAVE_SIZE)
+
+    def save(self, fd: int) -> State:
+        state: State = {name: _get(fd, name) for name in _SAVE_FIRST}
+        state["xsave"] = self._get_xsave(fd)
+        state.update((name, _get(fd, name)) for name in _SAVE_REST)
+        state["tsc_khz"] = _tsc_khz(fd)
+        # After the LAPIC: reading TSC_DEADLINE gives 0 once its timer has been taken into account.
+        state["msrs"] = self._get_msrs(fd)
+        state["vcpu_events"] = _get(fd, "vcpu_events")
+        return state
+
+    def load(self, fd: int, state: State) -> list[int]:
+        """Everything but CPUID, which set_cpuid() gives the vCPU before. Returns MSRs that this host refused."""
+        for key in (*_BLOBS, "xsave", "msrs"):
+            if key not in state:
+                raise ProtocolError(f"vCPU state: {key} is missing")
+        for name in _LOAD_FIRST:
+            _set(fd, name, state[name])
+        self._set_xsave(fd, state["xsave"])
+        for name in _LOAD_REST:
+            _set(fd, name, state[name])
+        if state.get("tsc_khz"):
+            _set_tsc_khz(fd, int(state["tsc_khz"]))
+        # After the LAPIC: TSC_DEADLINE is refused while the LVT timer is not in deadline mode.
+        refused = set_msrs(fd, _restore_order(state["msrs"]))
+        _set(fd, "vcpu_events", state["vcpu_events"])
+        try:
+            # Tells the guest's watchdogs that it was paused. EINVAL: it uses no kvmclock.
+            ioctl(fd, kvm.KVM_KVMCLOCK_CTRL)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        return refused
+
+    def _get_xsave(self, fd: int) -> bytes:
+        buffer = (ctypes.c_uint8 * self._xsave_size)()
+        ioctl(fd, kvm.KVM_GET_XSAVE2 if self._xsave_size > kvm.XSAVE_SIZE else kvm.KVM_GET_XSAVE, buffer)
+        return bytes(buffer)
+
+    def _set_xsave(self, fd: int, data: object) -> None:
+        if not isinstance(data, bytes) or not kvm.XSAVE_SIZE <= len(data) <= self._xsave_size:
+            raise ProtocolError("vCPU state: xsave: this host's XSAVE area is smaller", "CPU features differ")
+        buffer = (ctypes.c_uint8 * self._xsave_size)()
+        ctypes.memmove(buffer, data, len(data))
+        ioctl(fd, kvm.KVM_SET_XSAVE, buffer)
+
+    def _get_msrs(self, fd: int) -> list[tuple[int, int]]:
+        """KVM_GET_MSRS stops at the first MSR it can't read: skip that one, now and in future, and go on."""
+        values: list[tuple[int, int]] = []
+        pending = list(self._indices)
+        while pending:
+            buffer = kvm.msr_list(len(pending))
+            for entry, index in zip(buffer.entries, pending, strict=True):
+                entry.index = index
+            count = ioctl(fd, kvm.KVM_GET_MSRS, buffer)
+            values += [(entry.index, entry.data) for entry in buffer.entries[:count]]
+            if count < len(pending):
+                self._indices.remove(pending[count])
+            pending = pending[count + 1 :]
+        return values
+
+
+def _restore_order(msrs: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """TSC before TSC_DEADLINE, which is compared with it; a deadline of 0 means disarmed and is not written last."""
+    order = {MSR_IA32_TSC: 1, MSR_IA32_TSC_DEADLINE: 2}
+    pairs = [(int(index), int(value)) for index, value in msrs]
+    return sorted(pairs, key=lambda pair: order.get(pair[0], 0))
+
+
+def set_msrs(fd: int, msrs: Sequence[tuple[int, int]]) -> list[int]:
+    """Set what this host takes; the indices that it refused."""
+    refused: list[int] = []
+    pending = list(msrs)
+    while pending:
+        buffer = kvm.msr_list(len(pending))
+        for entry, (index, value) in zip(buffer.entries, pending, strict=True):
+            entry.index, entry.data = index, value
+        count = ioctl(fd, kvm.KVM_SET_MSRS, buffer)
+        if count < len(pending):
+            refused.append(pending[count][0])
+        pending = pending[count + 1 :]
+    return refused
+
+
+def set_cpuid(fd: int, entries: Sequence[Any]) -> None:
+    """Before any register: KVM checks SREGS and MSRs against it."""
+    ioctl(fd, kvm.KVM_SET_CPUID2, kvm.cpuid_entries(entries))
+
+
+def _tsc_khz(fd: int) -> int | None:
+    try:
+        return ioctl(fd, kvm.KVM_GET_TSC_KHZ)
+    except OSError:
+        return None  # an unstable host TSC: kvm-clock is all the guest has
+
+
+def _set_tsc_khz(fd: int, khz: int) -> None:
+    if _tsc_khz(fd) == khz:
+        return
+    try:
+        ioctl(fd, kvm.KVM_SET_TSC_KHZ, khz)
+    except OSError as error:
+        # No TSC scaling on this host: a guest on kvm-clock does not notice.
+        if error.errno not in (errno.EIO, errno.EINVAL):
+            raise
