@@ -1,5 +1,6 @@
 /*
- * The block worker's native loop: one ring thread per queue, one pool of I/O threads per device.
+ * The block worker's native loop: one ring thread per queue, one pool of I/O threads per device. blk.c is the API,
+ * blk_ring.h the threads, blk_io.h a request's work.
  *
  *   kick ─▶ ring thread: pop ─┬─▶ cached read, or the only request in flight: done here
  *                             └─▶ pool ─▶ I/O thread: parse, pread/pwrite ─▶ used ring ─▶ call
@@ -185,14 +186,6 @@ struct blk_device {
 struct blk_scratch {
     struct vring_chain chain;
     void *bounce;
-};
-
-struct blk_outcome {
-    enum blk_kind kind;
-    uint8_t status;
-    enum vring_error malformed;
-    int error; /* errno behind an IOERR, 0 if the request itself was wrong */
-    uint64_t bytes;
 };
 
 /* ---- API for ctypes, all from one thread (the reactor's). Results are 0 or a value, -errno on failure. */

@@ -1,5 +1,5 @@
 /*
- * Carrying out one request: parse, check, read or write, answer. Part of blk.c.
+ * Carrying out one request: parse, check, read or write, write its status. Part of blk.c.
  *
  * Any thread may run any request. What comes from the guest is copied once and checked in the copy. Requests in flight
  * have no order among them (virtio 1.2, 5.2.6.4): a FLUSH covers what had completed before it was sent.
@@ -15,6 +15,19 @@
 #include <time.h>
 
 #include "blk.h"
+
+enum blk_mode {
+    BLK_MAY_BLOCK,
+    BLK_CACHED_ONLY, /* decline what might wait for the disk */
+};
+
+struct blk_outcome {
+    enum blk_kind kind;
+    uint8_t status;
+    enum vring_error malformed;
+    int error; /* errno behind an IOERR, 0 if the request itself was wrong */
+    uint64_t bytes;
+};
 
 /* Part of a chain, consumed from the front. */
 struct blk_span {
@@ -337,20 +350,24 @@ static bool blk_do(struct blk_device *d, struct blk_scratch *scratch, const stru
     return true;
 }
 
-/* Carry out and answer a request. false: declined (BLK_CACHED_ONLY), and untouched but for guest read buffers. */
-static bool blk_execute(struct blk_request *request, struct blk_scratch *scratch, enum blk_mode mode)
+/*
+ * Carry out a request up to its status byte. scratch->chain.writable tells what was written to, *len how many bytes.
+ * false: declined (BLK_CACHED_ONLY); nothing was touched but perhaps the buffers of a read.
+ */
+static bool blk_execute(const struct blk_request *request, struct blk_scratch *scratch, enum blk_mode mode,
+                        struct blk_outcome *o, uint32_t *len)
 {
     struct blk_device *d = request->queue->device;
     struct vring_chain *chain = &scratch->chain;
-    struct blk_outcome o = {.kind = BLK_OTHER, .status = BLK_S_OK};
     struct blk_request_header header;
-    bool publish = mode == BLK_MAY_BLOCK;
 
-    o.malformed = vring_parse(&request->queue->vring, request->head, chain);
-    if (!o.malformed && (chain->readable_bytes < sizeof(header) || !chain->writable_bytes))
-        o.malformed = VRING_BAD_REQUEST;
-    if (o.malformed) {
-        blk_complete(request, NULL, 0, &o, publish);
+    *o = (struct blk_outcome){.kind = BLK_OTHER, .status = BLK_S_OK};
+    *len = 0;
+    o->malformed = vring_parse(&request->queue->vring, request->head, chain);
+    if (!o->malformed && (chain->readable_bytes < sizeof(header) || !chain->writable_bytes))
+        o->malformed = VRING_BAD_REQUEST;
+    if (o->malformed) {
+        chain->writable = 0;
         return true;
     }
     struct blk_span out = {chain->iov, chain->readable, chain->readable_bytes};
@@ -360,12 +377,13 @@ static bool blk_execute(struct blk_request *request, struct blk_scratch *scratch
     in.count -= !last->iov_len;
 
     blk_copy(&out, &header, sizeof(header), false);
-    o.kind = blk_kind_of(header.type);
-    if (!blk_do(d, scratch, &header, &out, &in, mode, &o))
+    o->kind = blk_kind_of(header.type);
+    if (!blk_do(d, scratch, &header, &out, &in, mode, o))
         return false;
-    *status = o.status;
-    uint32_t read = o.status == BLK_S_OK && (o.kind == BLK_READ || o.kind == BLK_OTHER) ? (uint32_t)o.bytes : 0;
-    blk_complete(request, chain, read + 1, &o, publish);
+    *status = o->status;
+    *len = 1;
+    if (o->status == BLK_S_OK && (o->kind == BLK_READ || o->kind == BLK_OTHER))
+        *len += (uint32_t)o->bytes;
     return true;
 }
 

@@ -11,6 +11,7 @@ pidfd has been waited for before a successor is forked, so nothing of the dead p
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 from collections.abc import Mapping
@@ -70,6 +71,11 @@ class Backend:
             for ours, theirs in pairs.values():
                 ours.close()
                 theirs.close()
+
+    def signal(self, number: int) -> None:
+        """Tell the worker something that has no verb (SIGWINCH)."""
+        if self.process is not None:
+            signal.pidfd_send_signal(self.process.pidfd, number)
 
     def _hung_up(self, error: Exception | None) -> None:
         """The connection broke. A worker that lives on is of no use: end it, its end brings the successor."""

@@ -1,7 +1,7 @@
 """Address decoding on the exit path: which device answers a port or a guest physical address.
 
-One Bus for ports, one for MMIO. A lookup is one bisection in a sorted list, about a microsecond in Python, which is what an
-exit can afford. An access belongs to the device that holds its first byte, as in Cloud Hypervisor.
+One Bus for ports, one for MMIO. A lookup is one bisection in a sorted list, about a microsecond in Python, which
+is what an exit can afford. An access belongs to the device that holds its first byte, as in Cloud Hypervisor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class BusDevice(Protocol):
         """The value, little-endian in `size` bytes (1, 2, 4 or 8); None leaves the data of kvm_run untouched."""
 
     def write(self, offset: int, size: int, value: int) -> Effect | None:
-        """Carry out a write. A coroutine is an effect that the writing vCPU has to wait for (a device's activation)."""
+        """Carry out a write. A coroutine is an effect that the writing vCPU has to wait for (a device's
+        activation)."""
 
 
 class Bus:

@@ -1,10 +1,12 @@
 """Interrupt routing of a split irqchip: MSI routes on GSIs, and eventfds that inject them (irqfds).
 
-The LAPICs are in KVM; everything that interrupts a guest is an MSI: MSI-X vectors and the pins of the user-space IOAPIC
-alike. GSIs 0 to 23 stay empty (they are reserved for the IOAPIC's pins when the irqchip is split), routes begin at 24, as in
-Cloud Hypervisor. KVM replaces its table as a whole, so changes are collected and `commit()` sends them in one ioctl.
+The LAPICs are in KVM; everything that interrupts a guest is an MSI: MSI-X vectors and the pins of the user-space
+IOAPIC alike. GSIs 0 to 23 stay empty (they are reserved for the IOAPIC's pins when the irqchip is split), routes
+begin at 24, as in Cloud Hypervisor. KVM replaces its table as a whole, so changes are collected and `commit()`
+sends them in one ioctl.
 
-Sources: Documentation/virt/kvm/api.rst 4.52 (KVM_SET_GSI_ROUTING), 4.75 (KVM_IRQFD); arch/x86/kvm (x2APIC message format).
+Sources: Documentation/virt/kvm/api.rst 4.52 (KVM_SET_GSI_ROUTING), 4.75 (KVM_IRQFD); arch/x86/kvm (x2APIC message
+format).
 """
 
 from __future__ import annotations
@@ -45,9 +47,10 @@ class KvmVm(Protocol):
 def translate_destination(address_lo: int, address_hi: int) -> tuple[int, int]:
     """A guest's MSI address as KVM wants it.
 
-    The guest was offered KVM_FEATURE_MSI_EXT_DEST_ID: bits 11:5 of the address carry bits 14:8 of the destination. KVM expects
-    them in bits 31:8 of the high word. KVM refuses the whole table over one entry with bits 7:0 of the high word set, so
-    these, which mean nothing to it, are dropped: a guest's bad entry must cost no other device its interrupts.
+    The guest was offered KVM_FEATURE_MSI_EXT_DEST_ID: bits 11:5 of the address carry bits 14:8 of the
+    destination. KVM expects them in bits 31:8 of the high word. KVM refuses the whole table over one entry with
+    bits 7:0 of the high word set, so these, which mean nothing to it, are dropped: a guest's bad entry must cost
+    no other device its interrupts.
     """
     address_hi &= 0xFFFF_FF00
     extended = address_lo & _EXT_DEST_ID
@@ -78,7 +81,9 @@ class IrqRouting:
         if self._free:
             return heapq.heappop(self._free)
         if self._next >= MAX_GSIS:
-            raise HostError(f"KVM has no more than {MAX_GSIS} interrupt routes", "give the VM fewer devices or queues")
+            raise HostError(
+                f"KVM has no more than {MAX_GSIS} interrupt routes", "give the VM fewer devices or queues"
+            )
         self._next += 1
         return self._next - 1
 

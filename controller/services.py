@@ -107,7 +107,11 @@ class Services:
             self._updates.close()
             self._updates = None
         if not self._stopping:
-            self._reactor.call_later(0.1, lambda: self._reactor.spawn(self._start_janitor(), "janitor") and None)
+            self._reactor.call_later(0.1, self._restart_janitor)
+
+    def _restart_janitor(self) -> None:
+        if not self._stopping:
+            self._reactor.spawn(self._start_janitor(), "janitor")
 
     def _tell(self, update: dict[str, Any]) -> None:
         import msgpack

@@ -152,6 +152,11 @@ class Frontend:
         """Whether the driver has activated the device, its rings running or stopped."""
         return self._session is not None
 
+    @property
+    def bases(self) -> dict[int, int]:
+        """Next avail index by queue of a device whose rings are stopped; empty for one that is not active."""
+        return dict(self._session.bases) if self._session is not None else {}
+
     # Connections ------------------------------------------------------------------------------------------------
 
     async def connect(self, sock: socket.socket) -> None:

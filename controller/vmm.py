@@ -215,7 +215,8 @@ class Vmm:
     async def migration_progress(self, _: None) -> dict[str, Any]:
         if self.migration is None:
             return {"state": "none"}
-        return self.migration.progress()
+        progress: dict[str, Any] = self.migration.progress()
+        return progress
 
     # Requests: changing ------------------------------------------------------------------------------------------
 
@@ -340,7 +341,7 @@ class Vmm:
             await outgoing.run(arguments)
             # The guest runs elsewhere: nothing of it may be touched here any more, only let go.
             self.vm = None
-            vm.release()
+            await vm.release()
         self.end(0)
 
     async def receive_migration(self, body: Any) -> None:

@@ -180,6 +180,14 @@ static void register_write(u64 address, bool is_io, u8 value)
         mmio_write8(address, value);
 }
 
+/* The effect of a power register may take a moment to reach this CPU. */
+static void __attribute__((noreturn)) register_wait(const char *what)
+{
+    for (u64 end = now_ns() + NS_PER_S; now_ns() < end;)
+        pause();
+    die("%s had no effect", what);
+}
+
 #define SLP_EN (1 << 5)
 #define S5_SLEEP_TYPE 5           /* CH's \_S5 */
 #define PM1_SLP_EN (1 << 13)      /* QEMU's \_S5 has type 0 */
@@ -190,7 +198,7 @@ void power_off(void)
         register_write(acpi.sleep_control, acpi.sleep_is_io, S5_SLEEP_TYPE << 2 | SLP_EN);
     else if (acpi.pm1a_control)
         out16(acpi.pm1a_control, PM1_SLP_EN);
-    die("power-off had no effect");
+    register_wait("power-off");
 }
 
 void power_reset(const char *how)
@@ -199,5 +207,5 @@ void power_reset(const char *how)
         out8(0x64, 0xfe);
     else if (acpi.reset_register)
         register_write(acpi.reset_register, acpi.reset_is_io, acpi.reset_value);
-    die("reset had no effect");
+    register_wait("reset");
 }

@@ -107,13 +107,20 @@ def _open_tty() -> HostEnd:
         import termios
         import tty
 
-        # stopped in the background, tcsetattr would wait for the foreground: a shell's `&` must not hang the VMM
-        if os.tcgetpgrp(end.fds["in"]) == os.getpgrp():
+        # From the background, tcsetattr and read would stop us until `fg`: a shell's `&` must not stop the VM.
+        if _in_foreground(end.fds["in"]):
             end.termios = termios.tcgetattr(end.fds["in"])
             tty.setraw(end.fds["in"], termios.TCSANOW)
         else:
             os.close(end.fds.pop("in"))
     return end
+
+
+def _in_foreground(terminal: int) -> bool:
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return True  # not our controlling terminal, so there is no job control
 
 
 def _reopen(fd: int, access: int) -> int:
@@ -195,11 +202,14 @@ class CharDev:
         self._backlog = bytearray()
         self._paused = False
         self._held = False  # no use of the host at all
+        self._input_over = False
         self._client: socket.socket | None = None
         self._listening = False
         self._reading = -1
         self._writing = -1
         self.dropped = 0
+        out = end.fds.get("out", end.fds.get("listen", -1))
+        self._to_socket = out >= 0 and stat.S_ISSOCK(os.fstat(out).st_mode)
         self._watch()
 
     @property
@@ -256,7 +266,7 @@ class CharDev:
         was_full = self.full
         while self._backlog:
             try:
-                sent = os.write(fd, memoryview(self._backlog)[:READ_SIZE])
+                sent = self._send(fd, bytes(self._backlog[:READ_SIZE]))
             except BlockingIOError:
                 self._want_write(fd)
                 break
@@ -269,6 +279,16 @@ class CharDev:
         if was_full and not self.full:
             self._reactor.call_soon(self.on_drain)
 
+    def _send(self, fd: int, data: bytes) -> int:
+        if not self._to_socket:
+            return os.write(fd, data)
+        # Standard output may be a socket that others use too: its blocking mode is not ours to change.
+        sock = socket.socket(fileno=fd)
+        try:
+            return sock.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        finally:
+            sock.detach()
+
     def _want_write(self, fd: int) -> None:
         if fd == self._writing:
             return
@@ -279,7 +299,7 @@ class CharDev:
             self._reactor.add_writer(fd, self._flush)
 
     def _output_failed(self) -> None:
-        """Nobody is there any more. A socket's next client gets what is left; a pipe or terminal that is gone, nothing."""
+        """Nobody is there any more. A socket's next client gets what is left; a closed pipe or terminal has none."""
         self._want_write(-1)
         if self._client is not None:
             self._hang_up()
@@ -316,7 +336,10 @@ class CharDev:
                 self._reactor.add_reader(listen, self._accept)
             else:
                 self._reactor.remove_reader(listen)
-        fd = self._client.fileno() if self._client is not None else self.end.fds.get("in", -1)
+        if self._client is not None:
+            fd = self._client.fileno()
+        else:
+            fd = -1 if self._input_over else self.end.fds.get("in", -1)
         wanted = -1 if self._held or self._paused else fd
         if wanted != self._reading:
             if self._reading >= 0:
@@ -365,9 +388,8 @@ class CharDev:
         if self._client is not None:
             self._hang_up()
             return
-        self._reactor.remove_reader(self._reading)
-        self._reading = -1
-        os.close(self.end.fds.pop("in"))
+        self._input_over = True
+        self._watch()
 
     def _hang_up(self) -> None:
         """The socket's client has gone; wait for the next one."""

@@ -111,8 +111,9 @@ class SplitRing:
 
     def __init__(self, ring: Ring, memory: MemoryMap, log: DirtyLog | None = None) -> None:
         size = ring.size
-        self._memory = memory
+        self.memory = memory
         self.log = log
+        self.size = size
         self._ring = ring
         self._desc = bytes_at(ring.desc, 16 * size)
         avail = bytes_at(ring.avail, 4 + 2 * size).cast("H")
@@ -166,7 +167,7 @@ class SplitRing:
         for buffer in chain.readable:
             size = min(buffer.size, limit)
             limit -= size
-            parts += self._memory.views(buffer.gpa, size) if size else []
+            parts += self.memory.views(buffer.gpa, size) if size else []
         return b"".join(parts)
 
     def write(self, chain: Chain, data: bytes) -> int:
@@ -186,7 +187,7 @@ class SplitRing:
             size = min(buffer.size, limit)
             limit -= size
             gpa = buffer.gpa
-            for view in self._memory.views(gpa, size) if size else []:
+            for view in self.memory.views(gpa, size) if size else []:
                 yield view, gpa
                 gpa += len(view)
 

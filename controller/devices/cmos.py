@@ -21,7 +21,9 @@ _MIB16: Final = 16 << 20
 _KIB64: Final = 64 << 10
 _RESET_INDEX: Final = 0x8F
 _SECOND_NS: Final = 1_000_000_000
-_UPDATE_NS: Final = 8 * _SECOND_NS // 32768  # the update-in-progress bit is set for this long before each second
+_UPDATE_NS: Final = (
+    8 * _SECOND_NS // 32768
+)  # the update-in-progress bit is set for this long before each second
 
 
 def _bcd(value: int) -> int:
@@ -47,7 +49,11 @@ class Cmos:
     """
 
     def __init__(
-        self, ram_below_4g: int, ram_above_4g: int, on_event: OnEvent, clock: Callable[[], int] = time.time_ns
+        self,
+        ram_below_4g: int,
+        ram_above_4g: int,
+        on_event: OnEvent,
+        clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self._on_event = on_event
         self._clock = clock

@@ -1,7 +1,8 @@
 """The ACPI hotplug controllers: PCI slots (PHPR, 16 bytes) and CPUs (PRES, 12 bytes), both MMIO.
 
-They are register files between the DSDT's methods and whoever plugs: that one marks what has come or is to go and raises the
-GED; the guest's methods read it, and eject. Source: the reference's cloud-hypervisor-machine page, sections 4.6 and 4.7.
+They are register files between the DSDT's methods and whoever plugs: that one marks what has come or is to go and
+raises the GED; the guest's methods read it, and eject. Source: the reference's cloud-hypervisor-machine page,
+sections 4.6 and 4.7.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What is left of the keyboard controller: port 0x61 and the reset line.
 
-Four ports from 0x61, of which 0x62 and 0x63 are empty. Source: the reference's cloud-hypervisor-machine page, section 5.2.
+Four ports from 0x61, of which 0x62 and 0x63 are empty. Source: the reference's cloud-hypervisor-machine page,
+section 5.2.
 """
 
 from __future__ import annotations

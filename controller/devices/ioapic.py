@@ -1,10 +1,11 @@
 """The I/O APIC, 24 pins, each an MSI route with an eventfd as irqfd.
 
-A pin is pulsed by writing its eventfd, which any process can do (the vCPU loops do it for COM1). A pulse of a masked pin waits
-in the eventfd and is delivered when the guest unmasks the pin, as in Cloud Hypervisor; its state does not carry such a
-pulse, ours does.
+A pin is pulsed by writing its eventfd, which any process can do (the vCPU loops do it for COM1). A pulse of a
+masked pin waits in the eventfd and is delivered when the guest unmasks the pin, as in Cloud Hypervisor; its state
+does not carry such a pulse, ours does.
 
-Sources: Intel 82093AA data sheet; the reference's cloud-hypervisor-machine page, section 6. Offsets in bytes from 0xFEC00000.
+Sources: Intel 82093AA data sheet; the reference's cloud-hypervisor-machine page, section 6. Offsets in bytes from
+0xFEC00000.
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ class Ioapic:
             if register & 1:
                 entry = entry & 0xFFFF_FFFF | value << 32
             else:
-                entry = entry & 0xFFFF_FFFF_0000_0000 | entry & _READ_ONLY | value & ~_READ_ONLY & 0xFFFF_FFFF
+                entry = (
+                    entry & 0xFFFF_FFFF_0000_0000 | entry & _READ_ONLY | value & ~_READ_ONLY & 0xFFFF_FFFF
+                )
             self._entries[pin] = entry
             self._used[pin] = True
             self._apply(pin)

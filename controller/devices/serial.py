@@ -1,11 +1,12 @@
 """COM1, a 16550 without FIFOs as Cloud Hypervisor has it: 8 ports from 0x3F8, interrupt line 4, edges only.
 
-Its registers live in the page that the vCPU loops share (vcpu_worker/layout.py, UartPage). They finish most THR writes and LSR
-reads themselves; bytes wait in the page's ring until `drain()` takes them in batches. Everything else comes here.
+Its registers live in the page that the vCPU loops share (vcpu_worker/layout.py, UartPage). They finish most THR
+writes and LSR reads themselves; bytes wait in the page's ring until `drain()` takes them in batches. Everything
+else comes here.
 
-Sources: National Semiconductor PC16550D data sheet; the reference's cloud-hypervisor-machine page, sections 5.1 and 7.7.
-Things to know: FCR writes are ignored, LSR never shows an error, and enabling the transmit interrupt raises none by
-itself.
+Sources: National Semiconductor PC16550D data sheet; the reference's cloud-hypervisor-machine page, sections 5.1
+and 7.7. Things to know: FCR writes are ignored, LSR never shows an error, and enabling the transmit interrupt
+raises none by itself.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ _LOOPBACK_LIMIT: Final = 64
 
 # A fast typist, a file as standard input: hold the host side back between these marks.
 INPUT_HIGH, INPUT_LOW = 4096, 1024
-# After a batch the ring is looked at again so many seconds later, before vCPUs are asked to wake us: a guest that prints
-# costs a thousand wake-ups a second, not one a byte.
+# After a batch the ring is looked at again so many seconds later, before vCPUs are asked to wake us: a guest that
+# prints costs a thousand wake-ups a second, not one a byte.
 BATCH_SECONDS: Final = 0.001
 
 

@@ -1,24 +1,25 @@
 """What the guest reads from CPUID: KVM's list, changed as Cloud Hypervisor changes it.
 
-`common_cpuid` makes what all vCPUs share (and what a migration stream carries), `vcpu_cpuid` one vCPU's list from it, and
-`check_compatible` tells whether this host can run a guest that was started with another host's common list. Lists keep
-their order: entries that are replaced move to the end, as there.
+`common_cpuid` makes what all vCPUs share (and what a migration stream carries), `vcpu_cpuid` one vCPU's list from
+it, and `check_compatible` tells whether this host can run a guest that was started with another host's common list.
+Lists keep their order: entries that are replaced move to the end, as there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 from controller.machine.cpuid_features import feature_name
 from controller.machine.hostcpu import BRAND_STRING_LEAVES, host_cpuid
 from controller.machine.topology import Topology, x2apic_id
 from shared.errors import MigrationError
+from shared.kvm import KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2
 
-INDEX_SIGNIFICANT = 1
 KVM_SIGNATURE, KVM_FEATURES, KVM_TIMING = 0x4000_0000, 0x4000_0001, 0x4000_0010
 APIC_BUS_KHZ = 1_000_000
+MAX_NAMED = 8  # obstacles in one error message
 
 HYPERVISOR, TSC_DEADLINE, VMX = 1 << 31, 1 << 24, 1 << 5  # leaf 1 ECX
 MTRR, HTT = 1 << 12, 1 << 28  # leaf 1 EDX
@@ -35,8 +36,7 @@ THREAD_LEVEL, CORE_LEVEL, DIE_LEVEL = 1 << 8, 2 << 8, 5 << 8  # leaves 0xB and 0
 HostCpuid = Callable[[int, int], tuple[int, int, int, int]]
 
 
-@dataclass(frozen=True, slots=True)
-class CpuidEntry:
+class CpuidEntry(NamedTuple):
     """One entry as in KVM_SET_CPUID2 and in the migration stream. `flags` 1: `index` counts."""
 
     function: int
@@ -46,6 +46,17 @@ class CpuidEntry:
     ebx: int = 0
     ecx: int = 0
     edx: int = 0
+
+
+def from_kvm(entries: Iterable[kvm_cpuid_entry2]) -> list[CpuidEntry]:
+    """The list of KVM_GET_SUPPORTED_CPUID or KVM_GET_CPUID2; of the flags only the one that is in streams."""
+    return [
+        CpuidEntry(
+            entry.function, entry.index, entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            entry.eax, entry.ebx, entry.ecx, entry.edx,
+        )
+        for entry in entries
+    ]  # fmt: skip
 
 
 class Vendor(Enum):
@@ -68,7 +79,7 @@ def phys_bits(entries: Iterable[CpuidEntry]) -> int | None:
 def common_cpuid(
     supported: Iterable[CpuidEntry], bits: int, *, amx: bool = False, host: HostCpuid = host_cpuid
 ) -> list[CpuidEntry]:
-    """What all vCPUs share, from KVM_GET_SUPPORTED_CPUID's list; `bits` is the width of a physical address."""
+    """What all vCPUs share, from `from_kvm(Kvm.supported_cpuid())`; `bits` is the width of a physical address."""
     entries = [entry for entry in supported if entry.function not in BRAND_STRING_LEAVES]
     for leaf in BRAND_STRING_LEAVES:
         eax, ebx, ecx, edx = host(leaf, 0)
@@ -79,22 +90,22 @@ def common_cpuid(
 def _common(entry: CpuidEntry, bits: int, amx: bool, host: HostCpuid) -> CpuidEntry:
     match entry.function, entry.index:
         case 1, 0:
-            return replace(entry, ecx=entry.ecx | HYPERVISOR | TSC_DEADLINE, edx=entry.edx | MTRR)
+            return entry._replace(ecx=entry.ecx | HYPERVISOR | TSC_DEADLINE, edx=entry.edx | MTRR)
         case 7, 0 if not amx:
-            return replace(entry, edx=entry.edx & ~AMX_7_0_EDX)
+            return entry._replace(edx=entry.edx & ~AMX_7_0_EDX)
         case 7, 1 if not amx:
-            return replace(entry, eax=entry.eax & ~AMX_7_1_EAX, edx=entry.edx & ~AMX_7_1_EDX)
+            return entry._replace(eax=entry.eax & ~AMX_7_1_EAX, edx=entry.edx & ~AMX_7_1_EDX)
         case leaf, _ if leaf in AMX_LEAVES and not amx:
-            return replace(entry, eax=0, ebx=0, ecx=0, edx=0)
+            return entry._replace(eax=0, ebx=0, ecx=0, edx=0)
         case leaf, _ if leaf in CACHE_LEAVES:
             if entry.eax or entry.ebx or entry.ecx or entry.edx or host(0x8000_0000, 0)[0] < leaf:
                 return entry
             eax, ebx, ecx, edx = host(leaf, 0)
-            return replace(entry, eax=eax, ebx=ebx, ecx=ecx, edx=edx)
+            return entry._replace(eax=eax, ebx=ebx, ecx=ecx, edx=edx)
         case 0x8000_0008, _:
-            return replace(entry, eax=entry.eax & 0xFF00_FF00 | bits | bits << 16)
+            return entry._replace(eax=entry.eax & 0xFF00_FF00 | bits | bits << 16)
         case leaf, _ if leaf == KVM_FEATURES:
-            return replace(entry, eax=entry.eax | MSI_EXT_DEST_ID)
+            return entry._replace(eax=entry.eax | MSI_EXT_DEST_ID)
     return entry
 
 
@@ -158,7 +169,7 @@ def _amd_topology(patch: _Patch, topology: Topology, apic_id: int) -> None:
         patch.one(0x8000_0008, 0, ecx=0)
         return
     patch.set_bits(0x8000_0001, ecx=CMP_LEGACY | TOPOLOGY_EXTENSIONS)
-    patch.one(1, 0, ebx=(apic_id & 0xFF) << 24 | (cores & 0xFFFF) << 16 & 0xFF_0000 | CLFLUSH_SIZE)
+    patch.one(1, 0, ebx=(apic_id << 24 | cores << 16 | CLFLUSH_SIZE) & 0xFFFF_FFFF)
     patch.one(0x8000_0008, 0, ecx=widths + topology.core_width << 12 | cores - 1)
 
 
@@ -173,28 +184,28 @@ class _Patch:
 
     def every(self, function: int, **registers: int) -> None:
         """Set registers in every entry of a leaf; nothing happens if there is none."""
-        self._change(lambda entry: entry.function == function, lambda entry: replace(entry, **registers))
+        self._change(lambda entry: entry.function == function, lambda entry: entry._replace(**registers))
 
     def set_bits(self, function: int, **registers: int) -> None:
         self._change(
             lambda entry: entry.function == function and entry.index == 0,
-            lambda entry: replace(entry, **{name: getattr(entry, name) | bits for name, bits in registers.items()}),
+            lambda entry: entry._replace(**{name: getattr(entry, name) | bits for name, bits in registers.items()}),
         )
 
     def clear(self, function: int, **registers: int) -> None:
         self._change(
             lambda entry: entry.function == function,
-            lambda entry: replace(entry, **{name: getattr(entry, name) & ~bits for name, bits in registers.items()}),
+            lambda entry: entry._replace(**{name: getattr(entry, name) & ~bits for name, bits in registers.items()}),
         )
 
     def one(self, function: int, index: int, **registers: int) -> None:
         """Set registers of one index of a leaf, which is made if KVM has not listed it."""
         found = self._change(
             lambda entry: entry.function == function and entry.index == index,
-            lambda entry: replace(entry, **registers),
+            lambda entry: entry._replace(**registers),
         )
         if not found:
-            self.entries.append(replace(CpuidEntry(function, index, INDEX_SIGNIFICANT), **registers))
+            self.entries.append(CpuidEntry(function, index, KVM_CPUID_FLAG_SIGNIFCANT_INDEX)._replace(**registers))
 
     def replace(self, new: CpuidEntry) -> None:
         self.entries = [entry for entry in self.entries if entry.function != new.function] + [new]
@@ -242,12 +253,14 @@ _CHECKED: tuple[tuple[int, int, str, _Rule], ...] = (
 
 
 def check_compatible(guest: Sequence[CpuidEntry], here: Sequence[CpuidEntry]) -> None:
-    """Raise MigrationError, naming every obstacle, unless a guest with the common list `guest` can run on `here`.
+    """Raise MigrationError, naming the obstacles, unless a guest with the common list `guest` can run on `here`.
 
     A leaf that is absent counts as zeros, so an empty list fails at KVM's signature.
     """
-    obstacles = [text for leaf, index, register, rule in _CHECKED for text in _compare(guest, here, leaf, index, register, rule)]
+    obstacles = [text for check in _CHECKED for text in _compare(guest, here, *check)]
     if obstacles:
+        if len(obstacles) > MAX_NAMED:
+            obstacles[MAX_NAMED:] = [f"and {len(obstacles) - MAX_NAMED} more"]
         raise MigrationError(
             f"this host's CPU can't run the guest: {'; '.join(obstacles)}",
             "the guest was started with features of another host's CPU",

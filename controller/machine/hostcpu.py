@@ -1,8 +1,8 @@
 """The host's own CPUID, asked by the instruction.
 
 KVM_GET_SUPPORTED_CPUID leaves out what the guest is to see as well (brand string, cache descriptions), and no file in
-/proc has it all. CPUID needs no privilege, so 29 bytes of machine code do it; a page that is writable and executable at
-once is never made.
+/proc has it all. CPUID needs no privilege, so a few bytes of machine code do it; no page is ever writable and
+executable at once.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Cloud Hypervisor's values (arch/x86_64/layout.rs and the memory and device manag
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shared.errors import ConfigError
 from shared.memory import HIGH_RAM_START, LOW_RAM_END, PAGE_SIZE
@@ -97,8 +97,7 @@ def pci_slot_gsi(slot: int) -> int:
     return PCI_GSI_BASE + slot % PCI_GSI_COUNT
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
+class Range(NamedTuple):
     """Guest addresses from `start` on, `size` bytes; `end` is exclusive, `last` inclusive."""
 
     start: int
@@ -112,19 +111,14 @@ class Range:
     def last(self) -> int:
         return self.start + self.size - 1
 
-    def __contains__(self, address: object) -> bool:
-        return isinstance(address, int) and self.start <= address < self.end
 
-
-@dataclass(frozen=True, slots=True)
-class E820Entry:
+class E820Entry(NamedTuple):
     address: int
     size: int
     type: int
 
 
-@dataclass(frozen=True, slots=True)
-class PciSegment:
+class PciSegment(NamedTuple):
     """A PCI segment (one bus): its MMCONFIG window and the windows its BARs are allocated from, top down."""
 
     id: int
@@ -133,8 +127,7 @@ class PciSegment:
     mmio64: Range
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """What follows from RAM size and address width. `memory_hotplug` is None without ACPI memory hotplug."""
 
     ram: tuple[Range, ...]

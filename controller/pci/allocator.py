@@ -38,11 +38,15 @@ class AddressAllocator:
     def claim(self, address: int, size: int, align: int = 4) -> None:
         """Take one particular range. Raises HostError when it is outside the window, unaligned or taken."""
         if address < self.start or address + size > self.end or address % align:
-            raise HostError(f"{address:#x}+{size:#x} is not in the {self.name} window, or not aligned to {align:#x}")
+            raise HostError(
+                f"{address:#x}+{size:#x} is not in the {self.name} window, or not aligned to {align:#x}"
+            )
         at = bisect_left(self._taken, (address, 0))
         for start, end in self._taken[max(at - 1, 0) : at + 1]:
             if start < address + size and address < end:
-                raise HostError(f"{address:#x}+{size:#x} in the {self.name} window is taken ({start:#x} to {end:#x})")
+                raise HostError(
+                    f"{address:#x}+{size:#x} in the {self.name} window is taken ({start:#x} to {end:#x})"
+                )
         insort(self._taken, (address, address + size))
 
     def free(self, address: int, size: int) -> None:

@@ -1,7 +1,7 @@
 """A PCI function's configuration space: header, BARs, capabilities, and which bits a guest can change.
 
-The 1024 dwords live in a buffer of 4096 bytes. That is a page of the table that the vCPU loops read themselves once the
-function is in a slot, so every change is one aligned 4-byte store, and a read never needs us.
+The 1024 dwords live in a buffer of 4096 bytes. That is a page of the table that the vCPU loops read themselves
+once the function is in a slot, so every change is one aligned 4-byte store, and a read never needs us.
 
 Sources: PCI Local Bus 3.0, chapter 6; the reference's cloud-hypervisor-machine page, sections 2.3 and 7.7 (state).
 """
@@ -77,7 +77,8 @@ class BarMove:
 
 @dataclass(slots=True)
 class _Bar:
-    """One of the six registers, as the state has it: `addr` with the type bits, `size` as the mask that sizing shows."""
+    """One of the six registers, as the state has it: `addr` with the type bits, `size` as the mask that sizing
+    shows."""
 
     addr: int = 0
     size: int = 0
@@ -100,26 +101,20 @@ class ConfigSpace:
         self.registers[COMMAND_DWORD] = header.command
         self.registers[2] = header.class_code << 8 | header.revision
         self.registers[_SUBSYSTEM_DWORD] = header.subsystem << 16 | header.subsystem_vendor
-        # Cloud Hypervisor lets a guest write the command register only; PCI would have status bits cleared by writing 1.
+        # Cloud Hypervisor lets a guest write the command register only; PCI would have status bits cleared by
+        # writing 1.
         self._writable[COMMAND_DWORD] = 0x0000_FFFF
         self._writable[_CACHE_LINE_DWORD] = 0x0000_00FF
         self._writable[_INTERRUPT_DWORD] = 0x0000_00FF
 
     def publish(self, page: memoryview) -> None:
-        """Move into `page` (4096 bytes), which from now on is the space. The vendor id is stored last: until then the
-        slot reads as absent."""
-        registers = page.cast("B").cast("I")
-        for dword in range(1, DWORDS):
-            registers[dword] = self.registers[dword]
-        registers[0] = self.registers[0]
-        self.registers = registers
+        """Move into `page` (1024 dwords, format "I"), which from now on is the space."""
+        page[:] = self.registers
+        self.registers = page
 
     def withdraw(self) -> None:
-        """Leave the page: the slot reads as all ones again, the contents go on in a buffer of our own."""
-        own = memoryview(bytearray(self.registers.cast("B"))).cast("I")
-        page, self.registers = self.registers, own
-        for dword in range(DWORDS):
-            page[dword] = _ONES
+        """Leave the page; the contents go on in a buffer of our own."""
+        self.registers = memoryview(bytearray(self.registers.cast("B"))).cast("I")
 
     def add_bar(self, index: int, base: int, size: int, kind: BarType) -> None:
         """`size` is a power of two; a 64-bit BAR takes `index` + 1, too."""
@@ -188,7 +183,8 @@ class ConfigSpace:
         return value & _BAR_ADDRESS == _BAR_ADDRESS
 
     def _detect_move(self, dword: int, value: int) -> None:
-        """Remember a move. One of a 64-bit BAR is complete when its upper half is written, as every guest does last."""
+        """Remember a move. One of a 64-bit BAR is complete when its upper half is written, as every guest does
+        last."""
         index = dword - BAR0_DWORD
         bar, mask = self._bars[index], self._writable[dword]
         if not bar.used or bar.type is BarType.MEMORY_64 or self._is_size_probe(dword, value):
@@ -235,7 +231,12 @@ class ConfigSpace:
             "registers": list(self.registers),
             "writable_bits": list(self._writable),
             "bars": [
-                {"addr": b.addr, "size": b.size, "used": b.used, "type": _REGION_NAMES[b.type] if b.type is not None else None}
+                {
+                    "addr": b.addr,
+                    "size": b.size,
+                    "used": b.used,
+                    "type": _REGION_NAMES[b.type] if b.type is not None else None,
+                }
                 for b in self._bars
             ],
             "rom_bar_addr": 0,
@@ -265,12 +266,13 @@ class ConfigSpace:
         addresses = [bar.integer("addr", 32) for bar in bars]
         for index, (bar, own) in enumerate(zip(bars, self._bars, strict=True)):
             if bar.integer("size", 32) != own.size:
-                raise ProtocolError(f"state of {fields.where}: BAR {index} has another size than this device's")
+                raise ProtocolError(
+                    f"state of {fields.where}: BAR {index} has another size than this device's"
+                )
         for dword, (value, own_value) in enumerate(zip(registers, self.registers, strict=True)):
             if (value ^ own_value) & ~self._writable[dword] & _ONES:
-                raise ProtocolError(
-                    f"state of {fields.where}: register {dword * 4:#x} is {value:#010x}, this device's is {own_value:#010x}"
-                )
+                here = f"{value:#010x}, this device's is {own_value:#010x}"
+                raise ProtocolError(f"state of {fields.where}: register {dword * 4:#x} is {here}")
         pending = [self._load_move(move) for move in fields.sections("pending_bar_reprogram", limit=64)]
         for dword, value in enumerate(registers):
             if self._writable[dword]:
@@ -283,7 +285,9 @@ class ConfigSpace:
     def _load_move(fields: Fields) -> BarMove:
         kind = _REGION_TYPES.get(fields.text("region_type"))
         if kind is None:
-            raise ProtocolError(f"state of {fields.where}: region_type: expected one of {', '.join(_REGION_TYPES)}")
+            raise ProtocolError(
+                f"state of {fields.where}: region_type: expected one of {', '.join(_REGION_TYPES)}"
+            )
         return BarMove(
             fields.integer("old_base", 64), fields.integer("new_base", 64), fields.integer("len", 64), kind
         )

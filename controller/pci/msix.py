@@ -1,8 +1,8 @@
 """MSI-X of one function: the vector table, the pending bits, and the eventfds that back ends signal.
 
-Each vector has an eventfd. While the guest would take the interrupt (MSI-X enabled, neither the function nor the vector
-masked) it is an irqfd, and KVM injects without us. Otherwise it only counts, and what it counted is drained into the pending
-bit array when that is read or saved; unmasking injects what is pending.
+Each vector has an eventfd. While the guest would take the interrupt (MSI-X enabled, neither the function nor the
+vector masked) it is an irqfd, and KVM injects without us. Otherwise it only counts, and what it counted is
+drained into the pending bit array when that is read or saved; unmasking injects what is pending.
 
 What a guest sees at power-on contradicts itself, as in Cloud Hypervisor: the control word reads Enable=1, Mask=0, but
 the function behaves as disabled and masked until the control word is written.
@@ -33,7 +33,17 @@ _MASKED: Final = 1
 class Msix:
     """Table and PBA of `vectors` vectors. GSIs and eventfds are taken when a vector is first used."""
 
-    __slots__ = ("_assigned", "_eventfds", "_gsis", "_pba", "_routing", "_words", "enabled", "masked", "vectors")
+    __slots__ = (
+        "_assigned",
+        "_eventfds",
+        "_gsis",
+        "_pba",
+        "_routing",
+        "_words",
+        "enabled",
+        "masked",
+        "vectors",
+    )
 
     def __init__(self, vectors: int, routing: IrqRouting) -> None:
         assert 0 < vectors <= MAX_VECTORS
@@ -170,7 +180,9 @@ class Msix:
         """
         entries = fields.sections("table_entries")
         if len(entries) != self.vectors:
-            raise ProtocolError(f"state of {fields.where}: {len(entries)} vectors, but the device has {self.vectors}")
+            raise ProtocolError(
+                f"state of {fields.where}: {len(entries)} vectors, but the device has {self.vectors}"
+            )
         words = [entry.integer(key, 32) for entry in entries for key in _ENTRY_KEYS]
         pba = fields.integers("pba_entries", 64, len(self._pba))
         masked, enabled = fields.flag("masked"), fields.flag("enabled")

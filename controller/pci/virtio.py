@@ -1,16 +1,17 @@
 """What the virtio-pci transport and a device's front end say to each other.
 
-The transport owns registers, vectors and eventfds; the device owns the back end. Whoever implements VirtioDevice may also
-call its transport: VirtioPci.config_changed() and VirtioPci.needs_reset().
+The transport owns registers, vectors and eventfds; the device owns the back end. Whoever implements VirtioDevice
+may also call its transport: VirtioPci.config_changed() and VirtioPci.needs_reset().
 
 Source: virtio 1.2, sections 2.1 (status), 2.6 (split virtqueues), 5 (device types).
 """
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import Protocol
+from typing import Any, Protocol
 
 VIRTIO_F_VERSION_1 = 1 << 32
 
@@ -60,7 +61,8 @@ class VirtioDevice(Protocol):
 
     def read_config(self, offset: int, size: int) -> int: ...
 
-    def write_config(self, offset: int, size: int, value: int) -> None: ...
+    def write_config(self, offset: int, size: int, value: int) -> Coroutine[Any, Any, None] | None:
+        """A coroutine when the back end has to be told; the writing vCPU waits for it."""
 
     async def activate(self, acked_features: int, queues: tuple[Virtqueue, ...]) -> None:
         """Start the back end on the queues that are ready. Raises FlotillaError: the device needs a reset then."""

@@ -11,7 +11,7 @@ from deploy.lab import images
 from deploy.lab.cache import say
 from deploy.lab.debian import DebianError
 from deploy.lab.kernel import KernelError
-from deploy.lab.machine import INTERRUPTED, Machine, write_all
+from deploy.lab.machine import INTERRUPTED, Machine, Sink, write_all
 from deploy.lab.run import Job, run
 from deploy.lab.terminal import shell
 
@@ -32,13 +32,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     common.add_argument("--append", default="", metavar="WORDS", help="more words for its kernel")
     common.add_argument("--put", action="append", default=[], metavar="FILE[=NAME]", help="lay a file into $LAB")
     common.add_argument("--out", type=Path, metavar="DIR", help="folder for what is left in $OUT")
-    parser = argparse.ArgumentParser("lab.sh", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("lab.sh", description=DESCRIPTION, formatter_class=form)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("build")
     verbs.add_parser("shell", parents=[common])
     script = verbs.add_parser("run", parents=[common])
-    script.add_argument("--timeout", type=int, default=900, metavar="S", help="seconds the script may run (default 900)")
-    script.add_argument("--retries", type=int, default=2, metavar="N", help="new starts if the lab machine dies (default 2)")
+    script.add_argument("--timeout", type=int, default=900, metavar="S", help="limit of the script (default 900)")
+    script.add_argument("--retries", type=int, default=2, metavar="N", help="if the lab machine dies (default 2)")
     script.add_argument("script", type=Path)
     script.add_argument("arguments", nargs=argparse.REMAINDER)
     return parser.parse_args(arguments)
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> int:
             return shell(Machine(options.mem, options.smp, 0, options.append), puts, options.out)
         machine = Machine(options.mem, options.smp, options.timeout, options.append)
         job = Job(existing(options.script), options.arguments, puts)
-        sinks = {"stdout": partial(write_all, 1), "stderr": partial(write_all, 2)}
+        sinks: dict[str, Sink] = {"stdout": partial(write_all, 1), "stderr": partial(write_all, 2)}
         return run(job, machine, options.out, sinks, options.retries).code or 0
     except (DebianError, KernelError) as error:
         say(str(error))

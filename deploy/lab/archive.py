@@ -1,4 +1,4 @@
-"""Initramfs archives: cpio in the newc format of the kernel's Documentation/driver-api/early-userspace/buffer-format.rst.
+"""Initramfs archives: cpio in the newc format (the kernel's early-userspace/buffer-format.rst).
 
 Written by hand, so that neither cpio nor root is needed: a device node is only a few digits.
 """

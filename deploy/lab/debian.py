@@ -44,7 +44,8 @@ def mirror() -> str:
     """The archive that debootstrap shall use."""
     if chosen := os.environ.get("FLOTILLA_MIRROR"):
         return chosen
-    listing = run(["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"], "apt-get indextargets")
+    targets: list[str | Path] = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
+    listing = run(targets, "apt-get indextargets")
     if not listing.split():
         raise DebianError("apt has no mirror; set FLOTILLA_MIRROR to a Debian archive, or write a sources.list")
     return listing.split()[0]

@@ -16,7 +16,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -116,15 +115,14 @@ def ready() -> Images:
 def build() -> None:
     """Build what is missing, the two slow trees side by side."""
     made("kernel", key_kernel(), make_kernel, "kernel, busybox and EFI stub from Debian packages")
-    with ThreadPoolExecutor(3) as pool:
-        work = [
-            pool.submit(made, "machine.ext4", key_machine(), make_machine, "root disk of the lab machine (debootstrap)"),
-            pool.submit(_make_guest_and_workloads),
-            pool.submit(made, "python.ext4", key_python(), make_python, "disk of the Python packages"),
-        ]
-        for each in work:
-            each.result()
     made("machine.initrd", key_initrd(), make_initrd, "initramfs of the lab machine")
+    made("python.ext4", key_python(), make_python, "disk of the Python packages")
+    with ThreadPoolExecutor() as pool:
+        machine = pool.submit(
+            made, "machine.ext4", key_machine(), make_machine, "root disk of the lab machine (debootstrap)"
+        )
+        _make_guest_and_workloads()
+        machine.result()
 
 
 def _build_by_sudo() -> None:
@@ -224,8 +222,9 @@ def make_python(target: Path) -> None:
         lock = install.CHECKOUT / "deploy" / install.LOCKS["runtime"]
         venv = target.with_name("venv")
         debian.run([sys.executable, "-m", "venv", venv], "python3 -m venv")
-        pip = [venv / "bin/python", "-m", "pip", "install", "-q", "--no-deps", "--python-version=3.11"]
-        debian.run([*pip, "--only-binary=:all:", "--target", packages, "-r", lock], "pip install for the lab")
+        options = ["-q", "--no-deps", "--python-version=3.11", "--only-binary=:all:"]
+        pip: list[str | Path] = [venv / "bin/python", "-m", "pip", "install", *options, "--target", packages, "-r", lock]
+        debian.run(pip, "pip install for the lab")
     filesystem(target, packages, 128 * MIB)
 
 

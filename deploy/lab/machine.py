@@ -77,7 +77,7 @@ def command(machine: Machine, images: Images, job: Path, console: Path, ports: d
     words = ["qemu-system-x86_64", "-M", "q35", *accelerator(), "-smp", str(machine.cpus), "-m", machine.memory]
     words += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     words += ["-kernel", str(images.bzimage), "-initrd", str(images.initrd)]
-    kernel_words = "root=/dev/vda console=ttyS0 quiet panic=-1 oops=panic"
+    kernel_words = "root=/dev/vda console=ttyS0 quiet mitigations=off panic=-1 oops=panic"
     words += ["-append", f"{kernel_words} {machine.append}".strip()]
     words += ["-serial", f"file:{console}", "-device", "virtio-rng-pci"]
     for disk in (images.machine, images.workloads, images.python, job):

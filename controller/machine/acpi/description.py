@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from controller.machine.topology import Topology
 
 
-@dataclass(frozen=True, slots=True)
-class SmbiosStrings:
+class SmbiosStrings(NamedTuple):
     """The `--platform` strings; None takes Cloud Hypervisor's default or leaves the field out. `uuid` as text."""
 
     manufacturer: str | None = None
@@ -22,12 +21,11 @@ class SmbiosStrings:
     oem_strings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Description:
+class Description(NamedTuple):
     """vCPU counts, `--cpus topology=` if given, whether COM1 exists, and the SMBIOS strings."""
 
     boot_vcpus: int
     max_vcpus: int
     topology: Topology | None = None
     serial: bool = True
-    smbios: SmbiosStrings = field(default_factory=SmbiosStrings)
+    smbios: SmbiosStrings = SmbiosStrings()

@@ -8,7 +8,7 @@ protected mode, with a zero page. Source: Documentation/arch/x86/boot.rst.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from controller.machine import layout as lo
 from controller.machine.boot import elf, unpack
@@ -42,8 +42,7 @@ CMDLINE_SIZE = 0x238
 E820_TABLE = 0x2D0
 
 
-@dataclass(frozen=True, slots=True)
-class SetupHeader:
+class SetupHeader(NamedTuple):
     """`raw` are the bytes from 0x1F1 on; `setup_size` is where protected-mode code begins in the file."""
 
     raw: bytes

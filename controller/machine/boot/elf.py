@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from controller.machine.boot.payload import Payload
 from controller.machine.boot.placement import clear, room
@@ -40,8 +40,7 @@ class NoPvhNote(HostError):
     """A sound ELF file that can't be booted by the PVH protocol."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     type: int
     offset: int
     address: int
@@ -50,8 +49,7 @@ class Segment:
     alignment: int
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """ELF header: where the tables of program headers and sections are."""
 
     is_64: bool
@@ -62,8 +60,7 @@ class Header:
     names_index: int
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel:
+class Kernel(NamedTuple):
     """A loaded kernel: its PVH entry point, and the first address above what it occupies in low RAM."""
 
     entry: int

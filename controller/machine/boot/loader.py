@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from controller.machine import layout as lo
 from controller.machine.boot import bzimage, elf, pvh, uki
@@ -39,8 +39,7 @@ class BootProtocol(Enum):
     BZIMAGE32 = "bzimage32"
 
 
-@dataclass(frozen=True, slots=True)
-class BootEntry:
+class BootEntry(NamedTuple):
     """Where a vCPU starts and what its general registers hold; all other registers are zero."""
 
     protocol: BootProtocol
@@ -50,8 +49,7 @@ class BootEntry:
     rsp: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Loaded:
+class _Loaded(NamedTuple):
     """A kernel in guest RAM, and what its file carries besides. `setup` is set for the 32-bit entry."""
 
     kernel: elf.Kernel

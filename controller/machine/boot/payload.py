@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shared.errors import HostError
 
@@ -18,8 +18,7 @@ from shared.errors import HostError
 MAX_READ = 1 << 30
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
+class Payload(NamedTuple):
     """`size` bytes of the open file `fd` from `start` on. `name` is how errors call it: flag, path, section."""
 
     fd: int

@@ -1,0 +1,24 @@
+"""Shared memory for a VM's state pages: POSIX shared memory whose name is gone before anybody could find it."""
+
+from __future__ import annotations
+
+import mmap
+
+
+def allocate(size: int) -> mmap.mmap:
+    """`size` bytes of zeros, shared. Raises HostError when /dev/shm has no room."""
+    import os
+
+    import posix_ipc
+
+    from shared.errors import HostError
+
+    try:
+        memory = posix_ipc.SharedMemory(None, posix_ipc.O_CREX, size=size, mode=0o600)
+    except (OSError, posix_ipc.Error) as error:
+        raise HostError(f"no shared memory for {size} bytes of state pages: {error}") from error
+    memory.unlink()
+    try:
+        return mmap.mmap(memory.fd, size)
+    finally:
+        os.close(memory.fd)
