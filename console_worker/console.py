@@ -3,8 +3,8 @@
     host end ──▶ in_buffer ──▶ receiveq buffers            transmitq ──▶ host end's backlog ──▶ host
                     │ full: the host end is not read          │ full: the queue is not served
 
-A chain of the transmitq is given back before its bytes go out. Were it the other way round, a death in between would make
-the next worker print them twice; now it costs what sat in the backlog.
+A chain of the transmitq is given back before its bytes go out. Were it the other way round, a death in between would
+make the next worker print them twice; now it costs what sat in the backlog.
 """
 
 from __future__ import annotations
@@ -102,6 +102,6 @@ class Console(RingDevice):
 
     def load(self, state: dict[str, Any]) -> None:
         """Raises ValueError and TypeError for what save() did not make."""
-        received = bytes(state["in_buffer"])
-        self._in_buffer[:] = received
-        self._host.write(bytes(state.get("out_buffer", ())))
+        typed, printed = bytes(state["in_buffer"]), bytes(state.get("out_buffer", ()))
+        self._in_buffer[:] = typed
+        self._host.write(printed)

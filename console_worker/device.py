@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from functools import partial
+from typing import Protocol
 
 from shared import log
-from shared.errors import GuestError
+from shared.errors import GuestError, ProtocolError
 from shared.reactor import Reactor, drain_eventfd
 from shared.vhost_backend import Mapping, Ring, Server
 from shared.vring import DirtyLog, MemoryMap, SplitRing
 
 
-class RingDevice(ABC):
+class RingDevice(Protocol):
     """A vhost-user `Backend` whose requests are finished within the call that finds them: nothing is ever in flight.
 
     A chain that breaks the rules costs its queue, until the driver resets the device; it is counted and logged.
@@ -27,6 +27,7 @@ class RingDevice(ABC):
         self.name = name
         self.server: Server | None = None
         self.rings: dict[int, SplitRing] = {}
+        self.negotiated = 0
         self.requests = 0
         self.errors = 0
         self._kicks: dict[int, int] = {}
@@ -34,12 +35,12 @@ class RingDevice(ABC):
         self._log: DirtyLog | None = None
         self._broken: set[int] = set()
 
-    @abstractmethod
     def serve(self, index: int, ring: SplitRing) -> int:
         """Finish what is available, at most a ring's worth; the number of chains. Raises GuestError."""
+        ...
 
     def set_features(self, features: int) -> None:
-        """Nothing that may be negotiated changes how a request is served."""
+        self.negotiated = features
 
     def set_memory(self, mappings: tuple[Mapping, ...]) -> None:
         self._memory = MemoryMap(mappings)
@@ -68,7 +69,7 @@ class RingDevice(ABC):
         return b""
 
     def set_config(self, offset: int, data: bytes) -> None:
-        """Nothing of these devices' configuration is the driver's to write."""
+        raise ProtocolError(f"{self.name}: nothing of its configuration is the driver's to write")
 
     def _kicked(self, index: int) -> None:
         if index in self._kicks:

@@ -11,7 +11,6 @@ from console_worker.console import Console
 from console_worker.device import RingDevice
 from console_worker.rng import Rng
 from shared.errors import ProtocolError
-from shared.vhost_backend import Server
 
 
 class ConsoleWorker:

@@ -20,11 +20,12 @@ from controller.fleet import Fleet, Process, WorkerSpec
 from controller.vhost_frontend import Frontend
 from shared import log
 from shared.errors import FlotillaError
-from shared.reactor import Reactor, describe
+from shared.reactor import Reactor, describe, sleep
 
 # A worker that lived this long has earned an immediate restart.
 STEADY_SECONDS = 1.0
 FIRST_DELAY, LAST_DELAY = 0.02, 2.0
+START_DELAYS = (0.02, 0.1, 0.5)
 
 
 class Backend:
@@ -45,6 +46,7 @@ class Backend:
         self._frontends = dict(frontends)
         self._fds = dict(fds)
         self._closing = False
+        self._starting = False
         self._restarts = 0
         self._delay = 0.0
         self._began = 0.0
@@ -57,7 +59,23 @@ class Backend:
         return self._spec.name
 
     async def start(self) -> None:
-        """Fork the worker and connect every front end. Raises WorkerError, ProtocolError."""
+        """Fork the worker and connect every front end, several times if it dies meanwhile. Raises FlotillaError."""
+        self._starting = True
+        try:
+            for delay in (*START_DELAYS, None):
+                try:
+                    return await self._start_once()
+                except FlotillaError as error:
+                    await self._clear()
+                    if delay is None or self._closing:
+                        raise
+                    log.warn(f"{self.name}: {describe(error)}; trying again")
+                    await sleep(self._reactor, delay)
+                    self._restarts += 1
+        finally:
+            self._starting = False
+
+    async def _start_once(self) -> None:
         self._began = time.monotonic()
         pairs = {name: socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for name in self._frontends}
         try:
@@ -72,6 +90,13 @@ class Backend:
                 ours.close()
                 theirs.close()
 
+    async def _clear(self) -> None:
+        """A worker that did not get as far as serving must be gone before its successor is forked."""
+        process, self.process = self.process, None
+        if process is not None:
+            self._fleet.kill(process)
+            await process.ended.wait()
+
     def signal(self, number: int) -> None:
         """Tell the worker something that has no verb (SIGWINCH)."""
         if self.process is not None:
@@ -84,28 +109,23 @@ class Backend:
             self._fleet.kill(self.process)
 
     def _ended(self, process: Process) -> None:
-        if self._closing or process is not self.process and self.process is not None:
-            return
+        if self._closing or self._starting or process is not self.process:
+            return  # start() sees to it itself
         self.process = None
         lived = time.monotonic() - self._began
         self._delay = 0.0 if lived > STEADY_SECONDS else min(max(self._delay * 2, FIRST_DELAY), LAST_DELAY)
-        self._reactor.call_later(self._delay, self._restart)
+        self._restarts += 1
+        self._reactor.spawn(self._restart(), f"restart {self.name}")
 
-    def _restart(self) -> None:
-        if not self._closing:
-            self._restarts += 1
-            self._reactor.spawn(self._try_again(), f"restart {self.name}")
-
-    async def _try_again(self) -> None:
-        try:
-            await self.start()
-        except FlotillaError as error:
-            log.error(f"{self.name}: its successor failed: {describe(error)}")
-            if self.process is not None:
-                self._fleet.kill(self.process)
-            elif not self._closing:
-                self._delay = min(max(self._delay * 2, FIRST_DELAY), LAST_DELAY)
-                self._reactor.call_later(self._delay, self._restart)
+    async def _restart(self) -> None:
+        if self._delay:
+            await sleep(self._reactor, self._delay)
+        while not self._closing:
+            try:
+                return await self.start()
+            except FlotillaError as error:
+                log.error(f"{self.name}: no successor yet: {describe(error)}")
+                await sleep(self._reactor, LAST_DELAY)
 
     async def close(self) -> None:
         """End the worker and wait for it."""

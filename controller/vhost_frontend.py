@@ -134,6 +134,7 @@ class Frontend:
         self._events: vu.Connection | None = None
         self._session: _Session | None = None
         self._log: _DirtyLog | None = None
+        self._config_writes: dict[int, bytes] = {}
         self._live = Event()  # a back end is connected and does what the session says, or we gave up
         self._lock = Lock()  # one conversation at a time
         self._given_up: FlotillaError | None = None
@@ -146,6 +147,11 @@ class Frontend:
     @property
     def connected(self) -> bool:
         return self._live.is_set() and self._given_up is None
+
+    @property
+    def bases(self) -> dict[int, int]:
+        """Next avail index per queue if stop() has stopped them; empty while they run."""
+        return {} if self._session is None or self._session.running else dict(self._session.bases)
 
     @property
     def active(self) -> bool:
@@ -390,6 +396,10 @@ class Frontend:
             if session.inflight is None:
                 session.inflight = await self._new_inflight(link, session)
             batch.add(link.tell(Request.SET_INFLIGHT_FD, session.inflight.area.pack(), (session.inflight.fd,)))
+        settings = self._config_writes if ProtocolFeature.CONFIG in self.protocol_features else {}
+        for offset, data in settings.items():
+            # A fresh back end has to know the driver's settings (a disk's write-back mode) before the first request.
+            batch.add(link.tell(Request.SET_CONFIG, vu.ConfigSpan(offset, 0, data).pack()))
         for queue, address in zip(session.queues, addresses, strict=True):
             self._send_queue(link, batch, queue, address, bases[queue.index])
         if not link.acks:
@@ -528,11 +538,19 @@ class Frontend:
         return await self._on_back_end(ask)
 
     async def set_config(self, offset: int, data: bytes) -> None:
-        """Write to the configuration space on behalf of the driver. Raises ProtocolError when it is refused."""
+        """Write to the configuration space on behalf of the driver, now and to every successor of the back end.
+
+        Raises ProtocolError when it is refused.
+        """
 
         async def send(link: Link) -> None:
-            if ProtocolFeature.CONFIG in self.protocol_features:
-                payload = vu.ConfigSpan(offset, 0, data).pack()
-                await self._within(link, link.tell(Request.SET_CONFIG, payload), "SET_CONFIG")
+            payload = vu.ConfigSpan(offset, 0, data).pack()
+            await self._within(link, link.tell(Request.SET_CONFIG, payload), "SET_CONFIG")
 
-        await self._on_back_end(send)
+        self.keep_config(offset, data)
+        if ProtocolFeature.CONFIG in self.protocol_features:
+            await self._on_back_end(send)
+
+    def keep_config(self, offset: int, data: bytes) -> None:
+        """What set_config() would have to tell, for a restored device: sent with the next activation."""
+        self._config_writes[offset] = data

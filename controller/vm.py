@@ -249,14 +249,12 @@ class Vm:
         """virtio-console and virtio-rng share one process."""
         frontends: dict[str, Frontend] = {"rng": self._frontend(RNG_ID)}
         fds: dict[str, int] = {}
-        spec: dict[str, Any] = {"rng_src": self.config.rng.src, "console": None}
-        source = os.open(self.config.rng.src, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        fds["rng_src"] = source
+        spec: dict[str, Any] = {"rng": {"src": self.config.rng.src}}
         end = self._console_end
         if end is not None:
             frontends["console"] = self._frontend(CONSOLE_ID)
             spec["console"] = {"mode": end.mode.value, "path": end.path}
-            fds.update((f"console_{role}", os.dup(fd)) for role, fd in end.fds.items())
+            fds = {f"console.{role}": os.dup(fd) for role, fd in end.fds.items()}
         worker = WorkerSpec("console", "console", "console_worker.__main__", "worker", spec)
         backend = Backend(self._reactor, self._context.fleet, worker, frontends, fds)
         self._backends.append(backend)

@@ -23,8 +23,8 @@ from shared.linux import die_with_parent, recv_fds, set_name
 MAX_REQUEST = 256 << 10
 SYS_CLONE = 56
 CLONE_PARENT = 0x8000
-# What a terminal sends to its whole foreground group is the controller's to answer, not a worker's.
-TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+# What a terminal or `timeout` sends to the whole process group is the controller's to answer, not a worker's.
+TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
 
 def main(request_fd: int, controller: int) -> int:

@@ -88,7 +88,7 @@ static void madt_read(const struct table *madt)
             cpu_found((u32)load(madt, at + 3, 1), (u32)load(madt, at + 4, 4));
         else if (kind == MADT_X2APIC)
             cpu_found((u32)load(madt, at + 4, 4), (u32)load(madt, at + 8, 4));
-        else if (kind == MADT_IOAPIC)
+        else if (kind == MADT_IOAPIC && !load(madt, at + 8, 4)) /* the one whose pins are GSI 0 and up */
             acpi.ioapic = load(madt, at + 4, 4);
         at += length;
     }
@@ -152,7 +152,11 @@ static void table_read(const struct table *table)
         fadt_read(table);
 }
 
-void acpi_init(void) { tables_walk(table_read); }
+void acpi_init(void)
+{
+    tables_walk(table_read);
+    acpi.ecam = word_u64("ecam", acpi.ecam); /* for a machine without an MCFG table */
+}
 
 void acpi_print(void)
 {

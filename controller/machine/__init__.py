@@ -7,5 +7,9 @@ Everything here is Cloud Hypervisor's, byte for byte, so that a running VM can m
     boot/     the kernel and its initramfs: ELF with a PVH note, bzImage, unified kernel image
     acpi/     ACPI, SMBIOS and MP tables
     cpuid     what the guest reads from CPUID; whether a host can run another host's guest
+    hostcpu   the CPUID instruction
     regs      registers, MSRs, LAPIC and FPU at boot
+
+Records are NamedTuples: defining a frozen dataclass takes six times as long (0.7 ms), and all of this lies on the way to
+the guest's first instruction.
 """

@@ -40,7 +40,7 @@ class CpuidEntry(NamedTuple):
     """One entry as in KVM_SET_CPUID2 and in the migration stream. `flags` 1: `index` counts."""
 
     function: int
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # KVM's and the stream's name hides tuple.index()
     flags: int = 0
     eax: int = 0
     ebx: int = 0

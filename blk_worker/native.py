@@ -1,0 +1,196 @@
+"""blk.h for Python: its ABI structs, and the functions with their types."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, c_char, c_int, c_int32, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
+from enum import IntEnum, IntFlag
+from typing import Final
+
+from shared import native
+
+NO_GPA: Final = (1 << 64) - 1
+HANG_FOR_EVER: Final = (1 << 32) - 1
+ID_BYTES: Final = 20
+
+
+class Flag(IntFlag):
+    READONLY = 1
+    DIRECT = 2
+    BLOCK_DEVICE = 4
+    CAN_DISCARD = 8
+    CAN_ZERO = 16
+
+
+class Kind(IntEnum):
+    """enum blk_kind, the index into blk_counters.op."""
+
+    READ = 0
+    WRITE = 1
+    FLUSH = 2
+    DISCARD = 3
+    ZERO = 4
+    OTHER = 5
+
+
+class VringError(IntEnum):
+    """enum vring_error."""
+
+    OK = 0
+    TOO_LONG = 1
+    BAD_NEXT = 2
+    BAD_ADDRESS = 3
+    BAD_INDIRECT = 4
+    BAD_ORDER = 5
+    ZERO_LENGTH = 6
+    BAD_REQUEST = 7
+    BAD_INDEX = 16
+    BAD_HEAD = 17
+    HEAD_IN_USE = 18
+    BAD_SETUP = 19
+
+
+class Step(IntEnum):
+    """enum vring_step: where a test lets the process die."""
+
+    NONE = 0
+    POPPED = 1
+    COUNTED = 2
+    MARKED = 3
+    DONE = 4
+    LINKED = 5
+    FILLED = 6
+    PUBLISHED = 7
+    CLEARED = 8
+    SETTLED = 9
+
+
+class blk_config(ctypes.Structure):
+    _fields_ = (
+        ("sectors", c_uint64),
+        ("fd", c_int32),
+        ("flags", c_uint32),
+        ("num_queues", c_uint32),
+        ("io_threads", c_uint32),
+        ("memory_align", c_uint32),
+        ("offset_align", c_uint32),
+        ("id", c_char * ID_BYTES),
+        ("writeback", c_uint32),
+    )
+
+
+class blk_queue_config(ctypes.Structure):
+    _fields_ = (
+        ("desc", c_uint64),
+        ("avail", c_uint64),
+        ("used", c_uint64),
+        ("used_gpa", c_uint64),
+        ("inflight", c_uint64),
+        ("index", c_uint32),
+        ("size", c_uint16),
+        ("base", c_uint16),
+        ("kick_fd", c_int32),
+        ("call_fd", c_int32),
+        ("inflight_desc_num", c_uint16),
+        ("event_idx", c_uint8),
+        ("indirect", c_uint8),
+    )
+
+
+class blk_op_counters(ctypes.Structure):
+    _fields_ = (
+        ("ops", c_uint64),
+        ("bytes", c_uint64),
+        ("latency_min_us", c_uint64),
+        ("latency_max_us", c_uint64),
+        ("latency_sum_us", c_uint64),
+    )
+    ops: int
+    bytes: int
+    latency_min_us: int
+    latency_max_us: int
+    latency_sum_us: int
+
+
+class blk_counters(ctypes.Structure):
+    _fields_ = (
+        ("epoch", c_uint64),
+        ("kicks", c_uint64),
+        ("calls", c_uint64),
+        ("inflight", c_uint64),
+        ("resubmitted", c_uint64),
+        ("errors", c_uint64),
+        ("unsupported", c_uint64),
+        ("malformed", c_uint64),
+        ("last_malformed", c_uint64),
+        ("broken", c_uint64),
+        ("io_errno", c_uint64),
+        ("op", blk_op_counters * len(Kind)),
+    )
+    epoch: int
+    kicks: int
+    calls: int
+    inflight: int
+    resubmitted: int
+    errors: int
+    unsupported: int
+    malformed: int
+    last_malformed: int
+    broken: int
+    io_errno: int
+    op: ctypes.Array[blk_op_counters]
+
+
+class blk_fault(ctypes.Structure):
+    _fields_ = (
+        ("kinds", c_uint32),
+        ("count", c_uint32),
+        ("delay_ms", c_uint32),
+        ("fail", c_uint32),
+        ("die_at", c_uint32),
+        ("die_after", c_uint32),
+    )
+
+
+class vring_region(ctypes.Structure):
+    _fields_ = (("gpa", c_uint64), ("size", c_uint64), ("host", c_uint64))
+
+
+ABI: Final = (blk_config, blk_queue_config, blk_op_counters, blk_counters, blk_fault, vring_region)
+
+_FUNCTIONS: Final[dict[str, tuple[object, tuple[object, ...]]]] = {
+    "blk_create": (c_void_p, (POINTER(blk_config),)),
+    "blk_destroy": (None, (c_void_p,)),
+    "blk_set_memory": (c_int, (c_void_p, POINTER(vring_region), c_uint32)),
+    "blk_set_log": (None, (c_void_p, c_uint64, c_uint64)),
+    "blk_set_writeback": (None, (c_void_p, c_uint32)),
+    "blk_start": (c_int, (c_void_p, POINTER(blk_queue_config))),
+    "blk_stop_request": (c_int, (c_void_p, c_uint32)),
+    "blk_stopped": (c_int, (c_void_p, c_uint32)),
+    "blk_stop_wait": (c_int, (c_void_p, c_uint32)),
+    "blk_nudge": (None, (c_void_p,)),
+    "blk_event_fd": (c_int, (c_void_p,)),
+    "blk_counters": (POINTER(blk_counters), (c_void_p, c_uint32)),
+    "blk_set_fault": (None, (c_void_p, POINTER(blk_fault))),
+    "blk_abi_size": (c_uint32, (c_uint32,)),
+}
+
+
+def bind(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Give the functions their types."""
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def load() -> ctypes.CDLL:
+    return bind(native.load("blk"))
+
+
+def check(result: int, what: str) -> int:
+    """A result of the API, or the OSError that it stands for."""
+    if result < 0:
+        raise OSError(-result, f"{what}: {os.strerror(-result)}")
+    return result
