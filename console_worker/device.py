@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import partial
-from typing import Protocol
 
 from shared import log
 from shared.errors import GuestError, ProtocolError
@@ -12,7 +12,7 @@ from shared.vhost_backend import Mapping, Ring, Server
 from shared.vring import DirtyLog, MemoryMap, SplitRing
 
 
-class RingDevice(Protocol):
+class RingDevice(ABC):
     """A vhost-user `Backend` whose requests are finished within the call that finds them: nothing is ever in flight.
 
     A chain that breaks the rules costs its queue, until the driver resets the device; it is counted and logged.
@@ -35,9 +35,9 @@ class RingDevice(Protocol):
         self._log: DirtyLog | None = None
         self._broken: set[int] = set()
 
+    @abstractmethod
     def serve(self, index: int, ring: SplitRing) -> int:
         """Finish what is available, at most a ring's worth; the number of chains. Raises GuestError."""
-        ...
 
     def set_features(self, features: int) -> None:
         self.negotiated = features

@@ -158,11 +158,6 @@ class Frontend:
         """Whether the driver has activated the device, its rings running or stopped."""
         return self._session is not None
 
-    @property
-    def bases(self) -> dict[int, int]:
-        """Next avail index by queue of a device whose rings are stopped; empty for one that is not active."""
-        return dict(self._session.bases) if self._session is not None else {}
-
     # Connections ------------------------------------------------------------------------------------------------
 
     async def connect(self, sock: socket.socket) -> None:
@@ -298,7 +293,7 @@ class Frontend:
         """
         if self._session is not None:
             self._session.close()
-        features = acked & self.features & ~(vu.VHOST_F_LOG_ALL | vu.VHOST_USER_F_PROTOCOL_FEATURES)
+        features = acked & ~(vu.VHOST_F_LOG_ALL | vu.VHOST_USER_F_PROTOCOL_FEATURES)
         session = _Session(features, tuple(queues), {})
         session.bases = {q.index: 0 for q in session.queues}
         if restored:
@@ -413,7 +408,7 @@ class Frontend:
                 os.eventfd_write(queue.call_fd, 1)
 
     def _feature_bits(self, session: _Session) -> int:
-        bits = session.features | self.features & vu.VHOST_USER_F_PROTOCOL_FEATURES
+        bits = self.features & (session.features | vu.VHOST_USER_F_PROTOCOL_FEATURES)
         return bits | (vu.VHOST_F_LOG_ALL if self._log is not None else 0)
 
     def _send_memory(self, link: Link, batch: _Batch) -> None:

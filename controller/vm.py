@@ -27,6 +27,7 @@ from controller.config.hostfiles import check_files, detect_image_types
 from controller.config.identity import CONSOLE_ID, RNG_ID, assign_ids
 from controller.config.model import ConsoleMode, DiskConfig, VmConfig
 from controller.devices.events import GuestEvent
+from controller.early_device import console_device, disk_device, rng_device
 from controller.events import EventMonitor
 from controller.fleet import Fleet, WorkerSpec
 from controller.machine.acpi.description import Description
@@ -38,7 +39,7 @@ from controller.pci.host import Plan, build
 from controller.pci.virtio_pci import VirtioPci
 from controller.platform import Platform
 from controller.vcpus import Vcpus
-from controller.vhost_device import VhostDevice, block_device, console_device, rng_device
+from controller.vhost_device import FOREIGN_BLOCK, VhostUserDevice
 from controller.vhost_frontend import Frontend, dial
 from shared import log
 from shared.chardev import HostEnd, open_host_end
@@ -68,7 +69,6 @@ class VmContext:
 class Disk:
     config: DiskConfig
     image: int | None  # holds the lock; None for a vhost-user socket
-    device: VhostDevice
     frontend: Frontend
     backend: Backend | None = None
 
@@ -82,11 +82,9 @@ class Vm:
         config: VmConfig,
         *,
         memory: GuestMemory | None = None,
-        images: dict[str, int] | None = None,
         cpuid: list[CpuidEntry] | None = None,
-        tree: dict[str, Any] | None = None,
     ) -> None:
-        """`images`, `cpuid` and `tree` (device tree) belong to a VM that arrives; it keeps what it was born with."""
+        """`memory` and `cpuid` belong to a VM that arrives; it keeps what it was born with. _assemble() follows."""
         self.config = config
         self._context = context
         self._reactor = context.reactor
@@ -103,17 +101,20 @@ class Vm:
         self.codec = VcpuCodec(platform.kvm_vm)
         self.functions: dict[str, VirtioPci] = {}
         self._console_end = self._open_end(config.console)
-        build([platform.segment], self._plans(images or {}), tree)
 
     # Making ------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def boot(cls, context: VmContext, config: VmConfig) -> Vm:
-        """Everything up to the first KVM_RUN. Raises FlotillaError; nothing is left behind then."""
+    async def boot(cls, context: VmContext, config: VmConfig) -> Vm:
+        """Everything up to the first KVM_RUN; waits only for vhost-user back ends that somebody else runs.
+
+        Raises FlotillaError; nothing is left behind then.
+        """
         check_files(config)
         config = detect_image_types(assign_ids(config))
         vm = cls(context, config)
         try:
+            await vm._assemble({}, None)
             vm._load_payload()
             vm.vcpus.start()
             vm._running = True
@@ -144,8 +145,9 @@ class Vm:
             (gpa, size, fd, offset, slot) for (gpa, size, offset, slot), fd in zip(parts, ram_fds, strict=True)
         )
         cpuid = [CpuidEntry(*entry) for entry in info["cpuid"]]
-        vm = cls(context, vm_config, memory=memory, images=images, cpuid=cpuid, tree=info["device_tree"])
+        vm = cls(context, vm_config, memory=memory, cpuid=cpuid)
         try:
+            await vm._assemble(images, info["device_tree"])
             check_compatible(cpuid, vm.platform.host_cpuid())
             vm._set_cpuid()
             vm.vcpus.start(paused=True)
@@ -174,33 +176,43 @@ class Vm:
             entries = vcpu_cpuid(platform.cpuid, vcpu.index, platform.topology, tsc_khz=khz, nested=nested)
             set_cpuid(vcpu.fd, entries)
 
-    def _plans(self, images: dict[str, int]) -> list[Plan]:
+    async def _assemble(self, images: dict[str, int], tree: dict[str, Any] | None) -> None:
+        """Make the PCI functions. `images` are open descriptions of disks that came with a VM, `tree` its places."""
+        config, memory = self.config, self.platform.memory
         plans = []
-        config = self.config
         if self._console_end is not None:
-            device = console_device(Frontend(self._reactor, self.platform.memory, CONSOLE_ID), self._ready)
-            plans.append(self._plan("console", device, config.console.pci_device_id))
+            frontend = Frontend(self._reactor, memory, CONSOLE_ID)
+            console = console_device(self._reactor, frontend, config.console.id or CONSOLE_ID, self._ready)
+            plans.append(self._plan("console", console, config.console.pci_device_id))
         for number, disk in enumerate(config.disks):
-            plans.append(self._plan("disk", self._disk(disk, number == 0, images), disk.pci_device_id))
-        device = rng_device(Frontend(self._reactor, self.platform.memory, RNG_ID), self._ready)
-        plans.append(self._plan("rng", device, config.rng.pci_device_id))
-        return plans
+            device = await self._disk(disk, number == 0, images)
+            plans.append(self._plan("disk", device, disk.pci_device_id))
+        frontend = Frontend(self._reactor, memory, RNG_ID)
+        rng = rng_device(self._reactor, frontend, config.rng.id or RNG_ID, self._ready)
+        plans.append(self._plan("rng", rng, config.rng.pci_device_id))
+        build([self.platform.segment], plans, tree)
 
-    def _plan(self, kind: str, device: VhostDevice, slot: int | None) -> Plan:
+    def _plan(self, kind: str, device: VhostUserDevice, slot: int | None) -> Plan:
         platform = self.platform
         function = VirtioPci(device, platform.kvm_vm, platform.routing, platform.memory)
-        device.transport = function
+        device.on_config_changed = function.config_changed
         self.functions[device.device_id] = function
         return Plan(kind, function, slot=slot)
 
-    def _disk(self, disk: DiskConfig, first: bool, images: dict[str, int]) -> VhostDevice:
+    async def _disk(self, disk: DiskConfig, first: bool, images: dict[str, int]) -> VhostUserDevice:
         assert disk.id is not None
         frontend = Frontend(self._reactor, self.platform.memory, disk.id, own=not disk.vhost_user)
-        image = None
-        if not disk.vhost_user:
-            image = images[disk.id] if disk.id in images else disks.open_image(disk, first)
-        device = block_device(disk, frontend, image, self._ready)
-        self._disks[disk.id] = Disk(disk, image, device, frontend)
+        if disk.vhost_user:
+            assert disk.vhost_socket is not None
+            self._disks[disk.id] = Disk(disk, None, frontend)
+            frontend.on_lost = lambda error: log.error(f"{disk.id}: vhost-user back end lost: {error or 'closed'}")
+            await frontend.connect(await dial(self._reactor, disk.vhost_socket))
+            sizes = (disk.queue_size,) * disk.num_queues
+            return await VhostUserDevice.attach(self._reactor, frontend, disk.id, FOREIGN_BLOCK, sizes)
+        image = images[disk.id] if disk.id in images else disks.open_image(disk, first)
+        self._disks[disk.id] = Disk(disk, image, frontend)
+        device = disk_device(self._reactor, frontend, disk, image, self._ready)
+        device.extra["disk_path"] = disk.path or ""
         return device
 
     def _load_payload(self) -> None:
@@ -237,22 +249,21 @@ class Vm:
         self._ready.set()
 
     async def _start_disk(self, disk: Disk) -> None:
-        if disk.image is None:
-            assert disk.config.vhost_socket is not None
-            await disk.frontend.connect(await dial(self._reactor, disk.config.vhost_socket))
-            return
-        disk.backend = disks.backend(self._reactor, self._context.fleet, disk.config, disk.frontend, disk.image)
-        self._backends.append(disk.backend)
-        await disk.backend.start()
+        if disk.image is not None:
+            disk.backend = disks.backend(
+                self._reactor, self._context.fleet, disk.config, disk.frontend, disk.image
+            )
+            self._backends.append(disk.backend)
+            await disk.backend.start()
 
     async def _start_console(self) -> None:
         """virtio-console and virtio-rng share one process."""
-        frontends: dict[str, Frontend] = {"rng": self._frontend(RNG_ID)}
+        frontends: dict[str, Frontend] = {"rng": self._frontend(self.config.rng.id or RNG_ID)}
         fds: dict[str, int] = {}
         spec: dict[str, Any] = {"rng": {"src": self.config.rng.src}}
         end = self._console_end
         if end is not None:
-            frontends["console"] = self._frontend(CONSOLE_ID)
+            frontends["console"] = self._frontend(self.config.console.id or CONSOLE_ID)
             spec["console"] = {"mode": end.mode.value, "path": end.path}
             fds = {f"console.{role}": os.dup(fd) for role, fd in end.fds.items()}
         worker = WorkerSpec("console", "console", "console_worker.__main__", "worker", spec)
@@ -262,7 +273,7 @@ class Vm:
 
     def _frontend(self, device_id: str) -> Frontend:
         device = self.functions[device_id].device
-        assert isinstance(device, VhostDevice)
+        assert isinstance(device, VhostUserDevice)
         return device.frontend
 
     def _guest_event(self, event: GuestEvent) -> None:

@@ -100,7 +100,7 @@ class Vmm:
             if self.options.vm is not None:
                 self.config = assign_ids(self.options.vm)
                 # Without a wait from here to the first KVM_RUN: the workers come up while the guest boots.
-                self._boot_now()
+                self.reactor.run_until(self._boot_now())
             self.reactor.call_soon(lambda: self._start_services(api_socket))
             code = self.reactor.run()
         finally:
@@ -253,13 +253,13 @@ class Vmm:
             self._need_config()
             if self.vm is not None:
                 raise StateError(f"VM can't be booted: its state is {self.state}")
-            self._boot_now()
+            await self._boot_now()
 
-    def _boot_now(self) -> None:
+    async def _boot_now(self) -> None:
         """Everything up to the first KVM_RUN; the workers follow by themselves."""
         config = self._need_config()
         self.events.emit("vm", "booting")
-        self.vm = Vm.boot(self._context, config)
+        self.vm = await Vm.boot(self._context, config)
         self.config = self.vm.config
         self.state = VmState.RUNNING
         self.events.emit("vm", "booted")
@@ -302,7 +302,7 @@ class Vmm:
     async def _reboot(self) -> None:
         self.events.emit("vm", "rebooting")
         await self._stop_vm()
-        self._boot_now()
+        await self._boot_now()
         self.events.emit("vm", "rebooted")
 
     async def reboot(self, _: None) -> None:

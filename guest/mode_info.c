@@ -4,7 +4,7 @@
 static void header_print(const struct pci_function *f)
 {
     u32 slot = f->slot >> 3, function = f->slot & 7, class_revision = pci_read(f->slot, PCI_REVISION, 4);
-    say("pci 00:%02x.%u id=%04x:%04x rev=%02x class=%06x hdr=%02x cmd=%04x status=%04x subsys=%04x:%04x", slot,
+    say("pci 00:%02x.%u id=%04x:%04x rev=%02x code=%06x hdr=%02x cmd=%04x status=%04x subsys=%04x:%04x", slot,
         function, f->vendor, f->device, class_revision & 0xff, class_revision >> 8,
         pci_read(f->slot, PCI_HEADER_TYPE, 1), pci_read(f->slot, PCI_COMMAND, 2),
         pci_read(f->slot, PCI_STATUS, 2), pci_read(f->slot, PCI_SUBSYSTEM, 2),

@@ -1,5 +1,5 @@
 /* Self-describing data: every word follows from a key, so that what is read tells whether, where and when it was
- * written. guest/lines.py documents the disk format for readers on the host. */
+ * written. guest/pattern.py checks a disk image on the host. */
 #ifndef PATTERN_H
 #define PATTERN_H
 

@@ -116,7 +116,7 @@ class kvm_msr_entry(ctypes.Structure):
 class kvm_regs(ctypes.Structure):
     _fields_ = tuple(
         (name, c_uint64)
-        for name in "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()
+        for name in ["rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags"]
     )
 
 
@@ -125,7 +125,7 @@ class kvm_segment(ctypes.Structure):
         ("base", c_uint64),
         ("limit", c_uint32),
         ("selector", c_uint16),
-        *((name, c_uint8) for name in "type present dpl db s l g avl unusable padding".split()),
+        *((name, c_uint8) for name in ["type", "present", "dpl", "db", "s", "l", "g", "avl", "unusable", "padding"]),
     )
 
 
@@ -135,10 +135,10 @@ class kvm_dtable(ctypes.Structure):
 
 class kvm_sregs(ctypes.Structure):
     _fields_ = (
-        *((name, kvm_segment) for name in "cs ds es fs gs ss tr ldt".split()),
+        *((name, kvm_segment) for name in ["cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt"]),
         ("gdt", kvm_dtable),
         ("idt", kvm_dtable),
-        *((name, c_uint64) for name in "cr0 cr2 cr3 cr4 cr8 efer apic_base".split()),
+        *((name, c_uint64) for name in ["cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base"]),
         ("interrupt_bitmap", c_uint64 * 4),
     )
 

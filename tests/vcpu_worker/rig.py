@@ -27,6 +27,7 @@ RAM_SIZE = 1 << 20
 ENTRY = 0x1000
 ECAM_BASE, ECAM_SIZE = 0xE800_0000, 0x1000_0000
 TOY_MMIO = 0xD000_0000  # claimed by the toy device: dwords read are numbered, writes are kept
+PORT_TRANSMIT = 0x3F8
 PORT_COUNT = 0x500  # every dword read is one more than the last, per vCPU
 PORT_ECHO = 0x504  # what is written is kept, per vCPU
 PORT_WRONG = 0x508
@@ -209,8 +210,8 @@ class Rig:
         self.vcpus = [Vcpu(self.vm, self.pages, index, index, self.event_fd) for index in range(vcpus)]
         self.devices = ToyDevices(vcpus)
         self.output = bytearray()
-        self.exits: list[Exit] = []
         self.kills = 0
+        self.overflows = 0
         self.hold: Callable[[Vcpu, Exit], bool] = lambda vcpu, exit: False  # True: leave the exit unfinished
         self._set_up_pages()
         for vcpu in self.vcpus:
@@ -269,10 +270,16 @@ class Rig:
         """Carry out an exit that waits, unless `hold` says otherwise."""
         exit = vcpu.take_exit()
         if exit is not None:
-            self.exits.append(exit)
             if not self.hold(vcpu, exit):
-                self.devices.carry_out(vcpu.index, exit)
+                self.carry_out(vcpu, exit)
                 vcpu.finish_exit(exit.epoch)
+
+    def carry_out(self, vcpu: Vcpu, exit: Exit) -> None:
+        if exit.kind is ExitKind.PIO and exit.address == PORT_TRANSMIT and exit.is_write:
+            self.overflows += 1  # the ring was full; what is in it comes first
+            self.output += self.pages.uart.drain() + bytes(exit.data)
+        else:
+            self.devices.carry_out(vcpu.index, exit)
 
     def succeed(self, vcpu: Vcpu) -> None:
         """Bury a killed vCPU process and start its successor."""
@@ -318,7 +325,6 @@ class Rig:
             if vcpu.pidfd >= 0:
                 vcpu.kill()
                 vcpu.reap()
-            self.exits.clear()
             vcpu.close()
         os.close(self.event_fd)
         self.vm.close()

@@ -1,0 +1,279 @@
+"""The device behind `shared.vhost_backend.Server`: settings and policy here, every request in the native loop.
+
+stop_queue() is the fence: it waits for what is in flight, as long as the disk takes, and the process answers nothing
+meanwhile. request_stop() before it lets several queues drain side by side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from blk_worker import native
+from blk_worker.config import CONFIG_SIZE, WRITEBACK_OFFSET, BlkConfig, Feature, config_of, features_of
+from blk_worker.disk import Disk
+from blk_worker.native import Flag, Kind, Step, VringError, check
+from shared import log
+from shared.errors import ConfigError, ProtocolError
+from shared.reactor import Reactor, drain_eventfd
+from shared.vhost_backend import Mapping as MemoryMapping
+from shared.vhost_backend import Ring
+
+IO_THREADS = 16
+REPORT_SECONDS = 1.0
+MAX_QUEUES = 256
+NEVER = (1 << 64) - 1  # a latency before the first request, as in Cloud Hypervisor's counters
+
+
+class BlockBackend:
+    """One disk, `num_queues` queues. `on_broken(index)` hears of a queue that the guest has made unusable."""
+
+    protocol_features = 0
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        disk: Disk,
+        *,
+        num_queues: int = 1,
+        queue_size: int = 128,
+        sparse: bool = True,
+        io_threads: int = IO_THREADS,
+    ) -> None:
+        if not 0 < num_queues <= MAX_QUEUES:
+            raise ConfigError(f"disk path={disk.path}: num_queues={num_queues} is not within 1 to {MAX_QUEUES}")
+        if not 2 < queue_size <= 32768 or queue_size & (queue_size - 1):
+            raise ConfigError(f"disk path={disk.path}: queue_size={queue_size} is no power of two above 2")
+        self.num_queues = num_queues
+        self.features = int(features_of(disk, num_queues, sparse))
+        self.config = config_of(disk, num_queues, queue_size, sparse)
+        self.disk = disk
+        self.on_broken: Callable[[int], None] = lambda index: None
+        self._reactor = reactor
+        self._io_threads = io_threads
+        self._native = native.load()
+        self._acked = 0
+        self._running: set[int] = set()
+        self._epoch = 0
+        self._seen: dict[int, int] = {}
+        self._reported: dict[int, tuple[int, int, int]] = {}
+        self._report_timer = False
+        self._fault = native.blk_fault()
+        self._device = self._create()
+
+    # The native device ------------------------------------------------------------------------------------------
+
+    def _create(self) -> int:
+        disk, flags = self.disk, Flag(0)
+        if disk.readonly:
+            flags |= Flag.READONLY
+        if disk.direct:
+            flags |= Flag.DIRECT
+        if disk.block_device:
+            flags |= Flag.BLOCK_DEVICE
+        if self.features & Feature.DISCARD:
+            flags |= Flag.CAN_DISCARD
+        if self.features & Feature.WRITE_ZEROES:
+            flags |= Flag.CAN_ZERO
+        config = native.blk_config(
+            sectors=self.config.capacity, fd=disk.fd, flags=flags, num_queues=self.num_queues,
+            io_threads=self._io_threads, memory_align=disk.memory_align, offset_align=disk.offset_align,
+            id=disk.identity, writeback=self._writeback(),
+        )  # fmt: skip
+        device: int | None = self._native.blk_create(ctypes.byref(config))
+        if device is None:
+            number = ctypes.get_errno()
+            raise OSError(number, f"block device of {disk.path}: {os.strerror(number)}")
+        self._events: int = self._native.blk_event_fd(device)
+        self._counters: list[native.blk_counters] = [
+            self._native.blk_counters(device, index).contents for index in range(self.num_queues)
+        ]
+        self._reactor.add_reader(self._events, self._on_event)
+        return device
+
+    def _destroy(self) -> None:
+        self._reactor.remove_reader(self._events)
+        self._counters = []
+        self._native.blk_destroy(self._device)
+        self._device = 0
+
+    def close(self) -> None:
+        """Stop everything, waiting for what is in flight, and close the disk. Idempotent."""
+        if self._device:
+            self._destroy()
+            self._running.clear()
+            self.disk.close()
+
+    # Backend, for the vhost-user server -------------------------------------------------------------------------
+
+    def set_features(self, features: int) -> None:
+        self._acked = features
+        self._native.blk_set_writeback(self._device, self._writeback())
+
+    def _writeback(self) -> int:
+        """Whether a completed write may still be in a cache (virtio 1.2, 5.2.6.2)."""
+        if self._acked & Feature.CONFIG_WCE or not self._acked:
+            return self.config.writeback
+        return int(bool(self._acked & Feature.FLUSH))
+
+    def set_memory(self, mappings: tuple[MemoryMapping, ...]) -> None:
+        table = (native.vring_region * len(mappings))()
+        for entry, mapping in zip(table, mappings, strict=True):
+            entry.gpa, entry.size, entry.host = mapping.gpa, mapping.size, mapping.address
+        check(self._native.blk_set_memory(self._device, table, len(mappings)), "block device: guest memory")
+
+    def set_log(self, address: int, size: int) -> None:
+        self._native.blk_set_log(self._device, address, size)
+
+    def start_queue(self, ring: Ring) -> None:
+        config = native.blk_queue_config(
+            desc=ring.desc, avail=ring.avail, used=ring.used,
+            used_gpa=ring.used_gpa if ring.log_used else native.NO_GPA,
+            inflight=ring.inflight, inflight_desc_num=ring.inflight_desc_num,
+            index=ring.index, size=ring.size, base=ring.base, kick_fd=ring.kick_fd, call_fd=ring.call_fd,
+            event_idx=bool(self._acked & Feature.RING_EVENT_IDX),
+            indirect=bool(self._acked & Feature.RING_INDIRECT_DESC),
+        )  # fmt: skip
+        check(self._native.blk_start(self._device, ctypes.byref(config)), f"block device: queue {ring.index}")
+        self._running.add(ring.index)
+
+    def request_stop(self) -> None:
+        """Let every queue finish what it has taken and take no more. stop_queue() is to follow."""
+        for index in self._running:
+            self._native.blk_stop_request(self._device, index)
+
+    def stop_queue(self, index: int) -> int:
+        base = check(self._native.blk_stop_wait(self._device, index), f"block device: queue {index}")
+        self._running.discard(index)
+        self._seen.pop(index, None)
+        return base
+
+    def get_config(self, offset: int, size: int) -> bytes:
+        return self.config.pack()[offset : offset + size]
+
+    def set_config(self, offset: int, data: bytes) -> None:
+        """Only `writeback` can be written (virtio 1.2, 5.2.5); the other bytes of a wider write are ignored."""
+        if offset + len(data) > CONFIG_SIZE:
+            raise ProtocolError(f"block device: write of {len(data)} bytes at {offset} of its configuration space")
+        if offset <= WRITEBACK_OFFSET < offset + len(data):
+            self.config = self.config.with_writeback(data[WRITEBACK_OFFSET - offset])
+            self._native.blk_set_writeback(self._device, self._writeback())
+
+    # Watching ---------------------------------------------------------------------------------------------------
+
+    def _on_event(self) -> None:
+        drain_eventfd(self._events)
+        if not self._report_timer:  # a guest that floods us with nonsense gets a line a second
+            self._report()
+            self._report_timer = True
+            self._reactor.call_later(REPORT_SECONDS, self._report_late)
+
+    def _report_late(self) -> None:
+        self._report_timer = False
+        if self._device:
+            self._report()
+
+    def _report(self) -> None:
+        for index, counters in enumerate(self._counters):
+            now = (counters.malformed, counters.errors, counters.broken)
+            before = self._reported.get(index, (0, 0, 0))
+            self._reported[index] = now
+            where = f"disk path={self.disk.path}, queue {index}"
+            if now[0] > before[0]:
+                reason = VringError(counters.last_malformed).name
+                log.warn(f"{where}: {now[0] - before[0]} malformed requests of the guest, the last: {reason}")
+            if now[1] > before[1]:
+                cause = os.strerror(counters.io_errno) if counters.io_errno else "requests out of range"
+                log.error(f"{where}: {now[1] - before[1]} requests failed: {cause}")
+            if now[2] and not before[2]:
+                log.error(f"{where}: the guest broke the ring ({VringError(counters.broken).name}); it stays stopped")
+                self.on_broken(index)
+
+    def epoch(self) -> int:
+        """Rises from call to call while every running ring thread takes turns; this call asks for the next turn."""
+        turns = {index: self._counters[index].epoch for index in self._running}
+        if all(self._seen.get(index) != turn for index, turn in turns.items()):
+            self._epoch += 1
+        self._seen = turns
+        self._native.blk_nudge(self._device)
+        return self._epoch
+
+    def stats(self) -> dict[str, int]:
+        """Sums over the queues. Latencies in µs; the minimum is 2^64-1 before the first request."""
+        result: dict[str, int] = {}
+        for kind in Kind:
+            name = kind.name.lower()
+            ops = [counters.op[kind] for counters in self._counters]
+            count = sum(op.ops for op in ops)
+            result[f"{name}_ops"] = count
+            if kind in (Kind.READ, Kind.WRITE):
+                result[f"{name}_bytes"] = sum(op.bytes for op in ops)
+            result[f"{name}_latency_min"] = min(op.latency_min_us for op in ops)
+            result[f"{name}_latency_max"] = max(op.latency_max_us for op in ops) if count else NEVER
+            result[f"{name}_latency_avg"] = sum(op.latency_sum_us for op in ops) // count if count else NEVER
+        for name in ("inflight", "resubmitted", "errors", "unsupported", "malformed", "kicks", "calls"):
+            result[name] = sum(getattr(counters, name) for counters in self._counters)
+        result["broken_queues"] = sum(bool(counters.broken) for counters in self._counters)
+        return result
+
+    # State ------------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """Keys of Cloud Hypervisor's block device state. Ring indices are the transport's."""
+        return {
+            "disk_path": self.disk.path,
+            "disk_nsectors": self.config.capacity,
+            "avail_features": self.features,
+            "acked_features": self._acked,
+            "config": self.config.save(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over a device: the guest keeps the features and the configuration that it saw where it was.
+
+        Raises ProtocolError for a state that can't be read, ConfigError for a disk that can't stand in.
+        """
+        if self._running:
+            raise ProtocolError("block device: state given while queues run")
+        try:
+            features, acked = int(state["avail_features"]), int(state["acked_features"])
+            config = BlkConfig.load(state["config"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"block device state can't be read: {error}") from error
+        if config.capacity > self.disk.sectors:
+            raise ConfigError(f"disk path={self.disk.path} has {self.disk.sectors} sectors, the guest's disk "
+                              f"{config.capacity}")  # fmt: skip
+        if self.disk.readonly and not features & Feature.RO:
+            raise ConfigError(f"disk path={self.disk.path} is read-only, the guest's disk is not")
+        if max(1, config.num_queues) > self.num_queues:
+            raise ConfigError(f"disk path={self.disk.path}: num_queues={self.num_queues}, the guest's disk has "
+                              f"{config.num_queues}")  # fmt: skip
+        self.features, self._acked, self.config = features, acked, config
+        self._destroy()
+        self._device = self._create()
+        self._reported.clear()
+
+    # Faults, for tests ------------------------------------------------------------------------------------------
+
+    def fault(self, what: str, value: int) -> None:
+        """`delay` (ms), `fail` (how many requests, 0: all), `hang`, `die-<step>` (at its n-th time), `clear`.
+
+        A queue that hangs can't be stopped before `clear`, and stop_queue() would wait for it: kill the process.
+        """
+        fault, every = self._fault, sum(1 << kind for kind in Kind)
+        if what == "clear":
+            fault = native.blk_fault()
+        elif what == "delay":
+            fault.kinds, fault.delay_ms = every, value
+        elif what == "fail":
+            fault.kinds, fault.fail, fault.count = every, 1, value
+        elif what == "hang":
+            fault.kinds, fault.delay_ms = every, native.HANG_FOR_EVER
+        elif what.startswith("die-") and what[4:].upper() in Step.__members__:
+            fault.die_at, fault.die_after = Step[what[4:].upper()], max(1, value)
+        else:
+            raise ProtocolError(f"block device: unknown fault {what!r}")
+        self._fault = fault
+        self._native.blk_set_fault(self._device, ctypes.byref(fault))

@@ -1,0 +1,69 @@
+"""A vhost-user device that the guest may look at while its worker is still coming up.
+
+What our own workers offer is known beforehand (Cloud Hypervisor's tables), so the VM's first instruction does not wait for
+them: only an activation does.
+"""
+
+from __future__ import annotations
+
+from controller.config.model import DiskConfig
+from controller.pci.virtio import VIRTIO_F_VERSION_1, Virtqueue
+from controller.vhost_device import BLOCK as BLOCK_KIND
+from controller.vhost_device import CONSOLE, CONSOLE_CONFIG, RNG, DeviceKind, VhostUserDevice
+from controller.vhost_frontend import Frontend
+from shared import virtio_blk
+from shared.errors import HostError
+from shared.reactor import Event, Reactor
+
+CONSOLE_QUEUES, RNG_QUEUES = (256, 256), (256,)
+CONSOLE_PORTS = 1
+
+
+class EarlyDevice(VhostUserDevice):
+    """`ready` is set when the back end is connected for the first time."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        frontend: Frontend,
+        device_id: str,
+        kind: DeviceKind,
+        queue_sizes: tuple[int, ...],
+        ready: Event,
+        features: int,
+        config: bytes = b"",
+    ) -> None:
+        super().__init__(reactor, frontend, device_id, kind, queue_sizes, config)
+        self.features = features
+        self._ready = ready
+
+    async def activate(self, acked_features: int, queues: tuple[Virtqueue, ...]) -> None:
+        await self._ready.wait()
+        lacking = acked_features & ~self.frontend.features
+        if lacking:
+            raise HostError(f"{self.device_id}: its worker lacks features {lacking:#x} that the guest was offered")
+        await super().activate(acked_features, queues)
+
+
+def disk_device(reactor: Reactor, frontend: Frontend, disk: DiskConfig, image: int, ready: Event) -> EarlyDevice:
+    """A disk of ours. Raises HostError when the image can't be asked for its size."""
+    assert disk.id is not None
+    try:
+        geometry = virtio_blk.geometry(image)
+    except OSError as error:
+        raise HostError(f"--disk path={disk.path}: {error.strerror}") from error
+    features = virtio_blk.features(geometry, readonly=disk.readonly, sparse=disk.sparse, num_queues=disk.num_queues)
+    config = virtio_blk.config_space(
+        geometry, features, num_queues=disk.num_queues, queue_size=disk.queue_size
+    )
+    sizes = (disk.queue_size,) * disk.num_queues
+    return EarlyDevice(reactor, frontend, disk.id, BLOCK_KIND, sizes, ready, features, config)
+
+
+def console_device(reactor: Reactor, frontend: Frontend, device_id: str, ready: Event) -> EarlyDevice:
+    config = CONSOLE_CONFIG.replace(bytes(CONSOLE_CONFIG.size), "max_nr_ports", CONSOLE_PORTS)
+    return EarlyDevice(reactor, frontend, device_id, CONSOLE, CONSOLE_QUEUES, ready, CONSOLE.features, config)
+
+
+def rng_device(reactor: Reactor, frontend: Frontend, device_id: str, ready: Event) -> EarlyDevice:
+    return EarlyDevice(reactor, frontend, device_id, RNG, RNG_QUEUES, ready, VIRTIO_F_VERSION_1)
