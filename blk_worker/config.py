@@ -1,4 +1,4 @@
-"""virtio-blk's feature bits and configuration space (virtio 1.2, 5.2.3 and 5.2.4), byte for byte as Cloud Hypervisor's."""
+"""virtio-blk's feature bits and configuration space (virtio 1.2, 5.2.3, 5.2.4), byte for byte as Cloud Hypervisor's."""
 
 from __future__ import annotations
 

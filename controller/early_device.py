@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from controller.config.model import DiskConfig
 from controller.pci.virtio import VIRTIO_F_VERSION_1, Virtqueue
-from controller.vhost_device import BLOCK as BLOCK_KIND
-from controller.vhost_device import CONSOLE, CONSOLE_CONFIG, RNG, DeviceKind, VhostUserDevice
+from controller.vhost_user_device import BLOCK as BLOCK_KIND
+from controller.vhost_user_device import CONSOLE, CONSOLE_CONFIG, RNG, DeviceKind, VhostUserDevice
 from controller.vhost_frontend import Frontend
 from shared import virtio_blk
 from shared.errors import HostError

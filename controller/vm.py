@@ -39,7 +39,7 @@ from controller.pci.host import Plan, build
 from controller.pci.virtio_pci import VirtioPci
 from controller.platform import Platform
 from controller.vcpus import Vcpus
-from controller.vhost_device import FOREIGN_BLOCK, VhostUserDevice
+from controller.vhost_user_device import FOREIGN_BLOCK, VhostUserDevice
 from controller.vhost_frontend import Frontend, dial
 from shared import log
 from shared.chardev import HostEnd, open_host_end

@@ -24,7 +24,9 @@ MAX_REQUEST = 256 << 10
 SYS_CLONE = 56
 CLONE_PARENT = 0x8000
 # What a terminal or `timeout` sends to the whole process group is the controller's to answer, not a worker's.
-TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+TERMINAL_SIGNALS = tuple(
+    getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "QUIT", "HUP", "TSTP", "TTIN", "TTOU")
+)
 
 
 def main(request_fd: int, controller: int) -> int:
@@ -53,7 +55,10 @@ def main(request_fd: int, controller: int) -> int:
             _become(request, fds, controller)
         for fd in fds:
             os.close(fd)
-        requests.send(msgpack.packb({"pid": pid}))
+        try:
+            requests.send(msgpack.packb({"pid": pid}))
+        except BrokenPipeError:
+            return 0  # the controller is ending; PDEATHSIG takes the worker with it
 
 
 def _fork_for_parent() -> int:

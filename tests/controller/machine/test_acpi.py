@@ -171,7 +171,7 @@ def test_acpica_reads_what_the_machine_page_lists(tmp_path: Path) -> None:
         "Local0 = GDAT Local1 = (Local0 & One) If ((Local1 == One)) { \\_SB.CPUS.CSCN () }",
         "Local1 = (Local0 & 0x08) If ((Local1 == 0x08)) { Notify (\\_SB.PWRB, 0x80)",
         "OperationRegion (PRST, SystemMemory, 0x00003FFFFFFEE000, 0x0C)",
-        "Offset (0x04), CPEN, 1, CINS, 1, CRMV, 1, CEJ0, 1, , 4, CCMD, 8 }",
+        "Offset (0x04), CPEN, 1, CINS, 1, CRMV, 1, CEJ0, 1, Offset (0x05), CCMD, 8 }",
         "While ((Local0 < 0x06))",
         "Device (C005)",
         "Method (MSCN, 0, Serialized) { }",

@@ -1,0 +1,48 @@
+"""The leak check itself: what it must find, and what it must not mistake for a leak."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+from tests import leaks
+
+ORPHAN = "sh -c 'sleep 1000 & exec sleep 1000' & echo $!"
+
+
+def test_process_of_a_process_is_found_and_ended(tmp_path: Path) -> None:
+    before = leaks.Snapshot.take(tmp_path)
+    subprocess.run(["sh", "-c", ORPHAN], check=True, stdout=subprocess.DEVNULL)
+    lines = leaks.find(before, None)
+    assert len([line for line in lines if "sleep 1000" in line]) == 2
+    assert not leaks.descendants() - before.processes
+
+
+def test_orphan_that_ends_by_itself_is_no_leak(tmp_path: Path) -> None:
+    before = leaks.Snapshot.take(tmp_path)
+    subprocess.run(["sh", "-c", "sleep 0.2 &"], check=True)
+    assert leaks.find(before, None) == []
+
+
+def test_shared_memory_name_is_found_and_removed(tmp_path: Path) -> None:
+    before = leaks.Snapshot.take(tmp_path)
+    (leaks.SHM / "forgotten").touch()
+    assert leaks.find(before, None) == ["shared memory name /dev/shm/forgotten"]
+    assert not (leaks.SHM / "forgotten").exists()
+
+
+def test_socket_file_is_found_and_removed(tmp_path: Path) -> None:
+    before = leaks.Snapshot.take(tmp_path / "no-such-folder")
+    path = tmp_path / "sock"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+    assert leaks.find(before, tmp_path) == [f"socket file {path}"]
+    assert not path.exists()
+
+
+def test_runtime_folder_is_found(tmp_path: Path) -> None:
+    before = leaks.Snapshot.take(tmp_path)
+    os.mkdir(tmp_path / "vm")
+    assert leaks.find(before, None) == [f"runtime folder {tmp_path / 'vm'}"]
