@@ -368,7 +368,7 @@ def _fill(kind: type[Line], cpu: int, text: str, words: list[str], **given: obje
             values[key] = value
     if issubclass(kind, Bad):
         values["kind"] = kind.PREFIX
-    return kind(cpu, text, **values)  # type: ignore[arg-type]  # names and types are the dataclass's own
+    return kind(cpu, text, **values)
 
 
 def _pci(cpu: int, text: str, words: list[str]) -> Line:

@@ -50,8 +50,8 @@ def decode(data: bytes) -> Sector | None:
 
 
 def damage(image: Path, block_bytes: int, first: int) -> Iterator[str]:
-    """What is wrong with a raw image after a run on blocks of `block_bytes` from sector `first`: sectors that are damaged
-    or in the wrong place, and blocks whose sectors come from different writes."""
+    """What is wrong with a raw image after a run on blocks of `block_bytes` from sector `first`: sectors that are
+    damaged or in the wrong place, and blocks whose sectors come from different writes."""
     sectors = block_bytes // SECTOR
     with open(image, "rb") as file:
         size = file.seek(0, os.SEEK_END)

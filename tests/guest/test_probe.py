@@ -1,0 +1,198 @@
+"""The probe guest on QEMU: every mode does its work, and finds the damage it is there to find."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+import pytest
+
+from guest import lines, pattern
+from tests.guest.conftest import Boot, disk
+
+RNG = ("-device", "virtio-rng-pci,disable-legacy=on")
+
+
+def of(events: list[lines.Event], kind: type[lines.Line]) -> list[lines.Line]:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def assert_clean(events: list[lines.Event]) -> None:
+    done = of(events, lines.Done)
+    assert not of(events, lines.Bad)
+    assert not of(events, lines.Error)
+    assert [line.bad for line in done if isinstance(line, lines.Done)] == [0]
+
+
+def test_boot_mark_comes_first_and_off_ends_the_machine(boot: Boot) -> None:
+    events = boot("off").finish()
+    assert isinstance(events[0], lines.Mark)
+    assert isinstance(events[1], lines.Up)
+    assert_clean(events)
+
+
+@pytest.mark.parametrize("words", ["", "poll=1", "indirect=0 event_idx=0", "seg=512 bs=16k depth=9", "ring=16 depth=2"])
+def test_equal_is_the_crc_of_the_image(boot: Boot, image: Path, words: str) -> None:
+    events = boot(f"mode=equal passes=3 off {words}", *disk(image)).finish()
+    passes = [event for event in events if isinstance(event, lines.Equal)]
+    assert [line.number for line in passes] == [1, 2, 3]
+    assert {line.crc32 for line in passes} == {zlib.crc32(image.read_bytes())}
+    assert_clean(events)
+
+
+def test_equal_notices_a_changed_byte(boot: Boot, image: Path) -> None:
+    machine = boot("mode=equal", *disk(image))
+    machine.line(lines.Equal)
+    with open(image, "r+b") as file:
+        file.seek(777_777)
+        byte = file.read(1)
+        file.seek(777_777)
+        file.write(bytes([byte[0] ^ 1]))
+    wrong = machine.line(lines.NotEqual)
+    assert isinstance(wrong, lines.NotEqual)
+    assert wrong.offset <= 777_777 < wrong.offset + (256 << 10)
+
+
+@pytest.mark.parametrize("words", ["depth=8", "depth=32 queues=2 bs=1k", "depth=4 indirect=0", "poll=1 event_idx=0"])
+def test_blkload_verifies_and_leaves_a_whole_image(boot: Boot, blank: Path, words: str) -> None:
+    machine = boot(f"mode=blkload passes=2 off {words}", *disk(blank, device=",num-queues=2"), *("-smp", "2"))
+    load = machine.line(lines.BlkLoad)
+    events = machine.finish()
+    ok = of(events, lines.BlkOk)[-1]
+    assert isinstance(ok, lines.BlkOk)
+    assert isinstance(load, lines.BlkLoad)
+    assert ok.verified > load.blocks
+    assert ok.flushed
+    assert ok.trimmed
+    assert_clean(events)
+    assert list(pattern.damage(blank, load.bs, load.first)) == []
+
+
+@pytest.mark.parametrize("kind", ["stale", "torn", "misplaced", "corrupt", "zero"])
+def test_blkload_names_the_damage(boot: Boot, blank: Path, kind: str) -> None:
+    """The host damages every block behind the guest's back; what the guest meets first must be called by its name."""
+    machine = boot("mode=blkload trim=0 depth=1 span=256k report_ms=0", *disk(blank))
+    machine.until(lambda event: isinstance(event, lines.BlkOk) and event.scans >= 2, "two scans")
+    with open(blank, "r+b") as file:
+        for sector in range(8, 8 + 512):
+            os.pwrite(file.fileno(), damaged(kind, sector), sector * pattern.SECTOR)
+    machine.until(lambda event: isinstance(event, lines.Bad) and f"BAD {kind}" in event.text, f"blk BAD {kind}")
+
+
+def damaged(kind: str, sector: int) -> bytes:
+    if kind == "zero":
+        return bytes(pattern.SECTOR)
+    if kind == "corrupt":
+        return pattern.encode(pattern.Sector(sector, 1, 1))[:-1] + b"\xee"
+    if kind == "misplaced":
+        return pattern.encode(pattern.Sector(sector + 8, 1, 1))
+    # stale: the first generation again; torn: in half of the sectors
+    if kind == "torn" and sector % 8 >= 4:
+        return pattern.encode(pattern.Sector(sector, 0xFFFF, 1))
+    return pattern.encode(pattern.Sector(sector, 0, 1))
+
+
+def test_blkload_misses_an_answer(boot: Boot, blank: Path) -> None:
+    """600 timer ticks, here of a millisecond, are the deadline; two requests a second cannot meet it at depth 4."""
+    machine = boot("mode=blkload hz=1000 depth=4 span=256k", *disk(blank, ",throttling.iops-total=2"))
+    machine.until(lambda event: isinstance(event, lines.Bad) and "BAD lost" in event.text, "blk BAD lost")
+    assert isinstance(machine.line(lines.BlkLate), lines.BlkLate)
+
+
+def test_ram_notices_a_lost_page(boot: Boot, tmp_path: Path) -> None:
+    ram = tmp_path / "ram"
+    backing = f"memory-backend-file,id=ram,size=64M,share=on,mem-path={ram}"
+    machine = boot("mode=ram mb=16 report_ms=0", "-object", backing, "-machine", "memory-backend=ram", memory="64M")
+    opened = machine.until(lambda event: isinstance(event, lines.Line) and event.text.startswith("ram open"), "ram open")
+    machine.line(lines.RamOk)
+    assert isinstance(opened, lines.Line)
+    address = int(opened.text.split("addr=0x")[1].split()[0], 16)
+    with open(ram, "r+b") as file:
+        os.pwrite(file.fileno(), bytes(4096), address + (15 << 20))
+    machine.until(lambda event: isinstance(event, lines.Bad) and event.kind == "ram", "ram BAD")
+
+
+def test_ram_keeps_its_rate(boot: Boot) -> None:
+    events = boot("mode=ram mb=8 rate=64 passes=8 report_ms=0 hz=100 off").finish()
+    passes = [event for event in events if isinstance(event, lines.RamOk)]
+    seconds = (passes[-1].ns - passes[0].ns) / 1e9
+    assert 7 * 8 / seconds <= 64 * 1.1
+    assert_clean(events)
+
+
+def test_exits_are_exact_and_numbered(boot: Boot) -> None:
+    events = boot("mode=exits passes=40 seq_every=1 off", *RNG).finish()
+    check = lines.SeqCheck()
+    assert [wrong for event in events if (wrong := check.feed(event))] == []
+    assert [line.number for line in events if isinstance(line, lines.Seq)] == list(range(40))
+    assert_clean(events)
+
+
+def test_tick_counts_and_measures(boot: Boot) -> None:
+    events = boot("mode=tick tick_us=500 passes=300 off").finish()
+    beats = [event.value for event in events if isinstance(event, lines.Beat)]
+    assert beats == [n & 0x7F for n in range(1, 301)]
+    last = of(events, lines.Tick)[-1]
+    assert isinstance(last, lines.Tick)
+    assert last.count == 300
+    assert last.back_us == 0
+    assert last.worst_us > 0
+
+
+def test_second_cpu_has_its_own_tasks(boot: Boot, image: Path, blank: Path) -> None:
+    words = "cpus=2 mode=equal ap=blkload,exits,ram ap.passes=2 ap.mb=4 equal.passes=4 off"
+    events = boot(words, *disk(image), *disk(blank), *RNG, "-smp", "2").finish()
+    assert_clean(events)
+    for kind, cpu in ((lines.Equal, 0), (lines.BlkOk, 1), (lines.ExitsOk, 1), (lines.RamOk, 1)):
+        assert {line.cpu for line in of(events, kind)} == {cpu}
+
+
+def test_rng_and_console(boot: Boot, tmp_path: Path) -> None:
+    output = tmp_path / "console"
+    console = ("-device", "virtio-serial-pci,disable-legacy=on", "-device", "virtconsole,chardev=c")
+    words = "mode=rng,console rng.passes=50 console.passes=3 console.report_ms=10 off"
+    events = boot(words, *RNG, *console, "-chardev", f"file,id=c,path={output}").finish()
+    assert_clean(events)
+    requests = of(events, lines.RngOk)[-1]
+    assert isinstance(requests, lines.RngOk)
+    assert requests.requests == 50
+    assert output.read_text().split("\r\n")[:2] == ["console line 00000000", "console line 00000001"]
+
+
+def test_serial_input_comes_by_interrupt(boot: Boot) -> None:
+    machine = boot("mode=echo")
+    machine.line(lines.Ready)
+    machine.send(b"hello there\n")
+    heard = machine.line(lines.Echo)
+    assert isinstance(heard, lines.Echo)
+    assert (heard.said, heard.bytes) == ("hello there", 12)
+    assert heard.irqs >= 1
+
+
+def test_tables_and_functions_are_told(boot: Boot, image: Path) -> None:
+    events = boot("mode=acpi,pci off", *disk(image)).finish()
+    tables = {line.signature: line.sum for line in events if isinstance(line, lines.AcpiTable)}
+    assert {"RSDP", "XSDT", "FACP", "DSDT", "APIC"} <= set(tables)
+    assert set(tables.values()) == {"ok"}
+    functions = {line.where: line.id for line in events if isinstance(line, lines.PciFunction)}
+    assert functions["00:01.0"] == "1af4:1042"
+    config = {line.offset: line.data for line in events if isinstance(line, lines.PciConfig) and line.where == "00:01.0"}
+    assert config[0][:4] == bytes.fromhex("f41a4210")
+    bars = [line for line in events if isinstance(line, lines.PciBar) and line.where == "00:01.0"]
+    assert all(bar.address % bar.size == 0 for bar in bars)
+    blk = of(events, lines.Virtio)[0]
+    assert isinstance(blk, lines.Virtio)
+    assert int.from_bytes(blk.config[:8], "little") == (1 << 20) // 512
+    assert_clean(events)
+
+
+@pytest.mark.parametrize("words", ["reset", "crash"])
+def test_reset_and_triple_fault_end_a_machine_that_may_not_reboot(boot: Boot, words: str) -> None:
+    assert_clean(boot(words).finish())
+
+
+def test_wrong_words_are_named(boot: Boot) -> None:
+    for words, complaint in (("mode=nonsense", "unknown mode=nonsense"), ("mode=equal disk=3", "disk=3")):
+        error = boot(words).line(lines.Error)
+        assert complaint in error.text
