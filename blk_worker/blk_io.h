@@ -25,7 +25,8 @@ struct blk_outcome {
     enum blk_kind kind;
     uint8_t status;
     enum vring_error malformed;
-    int error; /* errno behind an IOERR, 0 if the request itself was wrong */
+    int error;   /* errno behind an IOERR, 0 if the request itself was wrong */
+    bool synced; /* fdatasync was called */
     uint64_t bytes;
 };
 
@@ -97,6 +98,19 @@ static int blk_transfer(struct blk_device *d, bool write, struct blk_span *span,
         blk_skip(span, (uint64_t)done);
     }
     return 0;
+}
+
+static void blk_sync(const struct blk_device *d, struct blk_outcome *o)
+{
+    o->synced = true;
+    o->error = fdatasync(d->config.fd) ? errno : 0;
+}
+
+/* After a write has succeeded: without a write-back cache it must be durable before it is reported. */
+static void blk_write_through(const struct blk_device *d, struct blk_outcome *o)
+{
+    if (!o->error && !__atomic_load_n(&d->writeback, __ATOMIC_RELAXED))
+        blk_sync(d, o);
 }
 
 static void *blk_bounce(struct blk_scratch *scratch)
@@ -239,8 +253,8 @@ static void blk_do_range(struct blk_device *d, struct blk_scratch *scratch, stru
         o->error = blk_discard(d, range.sector << BLK_SECTOR_SHIFT, bytes);
     else if (bytes)
         o->error = blk_zero(d, scratch, range.sector << BLK_SECTOR_SHIFT, bytes, unmap);
-    if (!o->error && !discard && !__atomic_load_n(&d->writeback, __ATOMIC_RELAXED))
-        o->error = fdatasync(d->config.fd) ? errno : 0;
+    if (!discard)
+        blk_write_through(d, o);
     o->bytes = bytes;
     o->status = o->error ? BLK_S_IOERR : BLK_S_OK;
 }
@@ -327,12 +341,12 @@ static bool blk_do(struct blk_device *d, struct blk_scratch *scratch, const stru
         o->error = blk_do_data(d, scratch, o->kind == BLK_WRITE, header->sector, data, mode == BLK_CACHED_ONLY);
         if (o->error == EAGAIN && mode == BLK_CACHED_ONLY)
             return false;
-        if (!o->error && o->kind == BLK_WRITE && !__atomic_load_n(&d->writeback, __ATOMIC_RELAXED))
-            o->error = fdatasync(d->config.fd) ? errno : 0;
+        if (o->kind == BLK_WRITE)
+            blk_write_through(d, o);
         o->bytes = bytes;
         break;
     case BLK_FLUSH:
-        o->error = fdatasync(d->config.fd) ? errno : 0;
+        blk_sync(d, o);
         break;
     case BLK_DISCARD:
     case BLK_ZERO:

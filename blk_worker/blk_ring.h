@@ -43,6 +43,7 @@ static void blk_account(struct blk_queue *q, const struct blk_request *request, 
         blk_signal(q->device->event_fd);
         return;
     }
+    q->counters.syncs += o->synced;
     if (o->status != BLK_S_OK) {
         q->counters.errors += o->status == BLK_S_IOERR;
         q->counters.unsupported += o->status == BLK_S_UNSUPP;

@@ -120,6 +120,7 @@ class blk_counters(ctypes.Structure):
         ("calls", c_uint64),
         ("inflight", c_uint64),
         ("resubmitted", c_uint64),
+        ("syncs", c_uint64),
         ("errors", c_uint64),
         ("unsupported", c_uint64),
         ("malformed", c_uint64),
@@ -133,6 +134,7 @@ class blk_counters(ctypes.Structure):
     calls: int
     inflight: int
     resubmitted: int
+    syncs: int
     errors: int
     unsupported: int
     malformed: int

@@ -90,5 +90,6 @@ def _remove(path: str) -> None:
             os.unlink(path)
         elif stat.S_ISDIR(mode):
             shutil.rmtree(path)
+            os.rmdir(os.path.dirname(path))  # refused while other VMs live there
     except OSError:
         pass

@@ -18,7 +18,7 @@ PREFIX = "vm."
 
 
 def root() -> str:
-    """`$FLOTILLA_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/flotilla`, else /run/flotilla (root) or a folder in the temp dir."""
+    """$FLOTILLA_RUNTIME_DIR, $XDG_RUNTIME_DIR/flotilla, /run/flotilla (root) or a folder in the temp dir."""
     if path := os.environ.get("FLOTILLA_RUNTIME_DIR"):
         return path
     if base := os.environ.get("XDG_RUNTIME_DIR"):
@@ -32,9 +32,7 @@ class RuntimeDir:
     def __init__(self) -> None:
         base = root()
         try:
-            os.makedirs(base, 0o700, exist_ok=True)
-            sweep(base)
-            self.path = tempfile.mkdtemp(prefix=PREFIX, dir=base)
+            self.path = _make(base)
             self._lock_fd = os.open(f"{self.path}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise HostError(f"runtime directory {base}: {error.strerror}", "set FLOTILLA_RUNTIME_DIR") from error
@@ -42,7 +40,20 @@ class RuntimeDir:
 
     def close(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another VM lives there
+            os.rmdir(os.path.dirname(self.path))
         os.close(self._lock_fd)
+
+
+def _make(base: str) -> str:
+    """A directory of our own. The last VM to end removes `base`, perhaps just now: then it is made again."""
+    while True:
+        os.makedirs(base, 0o700, exist_ok=True)
+        try:
+            sweep(base)
+            return tempfile.mkdtemp(prefix=PREFIX, dir=base)
+        except FileNotFoundError:
+            continue
 
 
 def sweep(base: str) -> None:

@@ -13,6 +13,7 @@ eventfds, and requests that were in flight are in the inflight region, which liv
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -307,7 +308,9 @@ class Frontend:
             try:
                 await self._start(link, session, session.bases, wake=restored)
             except ProtocolError:
-                await self._halt(link)  # some of the rings may run already
+                # Some of the rings may run already. A back end that hangs up on this has stopped them too.
+                with contextlib.suppress(WorkerLost):
+                    await self._halt(link)
                 raise
 
         try:

@@ -29,7 +29,12 @@ for floor in "${floors[@]}"; do
     probe)
       if reason=$("$python" -m deploy.floors probe); then selected+=(probe); else echo "test: no probe floor: $reason"; fi ;;
     lab)
-      if reason=$("$python" -m deploy.floors lab); then selected+=(lab); else echo "test: no lab floor: $reason"; fi ;;
+      if ! reason=$("$python" -m deploy.floors lab); then
+        echo "test: no lab floor: $reason"
+      else
+        bash deploy/lab.sh build # before pytest, whose limits are for tests and not for debootstrap
+        selected+=(lab)
+      fi ;;
   esac
 done
 [ ${#selected[@]} -gt 0 ] || { echo "test: no floor can run here" >&2; exit 1; }

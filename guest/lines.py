@@ -159,6 +159,16 @@ class BlkLate(Line):
 
 
 @dataclass(frozen=True, slots=True)
+class RamOpen(Line):
+    """The working set of `mode=ram`, at guest physical address `addr`."""
+
+    PREFIX = "ram open"
+    addr: int = 0
+    mb: int = 0
+    rate: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RamOk(Line):
     """Passes over the working set."""
 
@@ -321,8 +331,8 @@ class CommandLine(Line):
 Event: TypeAlias = Mark | Beat | Line
 
 _KINDS: Final[tuple[type[Line], ...]] = (
-    *(Up, Ready, Done, Error, Equal, NotEqual, BlkOpen, BlkLoad, BlkOk, BlkLate, RamOk, ExitsOk, Seq, Tick, RngOk),
-    *(ConsoleOk, Ged, PowerButton, Memory, CommandLine),
+    *(Up, Ready, Done, Error, Equal, NotEqual, BlkOpen, BlkLoad, BlkOk, BlkLate, RamOpen, RamOk, ExitsOk, Seq),
+    *(Tick, RngOk, ConsoleOk, Ged, PowerButton, Memory, CommandLine),
 )
 
 
@@ -335,7 +345,7 @@ def parse(text: str) -> Line:
             cpu, text = int(tag[3:]), rest
     try:
         return _parse(cpu, text)
-    except ValueError:
+    except (ValueError, LookupError):
         return Line(cpu, text)
 
 
@@ -442,7 +452,7 @@ class SeqCheck:
             return ""
         expected = self._next.get(event.cpu, 0)
         self._next[event.cpu] = event.number + 1
-        if event.check != mix64(event.number) & 0xFFFF:
+        if event.text != f"seq {event.number:08x} {mix64(event.number) & 0xFFFF:04x}":
             return f"cpu{event.cpu}: damaged line {event.text!r}"
         if event.number != expected:
             return f"cpu{event.cpu}: seq {event.number:08x} where {expected:08x} was due"

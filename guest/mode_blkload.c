@@ -38,7 +38,7 @@ struct load {
 
 static u64 sector_key(const struct load *l, u64 sector, u64 generation)
 {
-    return mix64(l->seed ^ mix64(sector ^ generation << 40));
+    return mix64(l->seed ^ mix64(sector ^ mix64(generation)));
 }
 
 static void sector_fill(const struct load *l, u64 *words, u64 sector, u64 generation)
@@ -80,25 +80,36 @@ static const char *sector_judge(const struct load *l, const u64 *words, u64 sect
     return NULL;
 }
 
+/* Sectors that disagree among themselves come from different writes. */
+static bool is_torn(const struct load *l, const u64 *words, u32 wrong)
+{
+    if (wrong < l->sectors_per_block)
+        return true;
+    for (u32 i = 1; i < l->sectors_per_block; i++) {
+        const u64 *other = words + i * SECTOR_WORDS;
+        if (other[0] != words[0] || (words[0] == SECTOR_MAGIC && other[2] != words[2]))
+            return true;
+    }
+    return false;
+}
+
 static void block_verify(struct load *l, const struct blk_request *r, struct block *block)
 {
     const u64 *words = r->data;
-    const char *worst = NULL;
+    const char *verdict = NULL;
     u32 wrong = 0, at = 0;
-    for (u32 i = 0; i < l->sectors_per_block; i++) {
-        const char *verdict = sector_judge(l, words + i * SECTOR_WORDS, r->sector + i, block);
-        if (!verdict)
-            continue;
-        if (!wrong++)
-            at = i, worst = verdict;
+    for (u32 i = l->sectors_per_block; i-- > 0;) {
+        const char *judged = sector_judge(l, words + i * SECTOR_WORDS, r->sector + i, block);
+        if (judged)
+            wrong++, at = i, verdict = judged;
     }
     l->verified++;
     if (!wrong)
         return;
     const u64 *first = words + at * SECTOR_WORDS;
-    bad("blk BAD %s disk=%u sector=%lu want_gen=%u got_gen=%lu got_sector=%lu wrong=%u/%u",
-        wrong < l->sectors_per_block ? "torn" : worst, l->blk->disk, r->sector + at, block->generation, first[2],
-        first[1], wrong, l->sectors_per_block);
+    bad("blk BAD %s disk=%u sector=%lu want_gen=%u got_gen=%lu got_sector=%lu wrong=%u/%u was=%s",
+        is_torn(l, words, wrong) ? "torn" : verdict, l->blk->disk, r->sector + at, block->generation, first[2],
+        first[1], wrong, l->sectors_per_block, verdict);
     block->content = UNKNOWN; /* written anew next time, so one accident is reported once */
 }
 

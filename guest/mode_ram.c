@@ -13,7 +13,7 @@ struct ram {
     u64 reported_bytes;
 };
 
-static u64 page_key(u64 address, u64 generation) { return mix64(address ^ generation << 40); }
+static u64 page_key(u64 address, u64 generation) { return mix64(address ^ mix64(generation)); }
 
 static void start(struct task *task)
 {

@@ -33,7 +33,7 @@ class Sector:
 
 def encode(sector: Sector) -> bytes:
     """The 512 bytes that the guest writes."""
-    key = mix64(sector.seed ^ mix64(sector.number ^ sector.generation << 40 & _MASK))
+    key = mix64(sector.seed ^ mix64(sector.number ^ mix64(sector.generation)))
     words = [(key + i * _STEP) & _MASK for i in range(60)]
     return _WORDS.pack(MAGIC, sector.number, sector.generation, sector.seed, *words)
 

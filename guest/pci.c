@@ -187,14 +187,14 @@ void pci_msix_enable(const struct pci_function *f)
     pci_write(f->slot, f->msix_cap + 2u, 2, (control | MSIX_ENABLE) & ~(u32)MSIX_MASK_ALL);
 }
 
-void pci_msix_set(const struct pci_function *f, u32 entry, const struct cpu *cpu, u8 vector)
+void pci_msix_set(const struct pci_function *f, u32 entry, const struct cpu *cpu, u8 vector, bool masked)
 {
     u64 at = f->msix_table + 16 * entry;
     mmio_write32(at + 12, 1);
     mmio_write32(at, (u32)msi_address(cpu));
     mmio_write32(at + 4, 0);
     mmio_write32(at + 8, vector);
-    mmio_write32(at + 12, 0);
+    mmio_write32(at + 12, masked);
 }
 
 bool pci_claim(struct pci_function *f)

@@ -55,7 +55,7 @@ void pci_write(u16 slot, u16 reg, u32 size, u32 value);
 
 void pci_enable(const struct pci_function *function); /* memory decoding and bus mastering */
 void pci_msix_enable(const struct pci_function *function);
-void pci_msix_set(const struct pci_function *function, u32 entry, const struct cpu *cpu, u8 vector);
+void pci_msix_set(const struct pci_function *function, u32 entry, const struct cpu *cpu, u8 vector, bool masked);
 u8 pci_capability(const struct pci_function *function, u8 id, u8 after); /* 0 = no further one */
 bool pci_claim(struct pci_function *function);                         /* for the calling CPU */
 

@@ -121,7 +121,7 @@ static void interrupt_connect(struct virtqueue *q)
     struct virtio_device *d = q->device;
     u16 entry = (u16)(q->index < d->pci->msix_vectors ? q->index : d->pci->msix_vectors - 1);
     q->vector = irq_vector(q->cpu);
-    pci_msix_set(d->pci, entry, q->cpu, q->vector);
+    pci_msix_set(d->pci, entry, q->cpu, q->vector, word_flag("irq_mask", false));
     mmio_write16(d->common + COMMON_QUEUE_VECTOR, entry);
     if (mmio_read16(d->common + COMMON_QUEUE_VECTOR) != entry)
         die("virtio 00:%02x: queue %u takes no MSI-X vector", d->pci->slot >> 3, q->index);

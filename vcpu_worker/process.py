@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from shared import kvm
 from shared.errors import HostError
+from shared.linux import check, libc
 from vcpu_worker.layout import (
     COMMAND_PAUSE,
     EXIT_SENTINEL,
@@ -31,6 +32,7 @@ from vcpu_worker.layout import (
     VcpuStart,
     library,
 )
+from vcpu_worker.seccomp import vcpu_filter
 
 STACK_SIZE = 64 << 10
 KICK_SIGNAL = signal.SIGRTMIN
@@ -73,11 +75,16 @@ class Vcpu:
         # Nothing is pending in a vCPU that has never run.
         self.run.exit_reason = EXIT_SENTINEL
         self._stack = mmap.mmap(-1, STACK_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        stack = ctypes.addressof(ctypes.c_char.from_buffer(self._stack))
+        # Its lowest page is a guard: an overflow is a SIGSEGV of this process, not a change in the controller's heap.
+        check(libc.mprotect(ctypes.c_void_p(stack), mmap.PAGESIZE, 0), "mprotect")
+        self._seccomp = vcpu_filter()
         self._start = VcpuStart(
             page=ctypes.addressof(self.page),
             run=ctypes.addressof(self.run),
             machine=ctypes.addressof(pages.machine),
-            stack=ctypes.addressof(ctypes.c_char.from_buffer(self._stack)),
+            seccomp=ctypes.addressof(self._seccomp),
+            stack=stack,
             stack_size=STACK_SIZE,
             vcpu_fd=self.fd,
             event_fd=event_fd,

@@ -64,7 +64,11 @@ static inline long syscall4(long nr, long a, long b, long c, long d)
 {
     long result;
     register long r10 __asm__("r10") = d;
-    __asm__ volatile("syscall" : "=a"(result) : "a"(nr), "D"(a), "S"(b), "d"(c), "r"(r10) : "rcx", "r11", "memory");
+    register long r8 __asm__("r8") = 0; /* prctl insists on zeros in what it does not use */
+    __asm__ volatile("syscall"
+                     : "=a"(result)
+                     : "a"(nr), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8)
+                     : "rcx", "r11", "memory");
     return result;
 }
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from controller.bus import Bus, Effect
+from controller.devices.misuse import Misuse
 from controller.devices.state import Fields, State
 from controller.machine.layout import PCI_SLOTS
 from controller.machine.layout import PciSegment as SegmentWindows
 from controller.pci.allocator import AddressAllocator
 from controller.pci.config_space import RESOURCE_TYPES, BarMove, BarType, Header
 from controller.pci.function import BarPlace, Bdf, PciFunction
-from shared import log
 from shared.errors import ConfigError, HostError, ProtocolError
 from vcpu_worker.layout import PciPage
 
@@ -47,6 +47,7 @@ class PciSegment:
         self._functions: list[PciFunction | None] = [None] * PCI_SLOTS
         self._reserved: set[int] = set()
         self._dynamic: set[tuple[int, int]] = set()
+        self._misuse = Misuse(f"PCI segment {self.number}")
         mmio.register(windows.mmconfig.start, windows.mmconfig.size, EcamWindow(self))
         self._plug(PciFunction("host bridge", _HOST_BRIDGE), 0)
         page.ecam_base, page.ecam_size = windows.mmconfig.start, windows.mmconfig.size
@@ -176,7 +177,7 @@ class PciSegment:
         assert function.bar is not None and function.bar_spec is not None
         self._allocator(function.bar.type).claim(base, function.bar_spec.size)
         function.config.revert(BarMove(base, move.new_base, move.size, move.type))
-        log.warn(f"{function.id}: the guest's BAR address is not possible, {base:#x} stays: {error}")
+        self._misuse.report(f"{function.id}: BAR 0 stays at {base:#x}: {error}")
 
     # Configuration accesses -------------------------------------------------------------------------------------
 

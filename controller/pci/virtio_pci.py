@@ -103,6 +103,7 @@ class VirtioPci(PciFunction):
         self._memory = memory
         self._resources = resources
         self._misuse = Misuse(device.device_id)
+        self._failures = Misuse(device.device_id, "failure", log.error)
         self._lock = Lock()
         self._changing = False  # an activation or a reset is under way
         self._was_active = False  # it ran when the state was saved that load() took
@@ -238,8 +239,8 @@ class VirtioPci(PciFunction):
             except FlotillaError as error:
                 # The back end may still write to guest memory, so the driver must not see a finished reset. It
                 # may try again.
-                log.error(f"{self.device.device_id}: reset failed: {error}")
-                self.common.status = Status.FAILED | Status.NEEDS_RESET
+                self._failures.report(f"reset failed: {error}")
+                self.common.status = int(Status.FAILED | Status.NEEDS_RESET)
             finally:
                 self._changing = False
 
@@ -310,8 +311,8 @@ class VirtioPci(PciFunction):
 
     def needs_reset(self, reason: str) -> None:
         """The device can't go on until the driver resets it."""
-        log.error(f"{self.device.device_id}: needs a reset: {reason}")
-        self.common.status |= Status.NEEDS_RESET
+        self._failures.report(f"needs a reset: {reason}")
+        self.common.status |= int(Status.NEEDS_RESET)
         self.config_changed()
 
     # State ------------------------------------------------------------------------------------------------------

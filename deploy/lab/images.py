@@ -223,8 +223,8 @@ def make_python(target: Path) -> None:
         venv = target.with_name("venv")
         debian.run([sys.executable, "-m", "venv", venv], "python3 -m venv")
         options = ["-q", "--no-deps", "--python-version=3.11", "--only-binary=:all:"]
-        pip: list[str | Path] = [venv / "bin/python", "-m", "pip", "install", *options, "--target", packages, "-r", lock]
-        debian.run(pip, "pip install for the lab")
+        pip: list[str | Path] = [venv / "bin/python", "-m", "pip", "install", *options]
+        debian.run([*pip, "--target", packages, "-r", lock], "pip install for the lab")
     filesystem(target, packages, 128 * MIB)
 
 

@@ -212,6 +212,8 @@ class Rig:
         self.output = bytearray()
         self.kills = 0
         self.overflows = 0
+        self.drains = True
+        self.held: list[Exit] = []
         self.hold: Callable[[Vcpu, Exit], bool] = lambda vcpu, exit: False  # True: leave the exit unfinished
         self._set_up_pages()
         for vcpu in self.vcpus:
@@ -263,14 +265,17 @@ class Rig:
             self.take(vcpu)
             if vcpu.pidfd in ready:
                 self.succeed(vcpu)
-        self.output += self.pages.uart.drain()
+        if self.drains:
+            self.output += self.pages.uart.drain()
         return bool(ready)
 
     def take(self, vcpu: Vcpu) -> None:
         """Carry out an exit that waits, unless `hold` says otherwise."""
         exit = vcpu.take_exit()
         if exit is not None:
-            if not self.hold(vcpu, exit):
+            if self.hold(vcpu, exit):
+                self.held.append(exit)
+            else:
                 self.carry_out(vcpu, exit)
                 vcpu.finish_exit(exit.epoch)
 
@@ -325,6 +330,7 @@ class Rig:
             if vcpu.pidfd >= 0:
                 vcpu.kill()
                 vcpu.reap()
+            self.held.clear()
             vcpu.close()
         os.close(self.event_fd)
         self.vm.close()

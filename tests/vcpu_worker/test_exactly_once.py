@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -124,21 +125,105 @@ def test_a_kill_after_any_number_of_instructions_with_interrupt_and_wish() -> No
         assert uart.thr_irq_pending
 
 
-@pytest.mark.parametrize(
-    ("kind", "old", "new"),
-    [
-        ("transmit", "    if (LOAD(uart->tx_done[vcpu]) >= epoch)\n        return true;", "    if (0)\n        return true;"),
-        ("pio-read", "        if (is_exit(found) || unknown) {", "        if (retired + (page->stats[STAT_STARTS]++, 1) && is_exit(found)) {"),
-    ],
-    ids=["append without looking at the done table", "control"],
-)
-def test_the_kill_test_notices(
-    kind: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A loop that forgets one rule must fail it."""
+def step_until(machine: Rig, condition: Callable[[], bool]) -> None:
+    """Let vCPU 0 go instruction by instruction until the condition holds, then kill it there; no successor yet."""
+    vcpu = machine.vcpus[0]
+    stepper = Stepper(vcpu, lambda: machine.take(vcpu))
+    for _ in range(5000):
+        if condition():
+            break
+        stepper.step()
+    else:
+        raise AssertionError("5000 instructions, and it did not happen")
+    stepper.kill()
+    vcpu.reap()
+
+
+def test_a_byte_that_is_in_stays_native_when_the_registers_change() -> None:
+    """Killed between its append and the sentinel; then another vCPU sets DLAB: the byte must not become a divisor."""
+    with rig(LOOP.format(body=BODIES["transmit"])) as machine:
+        vcpu, uart = machine.vcpus[0], machine.pages.uart
+        head = uart.tx_head
+        step_until(machine, lambda: uart.tx_head > head and uart.tx_done[0] == vcpu.page.epoch)
+        sent = uart.tx_head
+        uart.lcr = 0x80
+        handed = vcpu.page.handoff
+        machine.hold = lambda vcpu, exit: True
+        vcpu.spawn()
+        machine.run_until(lambda: vcpu.page.handoff > handed)  # the next byte, which is for the divisor
+        assert uart.tx_head == sent
+        exit = machine.held[-1]
+        assert (exit.address, exit.data[0]) == (0x3F8, sent % 256)
+
+
+def test_a_latch_write_that_another_has_overwritten_is_not_repeated() -> None:
+    body = "movl $0x80001234, %eax; mov $0xcf8, %dx; out %eax, %dx; stop: mov $0x80, %dx; out %al, %dx; jmp stop"
+    with rig(LOOP.format(body=body), started=False) as machine:
+        vcpu, pci = machine.vcpus[0], machine.pages.pci
+        vcpu.spawn()
+        step_until(machine, lambda: pci.latch != 0)
+        assert pci.latch == 0x8000_1234
+        pci.set_address(0x8000_5678)
+        vcpu.spawn()
+        machine.run_until(lambda: vcpu.page.stats[layout.Stat.POST_CODE] > 10)
+        assert pci.latch == 0x8000_5678
+
+
+def test_an_exit_in_the_controllers_hands_is_not_finished_natively_by_a_successor() -> None:
+    """The ring is full, so the byte is handed over; then there is room again, and the vCPU has been killed."""
+    with rig(TRANSMIT_TAGGED) as machine:
+        vcpu = machine.vcpus[0]
+        machine.hold = lambda vcpu, exit: True
+        machine.drains = False
+        machine.run_until(lambda: bool(machine.held))
+        vcpu.kill()
+        machine.run_until(lambda: vcpu.starts == 2)
+        machine.output += machine.pages.uart.drain()
+        assert len(machine.output) == layout.TX_SLOTS
+        machine.run_until(lambda: vcpu.state is layout.State.EXITING)
+        machine.hold = lambda vcpu, exit: False
+        machine.drains = True
+        exit = machine.held.pop()
+        assert not machine.held, "the same exit was given out twice"
+        machine.carry_out(vcpu, exit)
+        vcpu.finish_exit(exit.epoch)
+        machine.run_until(lambda: len(machine.output) > 2 * layout.TX_SLOTS)
+        check_transmitted(machine)
+
+
+MUTANTS = {
+    "a new process does not finish what it finds": (
+        "pio-read",
+        "    v.page->stats[STAT_STARTS]++;",
+        "    STORE(v.run->exit_reason, EXIT_SENTINEL);",
+    ),
+    "no sentinel": ("pio-write", "            STORE(*reason, EXIT_SENTINEL);", "            ;"),
+    "the epoch moves on before the exit is finished": (
+        "pio-write",
+        "        u32 found = LOAD(*reason);\n",
+        "        u32 found = LOAD(*reason);\n        page->epoch += is_exit(found);\n",
+    ),
+    "append without looking at the done table": (
+        "transmit",
+        "    if (LOAD(uart->tx_done[vcpu]) >= epoch)\n        return true;",
+        "    page_end:;",
+    ),
+    "the head moves on before the byte is settled": (
+        "transmit",
+        "    settle(uart->tx_done, tag);\n    cas(&uart->tx_head, head, head + 1);",
+        "    cas(&uart->tx_head, head, head + 1);\n    settle(uart->tx_done, tag);",
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_kill_test_notices(mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that forgets one rule must not pass."""
+    kind, old, new = MUTANTS[mutant]
     monkeypatch.setattr(layout, "_library", native_variant(tmp_path, old, new))
     with rig(LOOP.format(body=BODIES[kind])) as machine:
         with pytest.raises(AssertionError):
             step_and_kill(machine)
+            machine.run_until(lambda: machine.vcpus[0].page.epoch > 1000)
             machine.check()
             assert_counting(bytes(machine.output))

@@ -228,7 +228,7 @@ def test_a_state_of_another_device_is_refused() -> None:
     space = space_with_bars()
     with pytest.raises(ProtocolError, match="0x0 is 0x10411af4"):
         space.load(Fields("_virtio-pci-_disk0", state))
-    with pytest.raises(ProtocolError, match="BAR 0"):
+    with pytest.raises(ProtocolError, match="BAR 1 has another size"):
         space.load(Fields("_virtio-pci-_disk0", space_with_bars(BarType.MEMORY_32, 0xE7F8_0000).save()))
     with pytest.raises(ProtocolError, match="bars: expected a list of 6 items, but the key is missing"):
         space.load(Fields("x", {"registers": [0] * DWORDS}))

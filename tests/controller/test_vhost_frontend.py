@@ -1,0 +1,557 @@
+"""The front end against our own server, with deaths of the back end, and against qemu-storage-daemon."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import socket
+import struct
+import subprocess
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from controller.pci.virtio import Virtqueue
+from controller.vhost_frontend import Frontend, dial
+from shared import vhost_user as vu
+from shared.errors import BadGuestAddress, HostError, ProtocolError, Timeout, WorkerLost
+from shared.linux import memfd
+from shared.memory import GuestMemory
+from shared.reactor import Future, Reactor
+from shared.vhost_backend import Server
+from tests.echo_backend import CONFIG, FEATURES, Echo, drained
+from tests.virtqueue import Driver
+
+RAM = 4 << 20
+
+
+class Rig:
+    """A front end, guest memory and as many back ends, one after the other, as a test wants."""
+
+    def __init__(self) -> None:
+        self.reactor = Reactor()
+        self.memory = GuestMemory.create(RAM)
+        self.frontend = Frontend(self.reactor, self.memory, "_disk0")
+        self.lost: list[Exception | None] = []
+        self.frontend.on_lost = self.lost.append
+        self.drivers = [Driver(self.memory, 0x10000 + 0x10000 * n, n) for n in range(2)]
+        self.servers: list[Server] = []
+        self.echo = Echo(self.reactor)
+
+    def queues(self) -> tuple[Virtqueue, ...]:
+        return tuple(
+            Virtqueue(d.index, d.size, d.desc, d.avail, d.used, d.kick_fd, d.call_fd) for d in self.drivers
+        )
+
+    def back_end(self, echo: Echo | None = None) -> socket.socket:
+        """A new back end; the front end's end of its socket."""
+        self.echo = echo or Echo(self.reactor)
+        ours, theirs = socket.socketpair()
+        self.servers.append(Server(self.reactor, theirs, self.echo))
+        return ours
+
+    def run(self, *awaitables: Awaitable[object]) -> list[object]:
+        return [self.reactor.run_until(awaitable, 10.0) for awaitable in awaitables]
+
+    def up(self) -> None:
+        self.run(self.frontend.connect(self.back_end()), self.frontend.activate(FEATURES, self.queues()))
+
+    def kill(self) -> None:
+        """The back end dies without a word."""
+        self.servers.pop().close()
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        done: Future[None] = Future()
+
+        def check() -> None:
+            if condition():
+                done.set_result(None)
+            else:
+                self.reactor.call_later(0.001, check)
+
+        check()
+        self.reactor.run_until(done, 10.0)
+
+    def echo_once(self, text: bytes, queue: int = 0) -> bytes:
+        d = self.drivers[queue]
+        _, (target,) = d.add([text], [len(text)])
+        d.kick()
+        self.until(lambda: d.used_index != d.used_idx())
+        ((_, written),) = d.completed()
+        return self.memory.read(target, written)
+
+    def close(self) -> None:
+        self.frontend.close()
+        for server in self.servers:
+            server.close()
+        for d in self.drivers:
+            d.close()
+        self.memory.close()
+        self.reactor.close()
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig()
+    yield made
+    made.close()
+
+
+def test_connect_learns_what_the_back_end_offers(rig: Rig) -> None:
+    rig.run(rig.frontend.connect(rig.back_end()))
+    assert rig.frontend.features & FEATURES == FEATURES
+    assert rig.frontend.max_queues == 2
+    assert rig.frontend.can_log
+    assert rig.run(rig.frontend.get_config(8)) == [CONFIG[:8]]
+
+
+def test_activation_runs_every_queue_with_the_acknowledged_features(rig: Rig) -> None:
+    rig.up()
+    assert rig.echo.acked == FEATURES
+    assert rig.echo_once(b"hello", 0) == b"olleh"
+    assert rig.echo_once(b"world", 1) == b"dlrow"
+
+
+def test_only_the_queues_of_the_driver_are_started(rig: Rig) -> None:
+    rig.run(rig.frontend.connect(rig.back_end()), rig.frontend.activate(FEATURES, rig.queues()[1:]))
+    assert set(rig.echo.rings) == {1}
+
+
+def test_stop_gives_bases_and_resume_goes_on_from_them(rig: Rig) -> None:
+    rig.up()
+    rig.echo_once(b"a")
+    rig.echo_once(b"b")
+    assert rig.run(rig.frontend.stop()) == [{0: 2, 1: 0}]
+    assert rig.frontend.bases == {0: 2, 1: 0}
+    rig.drivers[0].add([b"while stopped"], [13])
+    rig.drivers[0].kick()
+    rig.run(rig.frontend.resume())
+    rig.until(lambda: rig.drivers[0].used_idx() == 3)
+    assert rig.frontend.bases == {}
+
+
+def test_reset_stops_the_rings_and_a_new_driver_starts_at_zero(rig: Rig) -> None:
+    rig.up()
+    rig.echo_once(b"a")
+    rig.run(rig.frontend.reset())
+    assert not rig.echo.rings
+    d = rig.drivers[0]
+    rig.memory.write(d.avail, bytes(64))
+    rig.memory.write(d.used, bytes(64))
+    d.avail_index = d.used_index = 0
+    rig.run(rig.frontend.activate(FEATURES, rig.queues()))
+    assert rig.echo_once(b"again") == b"niaga"
+
+
+def test_a_restored_device_goes_on_where_its_used_ring_ends(rig: Rig) -> None:
+    d = rig.drivers[0]
+    d.avail_index = d.used_index = 7
+    rig.memory.view(d.avail, 4).cast("H")[1] = 7
+    rig.memory.view(d.used, 4).cast("H")[1] = 7
+    rig.run(rig.frontend.connect(rig.back_end()), rig.frontend.activate(FEATURES, rig.queues(), restored=True))
+    assert [rig.echo.started[n].base for n in (0, 1)] == [7, 0]
+    assert drained(d.call_fd) >= 1  # an interrupt may have been lost on the way
+    assert rig.echo_once(b"on") == b"no"
+
+
+def test_saved_bases_win_over_the_used_ring(rig: Rig) -> None:
+    rig.memory.view(rig.drivers[0].used, 4).cast("H")[1] = 7
+    rig.memory.view(rig.drivers[0].avail, 4).cast("H")[1] = 9
+    rig.run(
+        rig.frontend.connect(rig.back_end(Echo(rig.reactor, lazy=True))),
+        rig.frontend.activate(FEATURES, rig.queues(), {0: 9}, restored=True),
+    )
+    assert rig.echo.started[0].base == 9
+
+
+def test_rings_outside_memory_fail_the_activation_and_start_nothing(rig: Rig) -> None:
+    rig.run(rig.frontend.connect(rig.back_end()))
+    good, bad = rig.queues()
+    beyond = Virtqueue(1, 8, RAM, bad.avail, bad.used, bad.kick_fd, bad.call_fd)
+    with pytest.raises(BadGuestAddress):
+        rig.run(rig.frontend.activate(FEATURES, (good, beyond)))
+    assert rig.echo.starts == 0
+    assert not rig.frontend.active
+
+
+def test_a_refused_activation_leaves_no_ring_running(rig: Rig) -> None:
+    rig.run(rig.frontend.connect(rig.back_end()))
+    good, other = rig.queues()
+    too_many = Virtqueue(2, 8, other.desc, other.avail, other.used, other.kick_fd, other.call_fd)
+    with pytest.raises(ProtocolError, match="_disk0: the back end refused SET_VRING_NUM"):
+        rig.run(rig.frontend.activate(FEATURES, (good, too_many)))
+    assert not rig.echo.rings
+    assert not rig.frontend.active
+
+
+# Death of the back end ------------------------------------------------------------------------------------------
+
+
+def test_a_death_is_reported_once_and_the_successor_goes_on(rig: Rig) -> None:
+    rig.up()
+    rig.echo_once(b"first")
+    rig.kill()
+    rig.until(lambda: bool(rig.lost))
+    d = rig.drivers[0]
+    drained(d.call_fd)
+    d.add([b"while dead"], [10])
+    d.kick()
+    rig.run(rig.frontend.replay(rig.back_end()))
+    rig.until(lambda: d.used_idx() == 2)
+    assert rig.lost == [None]
+    assert rig.echo.started[0].base == 1
+    assert drained(d.call_fd) >= 1
+    d.completed()
+    assert rig.echo_once(b"after") == b"retfa"
+
+
+def test_a_request_that_was_popped_but_not_completed_is_served_by_the_successor(rig: Rig) -> None:
+    rig.run(rig.frontend.connect(rig.back_end(Echo(rig.reactor, lazy=True))))
+    rig.run(rig.frontend.activate(FEATURES, rig.queues()))
+    d = rig.drivers[0]
+    _, (target,) = d.add([b"held"], [4])
+    d.kick()
+    rig.kill()
+    rig.run(rig.frontend.replay(rig.back_end()))
+    rig.until(lambda: d.used_idx() == 1)
+    assert rig.memory.read(target, 4) == b"dleh"
+
+
+def test_the_inflight_region_survives_the_back_end(rig: Rig) -> None:
+    rig.up()
+    region = rig.echo.started[1].inflight
+    assert region
+    marker = b"inflight"
+    ctypes.memmove(region + vu.INFLIGHT_HEADER_SIZE, marker, 8)
+    rig.kill()
+    rig.run(rig.frontend.replay(rig.back_end()))
+    again = rig.echo.started[1].inflight
+    assert ctypes.string_at(again + vu.INFLIGHT_HEADER_SIZE, 8) == marker
+
+
+def test_a_reset_device_gets_a_clean_inflight_region(rig: Rig) -> None:
+    rig.up()
+    ctypes.memset(rig.echo.started[0].inflight, 0xFF, 64)
+    rig.run(rig.frontend.reset(), rig.frontend.activate(FEATURES, rig.queues()))
+    assert ctypes.string_at(rig.echo.started[0].inflight, 64) == bytes(64)
+
+
+def test_activation_waits_for_a_successor(rig: Rig) -> None:
+    """The vCPU that wrote DRIVER_OK waits a little longer; the guest sees nothing else."""
+    rig.run(rig.frontend.connect(rig.back_end()))
+    rig.kill()
+    rig.until(lambda: bool(rig.lost))
+    activation = rig.reactor.spawn(rig.frontend.activate(FEATURES, rig.queues()))
+    rig.run(rig.frontend.replay(rig.back_end()), activation)
+    assert rig.echo_once(b"late") == b"etal"
+
+
+@pytest.mark.parametrize("after", range(1, 24))
+def test_a_death_at_any_message_of_the_activation_is_survived(rig: Rig, after: int) -> None:
+    """The back end dies after it has handled `after` messages since the activation began."""
+    rig.run(rig.frontend.connect(rig.back_end()))
+    server, handled = rig.servers[-1], 0
+    original = server._on_message
+
+    def count(message: vu.Message) -> None:
+        nonlocal handled
+        original(message)
+        handled += 1
+        if handled == after:
+            server.close()
+
+    server._connection._on_message = count
+    activation = rig.reactor.spawn(rig.frontend.activate(FEATURES, rig.queues()))
+    rig.until(lambda: bool(rig.lost) or activation.done())
+    if rig.lost:
+        rig.run(rig.frontend.replay(rig.back_end()))
+    rig.run(activation)
+    assert rig.echo_once(b"ok") == b"ko"
+    assert rig.echo_once(b"two", 1) == b"owt"
+
+
+def test_stop_waits_for_the_successor_of_a_back_end_that_died(rig: Rig) -> None:
+    rig.up()
+    rig.echo_once(b"one")
+    rig.kill()
+    stop = rig.reactor.spawn(rig.frontend.stop())
+    rig.until(lambda: bool(rig.lost))
+    assert not stop.done()
+    rig.run(rig.frontend.replay(rig.back_end()))
+    assert rig.run(stop) == [{0: 1, 1: 0}]
+    assert not rig.echo.rings
+
+
+def test_stop_has_a_deadline_and_can_be_asked_again(rig: Rig) -> None:
+    rig.up()
+    rig.kill()
+    with pytest.raises(Timeout):
+        rig.run(rig.frontend.stop(0.05))
+    rig.run(rig.frontend.replay(rig.back_end()))
+    assert rig.run(rig.frontend.stop()) == [{0: 0, 1: 0}]
+
+
+def test_a_stopped_device_stays_stopped_over_a_death(rig: Rig) -> None:
+    rig.up()
+    rig.echo_once(b"one")
+    rig.run(rig.frontend.stop())
+    rig.kill()
+    rig.until(lambda: bool(rig.lost))
+    rig.run(rig.frontend.replay(rig.back_end()))
+    assert rig.echo.starts == 0
+    rig.run(rig.frontend.resume())
+    assert rig.echo.started[0].base == 1
+    assert rig.echo_once(b"two") == b"owt"
+
+
+def test_giving_up_fails_who_waits_and_lets_a_reset_pass(rig: Rig) -> None:
+    rig.up()
+    rig.kill()
+    rig.until(lambda: bool(rig.lost))
+    stop = rig.reactor.spawn(rig.frontend.stop())
+    stop.add_done_callback(lambda _: None)
+    rig.frontend.give_up(HostError("no successor"))
+    with pytest.raises(HostError, match="no successor"):
+        rig.run(stop)
+    rig.run(rig.frontend.reset())
+    assert not rig.frontend.active
+
+
+def test_a_successor_that_lacks_negotiated_features_is_refused(rig: Rig) -> None:
+    rig.up()
+    rig.kill()
+    poorer = Echo(rig.reactor)
+    poorer.features = 1 << 32
+    with pytest.raises(HostError, match="lacks features 0x1 "):
+        rig.run(rig.frontend.replay(rig.back_end(poorer)))
+    rig.run(rig.frontend.replay(rig.back_end()))
+    assert rig.echo_once(b"x") == b"x"
+
+
+def test_a_back_end_that_closes_during_negotiation_raises_and_is_not_reported(rig: Rig) -> None:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with pytest.raises(WorkerLost):
+        rig.run(rig.frontend.connect(ours))
+    assert rig.lost == []
+
+
+def test_a_back_end_that_talks_nonsense_is_dropped(rig: Rig) -> None:
+    rig.up()
+    server = rig.servers[-1]
+    server._connection.send(vu.Message(vu.Request.GET_FEATURES, vu.pack_u64(0), vu.VERSION | vu.REPLY))
+    rig.until(lambda: bool(rig.lost))
+    assert isinstance(rig.lost[0], ProtocolError)
+
+
+def test_a_hung_back_end_is_given_up_after_the_deadline(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.up()
+    monkeypatch.setattr("controller.vhost_frontend.SECONDS", 0.05)
+    rig.servers[-1]._connection._on_message = vu.Message.close_fds
+    asked = rig.reactor.spawn(rig.frontend.get_config(4))
+    rig.until(lambda: bool(rig.lost))
+    assert isinstance(rig.lost[0], Timeout)
+    rig.run(rig.frontend.replay(rig.back_end()))
+    assert rig.run(asked) == [CONFIG[:4]]
+
+
+def test_configuration_that_the_driver_wrote_is_told_to_the_successor_before_its_first_request(rig: Rig) -> None:
+    rig.up()
+    rig.run(rig.frontend.set_config(3, b"\x77"))
+    assert rig.echo.config[3] == 0x77
+    rig.kill()
+    successor = Echo(rig.reactor)
+    seen: list[int] = []
+    successor.on_work = lambda _index: seen.append(successor.config[3])
+    rig.run(rig.frontend.replay(rig.back_end(successor)))
+    rig.echo_once(b"x")
+    assert set(seen) == {0x77}
+
+
+def test_a_configuration_change_is_reported(rig: Rig) -> None:
+    changed: list[bool] = []
+    rig.frontend.on_config_change = lambda: changed.append(True)
+    rig.up()
+    rig.servers[-1].config_changed()
+    rig.until(lambda: bool(changed))
+    assert changed == [True]
+
+
+# Dirty log ------------------------------------------------------------------------------------------------------
+
+
+def pages(log: int) -> set[int]:
+    bits = int.from_bytes(os.pread(log, RAM // 4096 // 8, 0), "little")
+    return {n for n in range(RAM // 4096) if bits >> n & 1}
+
+
+def test_logging_covers_exactly_what_the_back_end_writes_and_survives_its_death(rig: Rig) -> None:
+    log = memfd("log", RAM // 4096 // 8)
+    d = rig.drivers[0]
+    d.next_buffer = 0x100000
+    rig.up()
+    rig.run(rig.frontend.start_logging(log, RAM // 4096 // 8))
+    rig.echo_once(b"x" * 100)
+    assert pages(log) == {d.used >> 12, 0x100}
+    os.pwrite(log, bytes(RAM // 4096 // 8), 0)
+    rig.kill()
+    rig.run(rig.frontend.replay(rig.back_end()))
+    d.next_buffer = 0x200000
+    rig.echo_once(b"x" * 100)
+    assert pages(log) == {d.used >> 12, 0x200}
+    os.pwrite(log, bytes(RAM // 4096 // 8), 0)
+    rig.run(rig.frontend.stop_logging())
+    rig.echo_once(b"y")
+    assert pages(log) == set()
+    os.close(log)
+
+
+def test_logging_can_be_switched_on_before_the_driver_comes(rig: Rig) -> None:
+    log = memfd("log", RAM // 4096 // 8)
+    rig.run(rig.frontend.connect(rig.back_end()))
+    rig.run(rig.frontend.start_logging(log, RAM // 4096 // 8))
+    rig.run(rig.frontend.activate(FEATURES, rig.queues()))
+    rig.echo_once(b"x")
+    assert rig.drivers[0].used >> 12 in pages(log)
+    os.close(log)
+
+
+def test_dial_waits_for_the_socket_and_names_it_when_it_never_comes(rig: Rig, tmp_path: Path) -> None:
+    path = str(tmp_path / "late.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+
+        def listen() -> None:
+            listener.bind(path)
+            listener.listen(1)
+
+        rig.reactor.call_later(0.02, listen)
+        (sock,) = rig.run(dial(rig.reactor, path))
+        assert isinstance(sock, socket.socket)
+        sock.close()
+        os.unlink(path)
+    with pytest.raises(WorkerLost, match=r"never\.sock"):
+        rig.run(dial(rig.reactor, str(tmp_path / "never.sock"), 0.0))
+
+
+# A stranger: qemu-storage-daemon --------------------------------------------------------------------------------
+
+QSD = shutil.which("qemu-storage-daemon")
+IMAGE_SIZE = 1 << 20
+QSD_FEATURES = 1 << 32 | 1 << 9  # VERSION_1, FLUSH
+
+
+class Daemon:
+    """qemu-storage-daemon with one raw image, on a socket that it listens on."""
+
+    def __init__(self, folder: Path) -> None:
+        assert QSD is not None
+        self.image = folder / "disk.img"
+        self.image.write_bytes(bytes(n % 251 for n in range(IMAGE_SIZE)))
+        self.socket = str(folder / "blk.sock")
+        self.process = subprocess.Popen(
+            [
+                QSD,
+                *("--blockdev", f"driver=file,node-name=disk,filename={self.image}"),
+                *(
+                    "--export",
+                    f"type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={self.socket},"
+                    "writable=on,num-queues=1",
+                ),
+            ]
+        )
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        Path(self.socket).unlink(missing_ok=True)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    if QSD is None:
+        pytest.skip("qemu-storage-daemon is not installed")
+    made = Daemon(tmp_path)
+    yield made
+    made.close()
+
+
+class Disk(Rig):
+    """The front end of a foreign disk, and its driver."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frontend.close()
+        self.frontend = Frontend(self.reactor, self.memory, "_disk0", own=False)
+        self.frontend.on_lost = self.lost.append
+
+    def queues(self) -> tuple[Virtqueue, ...]:
+        return super().queues()[:1]
+
+    def up_on(self, daemon: Daemon) -> None:
+        (sock,) = self.run(dial(self.reactor, daemon.socket))
+        assert isinstance(sock, socket.socket)
+        self.run(self.frontend.connect(sock), self.frontend.activate(QSD_FEATURES, self.queues()))
+
+    def request(self, kind: int, sector: int, readable: list[bytes], writable: list[int]) -> tuple[int, bytes]:
+        """(status, what the disk wrote)"""
+        d = self.drivers[0]
+        head = struct.pack("<IIQ", kind, 0, sector)
+        _, targets = d.add([head, *readable], [*writable, 1])
+        d.kick()
+        d.wait()
+        data = b"".join(self.memory.read(gpa, n) for gpa, n in zip(targets, writable, strict=False))
+        return self.memory.read(targets[-1], 1)[0], data
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    made = Disk()
+    yield made
+    made.close()
+
+
+def test_qsd_disk_is_read_written_and_flushed(disk: Disk, daemon: Daemon) -> None:
+    disk.up_on(daemon)
+    (config,) = disk.run(disk.frontend.get_config(60))
+    assert isinstance(config, bytes)
+    assert struct.unpack_from("<Q", config) == (IMAGE_SIZE // 512,)
+    content = daemon.image.read_bytes()
+    assert disk.request(0, 3, [], [1024]) == (0, content[3 * 512 : 5 * 512])
+    assert disk.request(1, 7, [b"\xa5" * 512], []) == (0, b"")
+    assert disk.request(4, 0, [], []) == (0, b"")
+    assert daemon.image.read_bytes()[7 * 512 : 8 * 512] == b"\xa5" * 512
+
+
+def test_qsd_stops_resumes_and_is_replaced(disk: Disk, daemon: Daemon, tmp_path: Path) -> None:
+    disk.up_on(daemon)
+    disk.request(0, 0, [], [512])
+    assert disk.run(disk.frontend.stop()) == [{0: 1}]
+    disk.run(disk.frontend.resume())
+    assert disk.request(0, 1, [], [512])[0] == 0
+    daemon.close()
+    disk.until(lambda: bool(disk.lost))
+    second = tmp_path / "second"
+    second.mkdir()
+    successor = Daemon(second)
+    try:
+        (sock,) = disk.run(dial(disk.reactor, successor.socket))
+        assert isinstance(sock, socket.socket)
+        disk.run(disk.frontend.replay(sock))
+        assert disk.request(0, 2, [], [512]) == (0, successor.image.read_bytes()[1024:1536])
+    finally:
+        successor.close()
+
+
+def test_qsd_marks_what_it_writes(disk: Disk, daemon: Daemon) -> None:
+    log = memfd("log", RAM // 4096 // 8)
+    disk.up_on(daemon)
+    assert disk.frontend.can_log
+    disk.run(disk.frontend.start_logging(log, RAM // 4096 // 8))
+    d = disk.drivers[0]
+    d.next_buffer = 0x200FF0  # the header lies on a page that is only read; data and status on the next
+    assert disk.request(0, 0, [], [512])[0] == 0
+    assert {d.used >> 12, 0x201} <= pages(log)
+    assert 0x200 not in pages(log)
+    os.close(log)

@@ -1,0 +1,166 @@
+"""The whole VMM with the probe guest on /dev/kvm: machine, workers, lifecycle, kills."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+
+import pytest
+
+from tests.vmm import Vmm, poll
+
+pytestmark = pytest.mark.probe
+
+DISK_SIZE = 16 << 20
+
+
+@pytest.fixture
+def disk(tmp_path):
+    path = tmp_path / "disk.raw"
+    path.write_bytes(os.urandom(DISK_SIZE))
+    return path
+
+
+def test_guest_power_off_ends_the_vmm_with_zero_and_its_sockets_are_gone(tmp_path):
+    with Vmm.guest(tmp_path, "mode=acpi off") as vmm:
+        assert vmm.wait() == 0
+        assert b"acpi DSDT addr=0xa0024 len=4655 rev=6 sum=ok" in vmm.output
+        assert b"done bad=0" in vmm.output
+        assert not vmm.api.exists()
+
+
+@pytest.mark.parametrize("how", ["", "reset=kbd"], ids=["acpi", "i8042"])
+def test_guest_reset_boots_again_in_place(tmp_path, how):
+    with Vmm.guest(tmp_path, f"mode=acpi reset {how}") as vmm:
+        vmm.expect("probe: up.*probe: up.*probe: up".replace(".*", "(?s:.*)"))
+        assert vmm.process.poll() is None
+
+
+def test_no_shutdown_keeps_the_vmm_and_info_says_created(tmp_path):
+    with Vmm.guest(tmp_path, "mode=acpi off", "--no-shutdown") as vmm:
+        vmm.expect("done bad=0")
+        poll(lambda: vmm.ask("info")["state"] == "Created")
+        vmm.ask("boot")
+        vmm.more("done bad=0")
+
+
+def test_one_process_for_each_vcpu_disk_and_console(tmp_path, disk):
+    arguments = ["--cpus", "boot=2", "--disk", f"path={disk}"]
+    with Vmm.guest(tmp_path, "mode=equal cpus=2 ap=ram", *arguments) as vmm:
+        vmm.expect("equal 1 ")
+        vmm.wait_api()
+        rows = vmm.fleet()
+        kinds = sorted(row["kind"] for row in rows.values())
+        assert kinds == ["api", "blk", "console", "janitor", "vcpu", "vcpu"]
+        assert len({row["pid"] for row in rows.values()}) == len(rows)
+
+
+def test_exits_are_carried_out_exactly_once(tmp_path):
+    with Vmm.guest(tmp_path, "mode=exits passes=300 off") as vmm:
+        assert vmm.wait() == 0
+        assert b"BAD" not in vmm.output and b"done bad=0" in vmm.output
+
+
+def test_rng_and_pci_answer(tmp_path):
+    with Vmm.guest(tmp_path, "mode=rng passes=2 off") as vmm:
+        assert vmm.wait() == 0
+        assert b"rng ok 2" in vmm.output
+
+
+def test_blk_load_is_verified_and_counted(tmp_path, disk):
+    with Vmm.guest(tmp_path, "mode=blkload depth=8", "--disk", f"path={disk}") as vmm:
+        vmm.expect("blk ok ")
+        vmm.wait_api()
+        counters = vmm.ask("counters")["_disk0"]
+        assert counters["read_ops"] > 0 and counters["write_ops"] > 0
+        assert b"BAD" not in vmm.output
+
+
+def test_pause_stops_the_guest_and_resume_lets_it_go_on(tmp_path, disk):
+    with Vmm.guest(tmp_path, "mode=blkload depth=8", "--disk", f"path={disk}") as vmm:
+        vmm.expect("blk ok ")
+        vmm.wait_api()
+        vmm.ask("pause")
+        assert vmm.ask("info")["state"] == "Paused"
+        assert vmm.remote("pause").returncode == 1
+        before = vmm.ask("counters")
+        assert vmm.ask("counters") == before
+        vmm.ask("resume")
+        vmm.more("blk ok ")
+        assert b"BAD" not in vmm.output
+
+
+def test_a_hundred_random_kills_of_vcpu_and_blk_processes_lose_nothing(tmp_path, disk):
+    """Kills are paced by the guest's own progress and by the fleet's answers, never by sleeping."""
+    choice = random.Random(1)
+    with Vmm.guest(tmp_path, "mode=blkload depth=8", "--disk", f"path={disk}") as vmm:
+        vmm.expect("blk ok ")
+        vmm.wait_api()
+        for number in range(100):
+            device = choice.choice(["vcpu0", "_disk0"])
+            pid = poll(lambda device=device: vmm.fleet().get(device, {}).get("pid"))
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue  # between the answer and the kill it was replaced
+            if number % 20 == 19:
+                vmm.more("blk ok ", 60)
+        vmm.more("blk ok ", 60)
+        vmm.more("blk ok ", 60)
+        rows = vmm.fleet()
+        assert rows["vcpu0"]["restarts"] + rows["_disk0"]["restarts"] >= 80
+        assert b"BAD" not in vmm.output
+
+
+@pytest.mark.parametrize("device", ["console", "janitor", "api"])
+def test_killed_helper_process_comes_back_and_the_guest_goes_on(tmp_path, device):
+    with Vmm.guest(tmp_path, "mode=rng") as vmm:
+        vmm.expect("rng ok 1")
+        vmm.wait_api()
+        pid = vmm.pid_of(device)
+        os.kill(pid, signal.SIGKILL)
+        poll(lambda: (now := vmm.fleet().get(device)) and now["pid"] not in (0, pid))
+        vmm.more("rng ok ")
+
+
+def test_killed_controller_leaves_nothing_behind(tmp_path, disk):
+    """The leak check of conftest finds processes and shared memory; sockets are looked for here."""
+    with Vmm.guest(tmp_path, "mode=equal", "--disk", f"path={disk}") as vmm:
+        vmm.expect("equal 1 ")
+        vmm.wait_api()
+        poll(lambda: "janitor" in vmm.fleet())
+        vmm.process.kill()
+        vmm.process.wait()
+        poll(lambda: not vmm.api.exists())
+
+
+def test_sigterm_ends_with_zero(tmp_path):
+    with Vmm.guest(tmp_path, "mode=tick") as vmm:
+        vmm.expect("tick 1")
+        vmm.process.send_signal(signal.SIGTERM)
+        assert vmm.wait() == 0
+
+
+def test_create_boot_delete_through_the_api(tmp_path):
+    from tests.vmm import probe
+
+    with Vmm(tmp_path) as vmm:
+        vmm.wait_api()
+        config = tmp_path / "vm.json"
+        config.write_text(
+            '{"payload":{"kernel":"%s","cmdline":"mode=tick"},"memory":{"size":134217728},'
+            '"serial":{"mode":"Tty"},"console":{"mode":"Off"}}' % probe()
+        )
+        assert vmm.remote("info").returncode == 1
+        vmm.ask("create", str(config))
+        again = vmm.remote("create", str(config))
+        assert again.returncode == 1 and "already created" in again.stderr
+        assert vmm.ask("info")["state"] == "Created"
+        vmm.ask("boot")
+        vmm.expect("tick 1")
+        vmm.ask("reboot")
+        vmm.more("tick 1 ")
+        vmm.ask("delete")
+        assert vmm.remote("info").returncode == 1
+        assert vmm.ask("ping")["version"]
