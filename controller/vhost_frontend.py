@@ -184,6 +184,8 @@ class Frontend:
                 raise
             self._given_up = None
             self._live.set()
+        if self._session is not None:
+            self.on_config_change()  # whatever changed while there was no back end to say so
 
     def give_up(self, error: FlotillaError) -> None:
         """There will be no successor: fail whoever waits for one with `error`."""

@@ -6,7 +6,6 @@ state keys are Cloud Hypervisor's, as the reference's cloud-hypervisor-machine p
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from struct import Struct
@@ -28,7 +27,7 @@ IN_BUFFER_LIMIT = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A configuration space, packed little-endian: (name, struct code, count). A dot in a name nests it in the state."""
+    """A configuration space, packed little-endian: (name, struct code, count). A dot nests a name in the state."""
 
     fields: tuple[tuple[str, str, int], ...]
 
@@ -109,6 +108,7 @@ class DeviceKind:
     layout: Layout | None = None
     writable: str = ""  # the only field that the driver may write
     own: bool = True  # served by a worker of ours
+    has_own_config: bool = True  # the back end knows the configuration space
 
 
 BLOCK: Final = DeviceKind("block", 2, 0x1_3000_7E64, BLOCK_CONFIG, "writeback")
@@ -116,7 +116,7 @@ NET: Final = DeviceKind("net", 1, 0x1_2063_7FAF, NET_CONFIG)
 CONSOLE: Final = DeviceKind("console", 3, VIRTIO_F_VERSION_1 | CONSOLE_F_SIZE, CONSOLE_CONFIG)
 RNG: Final = DeviceKind("rng", 4, VIRTIO_F_VERSION_1)
 FOREIGN_BLOCK: Final = DeviceKind("vhost-user block", 2, _FOREIGN | 0x7E76, BLOCK_CONFIG, "writeback", own=False)
-FOREIGN_FS: Final = DeviceKind("vhost-user fs", 26, _FOREIGN, FS_CONFIG, own=False)
+FOREIGN_FS: Final = DeviceKind("vhost-user fs", 26, _FOREIGN, FS_CONFIG, own=False, has_own_config=False)
 
 
 def fs_config(tag: str, num_request_queues: int) -> bytes:
@@ -143,7 +143,6 @@ class VhostUserDevice:
         self.queue_sizes = queue_sizes
         self.features = kind.features & frontend.features
         self._config = config
-        self._given = bool(config)
         self._acked = 0
         self._restored = False
         self._bases: dict[int, int] = {}
@@ -211,7 +210,13 @@ class VhostUserDevice:
 
     async def _refresh(self) -> None:
         """Read the configuration again and, if it differs, interrupt the driver."""
-        if self.kind.layout is None or self._given:
+        before = self._config
+        await self._reload()
+        if self._config != before:
+            self.on_config_changed()
+
+    async def _reload(self) -> None:
+        if self.kind.layout is None or not self.kind.has_own_config:
             return
         try:
             config = await self._fetch(self.kind.layout)
@@ -220,9 +225,7 @@ class VhostUserDevice:
             return
         if self.kind.writable:
             config = self.kind.layout.replace(config, self.kind.writable, self.writable_value)
-        if config != self._config:
-            self._config = config
-            self.on_config_changed()
+        self._config = config
 
     @property
     def writable_value(self) -> int:
@@ -238,16 +241,12 @@ class VhostUserDevice:
         bases, self._bases = self._bases, {}
         await self.frontend.activate(acked_features, queues, bases, restored=restored)
         if self.kind is CONSOLE and acked_features & CONSOLE_F_SIZE:
+            await self._reload()
             self.on_config_changed()
 
     async def reset(self) -> None:
         self._acked = 0
         await self.frontend.reset()
-
-    async def replay(self, sock: socket.socket) -> None:
-        """A new back end takes over (Frontend.replay); its configuration may differ."""
-        await self.frontend.replay(sock)
-        await self._refresh()
 
     # State ------------------------------------------------------------------------------------------------------
 
@@ -278,7 +277,9 @@ class VhostUserDevice:
         when the back end lacks what the guest uses."""
         fields = Fields(self.device_id, state)
         offered, acked = fields.integer("avail_features", 64), fields.integer("acked_features", 64)
-        lacking = acked & ~self.frontend.features
+        # A worker of ours may still be coming up; what it has is then checked at the activation.
+        available = self.frontend.features or offered
+        lacking = acked & ~available
         if lacking:
             raise HostError(
                 f"{self.device_id}: its back end lacks features {lacking:#x} that the guest uses",
@@ -288,7 +289,7 @@ class VhostUserDevice:
         config = layout.encode(fields.section("config")) if layout is not None else b""
         bases = _bases(fields)
         # The guest keeps the features it was offered, as far as this back end has them.
-        self.features = offered & self.frontend.features
+        self.features = offered & available
         self._acked, self._config, self._bases, self._restored = acked, config, bases, True
         if layout is not None and self.kind.writable:
             self.frontend.keep_config(layout.offset(self.kind.writable), bytes([self.writable_value]))

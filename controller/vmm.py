@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from controller.services import Services
 
 
+END_SECONDS = 20.0
+
+
 class VmState(StrEnum):
     CREATED = "Created"
     RUNNING = "Running"
@@ -121,6 +124,8 @@ class Vmm:
         if not self._ending:
             self._ending = True
             self.reactor.spawn(self._end(code), "end")
+            # Whatever hangs, a VMM that was told to end does end; _cleanup() kills what is left.
+            self.reactor.call_later(END_SECONDS, lambda: self.reactor.stop(code))
 
     async def _end(self, code: int) -> None:
         try:

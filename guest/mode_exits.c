@@ -19,7 +19,7 @@ struct exits {
     u64 ok, seq, random;
     u32 timer_last;
     u64 seq_every;
-    bool timer, string, loop, cf8, ecam, sse, uart;
+    bool open, timer, string, loop, cf8, ecam, sse, uart;
     u32 next_check;
 };
 
@@ -235,14 +235,14 @@ static struct virtio_device *device_unused(void)
     return NULL;
 }
 
-/* The devices of the other tasks are claimed first, so `exits` comes last in a list of modes. */
-static void start(struct task *task)
+/* At the first step, not at the start: by then the other tasks have claimed the devices that they drive. */
+static void open(struct task *task, struct exits *e)
 {
-    struct exits *e = task->state = memory_alloc(sizeof(*e), 64);
     e->random = word_u64("seed", 1) + task->cpu->index;
     e->device = word_flag("mmio", true) ? device_unused() : NULL;
     if (e->device && e->device->pci->msix_cap)
         pci_msix_enable(e->device->pci);
+    e->open = true;
     e->slot_count = pci_count;
     for (u32 i = 0; i < pci_count; i++) {
         e->slots[i] = pci_functions[i].slot;
@@ -262,9 +262,13 @@ static void start(struct task *task)
         e->cf8, e->ecam, e->timer, e->string);
 }
 
+static void start(struct task *task) { task->state = memory_alloc(sizeof(struct exits), 64); }
+
 static enum progress step(struct task *task)
 {
     struct exits *e = task->state;
+    if (!e->open)
+        open(task, e);
     checks[e->next_check](e);
     if (++e->next_check < ARRAY_SIZE(checks))
         return BUSY;

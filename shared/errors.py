@@ -14,7 +14,8 @@
     ├── ProtocolError             a peer (control plane, vhost-user, migration) broke its protocol
     ├── MigrationError            a migration failed; the guest's fate is in the message
     │   ├── MigrationCancelled    somebody asked for it
-    │   └── PeerRefused           the other side said no; the message is its reason
+    │   ├── PeerRefused           the other side said no; the message is its reason
+    │   └── GuestLost             its only owner died: the guest runs nowhere
     └── Timeout                   a deadline passed; the message says what was waited for
 
 A cause is chained (`raise … from cause`), so that `chain()` can print Cloud Hypervisor's numbered list.
@@ -88,6 +89,10 @@ class MigrationCancelled(MigrationError):
 
 
 class PeerRefused(MigrationError):
+    pass
+
+
+class GuestLost(MigrationError):
     pass
 
 

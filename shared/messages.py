@@ -39,8 +39,8 @@ class Verb(StrEnum):
     API = "api"  # api process -> controller: one HTTP request
     SEND = "send"  # controller -> migration agent
     RECEIVE = "receive"
-    DELIVER = "deliver"  # controller -> agent: a message for the peer
-    CANCEL = "cancel"
+    DELIVER = "deliver"  # a message for the peer, from shared/handover.py; its fds are one datagram on the sidecar
+    CANCEL = "cancel"  # the SEND or RECEIVE under way fails with MigrationCancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ ARGUMENTS: dict[Verb, tuple[Field, ...]] = {
     Verb.API: (Field("method", str), Field("path", str), Field("body", (bytes, type(None)), required=False)),
     Verb.SEND: (Field("url", str), Field("local", bool)),
     Verb.RECEIVE: (Field("url", str),),
-    Verb.DELIVER: (Field("type", str), Field("body", dict)),
+    Verb.DELIVER: (Field("type", int), Field("body", bytes), Field("fds", int)),
     Verb.CANCEL: (),
 }
 

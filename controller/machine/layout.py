@@ -170,13 +170,18 @@ def compute(
     platform_area = Range(top - PLATFORM_AREA_SIZE, PLATFORM_AREA_SIZE)
     ram = _ram_ranges(ram_size)
     start = _device_area_start(ram, acpi_hotplug_size) if device_area_start is None else device_area_start
-    # 64-bit windows are handed out in granules of 4 GiB, so each segment must get at least one.
-    if start + len(mmio64_weights) * MMIO64_GRANULE > platform_area.start:
+    if start >= platform_area.start:
         raise ConfigError(
             f"--memory size={ram_size}: RAM and devices do not fit in {phys_bits} physical address bits",
             "use less memory, or raise --cpus max_phys_bits if the host has more",
         )
     device_area = Range(start, platform_area.start - start)
+    segments = _pci_segments(device_area, mmio32_weights, mmio64_weights)
+    if not all(segment.mmio32.size and segment.mmio64.size for segment in segments):
+        raise ConfigError(
+            f"--pci-segment: {device_area.size:#x} bytes of device area leave a segment without a window for its BARs",
+            "the windows are cut in pieces of 4 GiB; use fewer segments or smaller weights",
+        )
 
     pages = iter(range(platform_area.end - PAGE_SIZE, platform_area.start, -PAGE_SIZE))
     memory_hotplug = Range(next(pages), MEMORY_HOTPLUG_SIZE) if acpi_hotplug_size else None
@@ -189,7 +194,7 @@ def compute(
         pci_hotplug=Range(next(pages), PCI_HOTPLUG_SIZE),
         cpu_hotplug=Range(next(pages), CPU_HOTPLUG_SIZE),
         ged=Range(next(pages), GED_SIZE),
-        segments=_pci_segments(device_area, mmio32_weights, mmio64_weights),
+        segments=segments,
         e820=_e820(ram),
     )
 

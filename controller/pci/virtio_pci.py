@@ -286,7 +286,9 @@ class VirtioPci(PciFunction):
         address = self.bar.base + NOTIFY + _NOTIFY_MULTIPLIER * index
         try:
             self._vm.ioeventfd(self._kick_fd(index), address)
-        except OSError as error:  # KVM takes 1000 of them; without one a kick is an exit to write(), which is slower
+        except (
+            OSError
+        ) as error:  # KVM takes 1000 of them; without one a kick is an exit to write(), which is slower
             log.warn(f"{self.device.device_id}: queue {index}: {error}")
         else:
             self._ioeventfds[index] = address

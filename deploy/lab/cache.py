@@ -24,7 +24,8 @@ __all__ = ["digest", "lab_folder", "made", "result", "say"]
 
 
 def say(text: str) -> None:
-    print(f"lab: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"lab: {text}\n")  # in one piece: two recipes may run side by side
+    sys.stderr.flush()
 
 
 def lab_folder() -> Path:

@@ -3,12 +3,13 @@
  *
  *   vring_torture ring SEED REQUESTS EVENT_IDX INDIRECT   a driver thread and a device thread on one ring
  *   vring_torture fuzz SEED ROUNDS                        random tables; every buffer that parses is touched
- *   vring_torture kill                                    die at every step, recover, count what the driver sees
+ *   vring_torture kill SEED                               die at every step, recover, count what the driver sees
  *
  * Exit code 0: all is well; else a line on stderr says what was not.
  */
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
@@ -104,6 +105,8 @@ static void *device_main(void *argument)
         pthread_mutex_lock(&lock);
         vring_disable_notify(&ring);
         int popped = vring_pop(&ring, &head);
+        if (!popped)
+            sched_yield(); /* the driver's chance to slip in before we ask for its kick */
         bool more = popped || vring_enable_notify(&ring);
         pthread_mutex_unlock(&lock);
         CHECK(popped >= 0, "ring broken: %d", -popped);
@@ -405,7 +408,7 @@ static uint32_t run_kill_once(struct shared *s, uint16_t batch, enum vring_step 
     guest = &s->guest;
     avail_idx = used_seen = 0;
     for (uint32_t life = 0; life < 5; life++) {
-        for (uint16_t head = 0; head < SIZE; head++)
+        for (uint16_t i = 0, head = (uint16_t)(next_random() % SIZE); i < SIZE; i++, head = (head + 5) % SIZE)
             if (!busy[head]) {
                 guest->in[head][0] = sent++;
                 guest->desc[head] = (struct vring_desc){gpa_of(&guest->out[head]), 8, VRING_DESC_F_WRITE, 0};
@@ -415,7 +418,7 @@ static uint32_t run_kill_once(struct shared *s, uint16_t batch, enum vring_step 
             }
         pid_t pid = fork();
         if (!pid) {
-            serve(s, batch, life % 2 ? VRING_STEP_NONE : step, nth + life);
+            serve(s, batch, step, nth + life);
             _exit(0);
         }
         int status;
@@ -458,7 +461,7 @@ int main(int argc, char **argv)
     }
     if (argc == 4 && !strcmp(argv[1], "fuzz"))
         return run_fuzz(strtoull(argv[3], NULL, 0));
-    if (argc == 2 && !strcmp(argv[1], "kill"))
+    if (argc == 3 && !strcmp(argv[1], "kill"))
         return run_kill();
     fprintf(stderr, "usage: %s ring|fuzz|kill …\n", argv[0]);
     return 2;

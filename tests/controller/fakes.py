@@ -28,7 +28,19 @@ WINDOWS = SegmentWindows(
     Range(0x1_0000_0000, 0x3FFF_FFEF_0000 - 0x1_0000_0000),
 )
 
-NET, BLOCK, CONSOLE, RNG, BALLOON, RTC, VSOCK, MEM, FS, PMEM, WATCHDOG = 1, 2, 3, 4, 5, 17, 19, 24, 26, 27, 35
+NET, BLOCK, CONSOLE, RNG, BALLOON, RTC, VSOCK, MEM, FS, PMEM, WATCHDOG = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    17,
+    19,
+    24,
+    26,
+    27,
+    35,
+)
 
 
 class RecordingVm:
@@ -193,7 +205,9 @@ class Driver:
         assert dword is not None
         finish(self.transport.write_config(dword * 4 + 2, 2, control | self.transport.msix.vectors - 1))
 
-    def program_vector(self, vector: int, data: int, address: int = 0xFEE0_0000, *, masked: bool = False) -> None:
+    def program_vector(
+        self, vector: int, data: int, address: int = 0xFEE0_0000, *, masked: bool = False
+    ) -> None:
         entry = 0x8000 + 16 * vector
         self.write(entry, 4, address)
         self.write(entry + 4, 4, 0)

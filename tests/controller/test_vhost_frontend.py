@@ -450,15 +450,12 @@ class Daemon:
         self.image = folder / "disk.img"
         self.image.write_bytes(bytes(n % 251 for n in range(IMAGE_SIZE)))
         self.socket = str(folder / "blk.sock")
+        export = f"type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={self.socket}"
         self.process = subprocess.Popen(
             [
                 QSD,
                 *("--blockdev", f"driver=file,node-name=disk,filename={self.image}"),
-                *(
-                    "--export",
-                    f"type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={self.socket},"
-                    "writable=on,num-queues=1",
-                ),
+                *("--export", f"{export},writable=on,num-queues=1"),
             ]
         )
 

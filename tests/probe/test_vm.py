@@ -41,8 +41,9 @@ def test_no_shutdown_keeps_the_vmm_and_info_says_created(tmp_path):
     with Vmm.guest(tmp_path, "mode=acpi off", "--no-shutdown") as vmm:
         vmm.expect("done bad=0")
         poll(lambda: vmm.ask("info")["state"] == "Created")
+        before = len(vmm.output)
         vmm.ask("boot")
-        vmm.more("done bad=0")
+        vmm.expect("done bad=0", since=before)
 
 
 def test_one_process_for_each_vcpu_disk_and_console(tmp_path, disk):
@@ -159,8 +160,9 @@ def test_create_boot_delete_through_the_api(tmp_path):
         assert vmm.ask("info")["state"] == "Created"
         vmm.ask("boot")
         vmm.expect("tick 1")
+        before = len(vmm.output)
         vmm.ask("reboot")
-        vmm.more("tick 1 ")
+        vmm.expect("tick 1 ", since=before)
         vmm.ask("delete")
         assert vmm.remote("info").returncode == 1
         assert vmm.ask("ping")["version"]

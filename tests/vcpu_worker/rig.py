@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +126,9 @@ again:
 SPIN = """
     .code32
 again:
-    inc %rax
+    inc %eax
     jmp again
-""".replace("%rax", "%eax")
+"""
 
 
 def assemble(source: str) -> bytes:
@@ -315,15 +315,27 @@ class Rig:
             for v in self.vcpus
         )
 
-    def check(self) -> None:
-        """What ALL_EXITS promises: no value lost, doubled or out of order, whatever was killed."""
-        devices = self.devices
-        assert not devices.wrong, f"the guest saw a wrong value: {devices.wrong}"
-        assert not devices.other
+    def violations(self) -> list[str]:
+        """What was lost, doubled, out of order or seen wrong by the guest: nothing, whatever was killed."""
+        devices, found = self.devices, []
+        if devices.wrong:
+            found.append(f"the guest saw {devices.wrong}")
+        if devices.other:
+            found.append(f"exits that nobody expected: {devices.other[:3]}")
+        counted = {"output": list(self.output), "string": list(devices.bytes_taken)}
         for index in range(len(self.vcpus)):
-            assert devices.echoes[index] == list(range(len(devices.echoes[index])))
-            assert devices.mmio_writes[index] == list(range(len(devices.mmio_writes[index])))
-        assert_counting(bytes(devices.bytes_taken))
+            counted[f"echo {index}"] = devices.echoes[index]
+            counted[f"mmio {index}"] = devices.mmio_writes[index]
+        for what, values in counted.items():
+            modulus = 256 if what in ("output", "string") else 1 << 32
+            if what == "output" and len(self.vcpus) > 1:
+                continue  # the vCPUs' bytes are mixed
+            if wrong := first_wrong(values, modulus):
+                found.append(f"{what}: {wrong}")
+        return found
+
+    def check(self) -> None:
+        assert not self.violations()
 
     def close(self) -> None:
         for vcpu in self.vcpus:
@@ -347,10 +359,12 @@ def rig(source: str, vcpus: int = 1, *, started: bool = True) -> Iterator[Rig]:
         machine.close()
 
 
-def assert_counting(data: bytes, modulus: int = 256) -> None:
-    """Bytes 0, 1, 2 … modulo `modulus`: one lost or doubled shows at its place."""
-    for at, byte in enumerate(data):
-        assert byte == at % modulus, f"byte {at} is {byte}, expected {at % modulus}"
+def first_wrong(values: Iterable[int], modulus: int) -> str:
+    """Where a sequence is not 0, 1, 2 … modulo `modulus`; "" when it is."""
+    for at, value in enumerate(values):
+        if value != at % modulus:
+            return f"number {at} is {value}, expected {at % modulus}"
+    return ""
 
 
 def native_variant(folder: Path, old: str, new: str) -> ctypes.CDLL:

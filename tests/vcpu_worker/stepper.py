@@ -18,16 +18,16 @@ PTRACE_SINGLESTEP, PTRACE_GETREGS, PTRACE_SYSCALL, PTRACE_SEIZE, PTRACE_INTERRUP
 PTRACE_O_TRACESYSGOOD = 1
 WALL = 0x40000000
 SYS_IOCTL = 16
-SECONDS = 10.0
+SECONDS = 5.0
 
 
 class user_regs_struct(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_uint64)
         for name in (
-            "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss fs_base gs_base "
-            "ds es fs gs"
-        ).split()
+            *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi"),
+            *("orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
+        )
     )
 
 

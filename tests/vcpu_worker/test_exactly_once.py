@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vcpu_worker.rig import ALL_EXITS, TRANSMIT_TAGGED, Rig, assert_counting, native_variant, rig
+from tests.vcpu_worker.rig import ALL_EXITS, TRANSMIT_TAGGED, Rig, first_wrong, native_variant, rig
 from tests.vcpu_worker.stepper import Stepper
 from vcpu_worker import layout
 
@@ -32,7 +33,8 @@ wrong:
 BODIES = {
     "transmit": "mov %esi, %eax; mov $0x3f8, %dx; out %al, %dx",
     "line-status": "mov $0x3fd, %dx; in %dx, %al; cmp $0x60, %al; jne wrong",
-    "latch": "lea 0x80000000(%esi), %eax; mov %eax, %ebx; mov $0xcf8, %dx; out %eax, %dx; in %dx, %eax; cmp %ebx, %eax; jne wrong",
+    "latch": "lea 0x80000000(%esi), %ebx; mov %ebx, %eax; mov $0xcf8, %dx; out %eax, %dx;"
+    "in %dx, %eax; cmp %ebx, %eax; jne wrong",
     "config-read": "mov 0xe8000000, %eax; cmp $0x0d578086, %eax; jne wrong",
     "pio-write": "mov %esi, %eax; mov $0x504, %dx; out %eax, %dx",
     "pio-read": "mov $0x500, %dx; in %dx, %eax; cmp %esi, %eax; jne wrong",
@@ -59,8 +61,9 @@ def kill_at_random(machine: Rig, kills: int, seed: int) -> None:
 
 
 def step_and_kill(machine: Rig, most: int = 1200) -> int:
-    """Kill the vCPU 0, 1, 2 … instructions into an exit, until it is killed a whole exit later. How many kills."""
+    """Kill the vCPU 0, 1, 2 … instructions into an exit, up to the next entry into the guest. How many kills."""
     vcpu = machine.vcpus[0]
+    entries = 0
     for steps in range(most):
         stepper = Stepper(vcpu, lambda: machine.take(vcpu))
         stepper.run_to_exit()
@@ -68,18 +71,18 @@ def step_and_kill(machine: Rig, most: int = 1200) -> int:
         for _ in range(steps):
             stepper.step()
             machine.take(vcpu)
-        later = vcpu.page.epoch - epoch
+        entries += vcpu.page.epoch > epoch
         stepper.kill()
         machine.run_until(lambda starts=vcpu.starts: vcpu.starts > starts)  # type: ignore[misc]
-        if later >= 2:
+        if entries > 12:  # as many instructions lie between the step of the epoch and KVM_RUN, at most
             return steps
-    raise AssertionError(f"{most} instructions and the next exit is still not finished")
+    raise AssertionError(f"{most} instructions and the exit is still not finished")
 
 
 def check_transmitted(machine: Rig) -> None:
     """Each vCPU's bytes carry its number in the high bit and count in the others."""
     for tag in (0x00, 0x80):
-        assert_counting(bytes(byte & 0x7F for byte in machine.output if byte & 0x80 == tag), 128)
+        assert not first_wrong((byte & 0x7F for byte in machine.output if byte & 0x80 == tag), 128)
 
 
 def test_random_kills_lose_and_double_nothing() -> None:
@@ -88,7 +91,6 @@ def test_random_kills_lose_and_double_nothing() -> None:
         rounds = len(machine.devices.echoes[0])
         machine.run_until(lambda: len(machine.devices.echoes[0]) > rounds + 20)
         machine.check()
-        assert_counting(bytes(machine.output))
         assert machine.vcpus[0].restarts == machine.kills == 1000
 
 
@@ -108,7 +110,6 @@ def test_a_kill_after_any_number_of_instructions(kind: str) -> None:
         epoch = machine.vcpus[0].page.epoch
         machine.run_until(lambda: machine.vcpus[0].page.epoch > epoch + 50)
         machine.check()
-        assert_counting(bytes(machine.output))
 
 
 def test_a_kill_after_any_number_of_instructions_with_interrupt_and_wish() -> None:
@@ -121,7 +122,7 @@ def test_a_kill_after_any_number_of_instructions_with_interrupt_and_wish() -> No
         step_and_kill(machine)
         sent = len(machine.output)
         machine.run_until(lambda: len(machine.output) > sent + 50)
-        assert_counting(bytes(machine.output))
+        machine.check()
         assert uart.thr_irq_pending
 
 
@@ -193,7 +194,7 @@ def test_an_exit_in_the_controllers_hands_is_not_finished_natively_by_a_successo
 
 MUTANTS = {
     "a new process does not finish what it finds": (
-        "pio-read",
+        "pio-write",
         "    v.page->stats[STAT_STARTS]++;",
         "    STORE(v.run->exit_reason, EXIT_SENTINEL);",
     ),
@@ -222,8 +223,7 @@ def test_the_kill_test_notices(mutant: str, tmp_path: Path, monkeypatch: pytest.
     kind, old, new = MUTANTS[mutant]
     monkeypatch.setattr(layout, "_library", native_variant(tmp_path, old, new))
     with rig(LOOP.format(body=BODIES[kind])) as machine:
-        with pytest.raises(AssertionError):
+        with contextlib.suppress(AssertionError):  # a guest that has seen something wrong stops
             step_and_kill(machine)
             machine.run_until(lambda: machine.vcpus[0].page.epoch > 1000)
-            machine.check()
-            assert_counting(bytes(machine.output))
+        assert machine.violations()

@@ -168,7 +168,8 @@ def test_a_bzimage_that_only_the_guest_can_unpack_is_entered_in_32_bit_mode(
 
 @pytest.mark.parametrize("inner", [images.elf(), images.bzimage(images.pack_lz4(images.elf()))], ids=["ELF", "bzImage"])
 def test_a_uki_brings_kernel_initramfs_and_command_line(boot: Boot, memory: GuestMemory, inner: bytes) -> None:
-    image = images.uki({".osrel": b"ID=x", ".cmdline": b"root=/dev/vda quiet\n\x00", ".initrd": b"initrd!", ".linux": inner})
+    cmdline = b"root=/dev/vda quiet\n\x00"
+    image = images.uki({".osrel": b"ID=x", ".cmdline": cmdline, ".initrd": b"initrd!", ".linux": inner})
     assert boot(image, cmdline="") == PVH
     assert module(memory) == b"initrd!"
     assert memory.read(0x20000, 20) == b"root=/dev/vda quiet\x00"

@@ -1,4 +1,4 @@
-"""Damaged and hostile kernel files: nothing but a FlotillaError, no access outside guest RAM, no memory by their word."""
+"""Damaged and hostile kernel files: only a FlotillaError, no access outside guest RAM, no memory by their word."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_a_payload_gives_only_what_is_there(offset: int, size: int) -> None:
     )
     try:
         for read in reads:
-            if 0 <= offset and 0 <= size and offset + size <= 10:
+            if offset >= 0 and size >= 0 and offset + size <= 10:
                 assert read() == b"0123456789"[offset : offset + size]
             else:
                 with pytest.raises(HostError, match=r"^--kernel x: "):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ MIB, GIB = 1 << 20, 1 << 30
 
 
 def test_fixed_windows_do_not_move() -> None:
-    assert (lo.LOW_RAM_END, lo.RAM_64BIT_START) == (0xC000_0000, 0x1_0000_0000)
+    assert (lo.MEM_32BIT_DEVICES_START, lo.RAM_64BIT_START) == (0xC000_0000, 0x1_0000_0000)
     assert lo.MEM_32BIT_DEVICES_START + lo.MEM_32BIT_DEVICES_SIZE == lo.PCI_MMCONFIG_START == 0xE800_0000
     assert lo.PCI_MMCONFIG_START + lo.PCI_MMCONFIG_SIZE == lo.KVM_TSS_START == 0xF800_0000
     assert lo.KVM_TSS_START + lo.KVM_TSS_SIZE == lo.KVM_IDENTITY_MAP_START == 0xF800_3000
@@ -119,7 +121,7 @@ def test_nothing_overlaps_and_nothing_is_lost(size: int, bits: int, weights: lis
         ([segment.mmio64 for segment in layout.segments], layout.device_area),
     ):
         assert windows[0].start == area.start and windows[-1].end == area.end
-        assert all(before.end == after.start for before, after in zip(windows, windows[1:], strict=False))
+        assert all(before.end == after.start for before, after in itertools.pairwise(windows))
         assert all(window.size > 0 for window in windows)
 
 
@@ -133,6 +135,13 @@ def test_nothing_overlaps_and_nothing_is_lost(size: int, bits: int, weights: lis
 def test_what_does_not_fit_is_refused_by_its_flag(size: int, bits: int, flag: str) -> None:
     with pytest.raises(ConfigError, match=flag):
         compute(size, bits)
+
+
+def test_a_segment_without_room_for_its_bars_is_refused() -> None:
+    weights = (1, 63)
+    assert compute(GIB, 40, mmio64_weights=weights, mmio32_weights=weights).segments[0].mmio64.size == 12 * GIB
+    with pytest.raises(ConfigError, match="--pci-segment"):
+        compute(GIB, 37, mmio64_weights=weights, mmio32_weights=weights)
 
 
 def test_pci_slots_share_eight_interrupts() -> None:

@@ -1,4 +1,4 @@
-"""The state at the first instruction: section 5.4 and 5.5 of Cloud Hypervisor's machine page; on /dev/kvm where it is."""
+"""The state at the first instruction (Cloud Hypervisor's machine page, 5.4 and 5.5), also as KVM takes it."""
 
 from __future__ import annotations
 
@@ -97,9 +97,9 @@ def test_fpu_and_msrs() -> None:
 # Write the start info's magic and the second half of the RSDP's signature to port 0x3F8, then 'K', then halt.
 GUEST = bytes.fromhex(
     "66baf803"  # mov dx, 0x3f8
-    "8b03" "ef"  # mov eax, [ebx]; out dx, eax
-    "8b4320" "8b00" "ef"  # mov eax, [ebx + 32]; mov eax, [eax]; out dx, eax
-    "b04b" "ee"  # mov al, 'K'; out dx, al
+    "8b03ef"  # mov eax, [ebx]; out dx, eax
+    "8b43208b00ef"  # mov eax, [ebx + 32]; mov eax, [eax]; out dx, eax
+    "b04bee"  # mov al, 'K'; out dx, al
     "f4"  # hlt
 )  # fmt: skip
 

@@ -98,7 +98,7 @@ def test_the_mp_table_byte_for_byte() -> None:
     assert body[48:56] == bytes.fromhex("02 ff 14 01 0000c0fe")
     for pin in range(16):
         assert body[56 + 8 * pin : 64 + 8 * pin] == bytes((3, 0, 0, 0, 0, pin, 0xFF, pin))
-    assert body[184:] == bytes.fromhex("0403000000000000" "0401000000 00ff01")
+    assert body[184:] == bytes.fromhex("04030000000000000401000000 00ff01")
 
 
 def test_ids_above_253_have_no_mp_table() -> None:

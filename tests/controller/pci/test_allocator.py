@@ -48,7 +48,8 @@ def test_what_is_freed_can_be_had_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "size", "align"), [(0xFFF, 2, 1), (0x2000, 1, 1), (0x14, 4, 8), (0x400, 1, 1), (0x3F0, 0x20, 16)]
+    ("address", "size", "align"),
+    [(0xFFF, 2, 1), (0x2000, 1, 1), (0x14, 4, 8), (0x400, 1, 1), (0x3F0, 0x20, 16)],
 )
 def test_a_claim_must_be_inside_aligned_and_free(address: int, size: int, align: int) -> None:
     window = AddressAllocator("test", 0x10, 0x1000)

@@ -17,7 +17,9 @@ VALUES = st.one_of(
 # Mostly where something is; now and then anywhere in the BAR.
 OFFSETS = st.one_of(
     st.integers(0, 0x40),
-    st.sampled_from([0x2000, 0x4000, 0x403C, 0x4FFF, 0x6000, 0x6004, 0x6FFE, 0x47FF8, 0x48000, 0x487FC, 0x48800]),
+    st.sampled_from(
+        [0x2000, 0x4000, 0x403C, 0x4FFF, 0x6000, 0x6004, 0x6FFE, 0x47FF8, 0x48000, 0x487FC, 0x48800]
+    ),
     st.integers(0x8000, 0x8080),
     st.integers(0, BAR_SIZE - 1),
 )
@@ -36,7 +38,13 @@ def access(made: Machine, where: str, offset: int, size: int, value: int) -> Non
     if where == "start":
         function = made.segment.function(1)
         assert function is not None
-        for at, width, data in ((0x16, 2, 0), (0x20, 8, 0x1000), (0x28, 8, 0x2000), (0x30, 8, 0x3000), (0x1C, 2, 1)):
+        for at, width, data in (
+            (0x16, 2, 0),
+            (0x20, 8, 0x1000),
+            (0x28, 8, 0x2000),
+            (0x30, 8, 0x3000),
+            (0x1C, 2, 1),
+        ):
             finish(function.write(at, width, data))
         finish(function.write(0x14, 1, 15))
         return
