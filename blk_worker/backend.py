@@ -200,6 +200,10 @@ class BlockBackend:
         self._native.blk_nudge(self._device)
         return self._epoch
 
+    def counters(self, index: int) -> native.blk_counters:
+        """The live counters of one queue, written by the native loop."""
+        return self._counters[index]
+
     def stats(self) -> dict[str, int]:
         """Sums over the queues. Latencies in µs; the minimum is 2^64-1 before the first request."""
         result: dict[str, int] = {}

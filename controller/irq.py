@@ -71,11 +71,6 @@ class IrqRouting:
         self._next = FIRST_GSI
         self._dirty = False
 
-    @property
-    def routes(self) -> dict[int, MsiRoute]:
-        """gsi -> route, as the next commit sends it."""
-        return dict(self._routes)
-
     def allocate_gsi(self) -> int:
         """The lowest free GSI. Raises HostError when KVM's table is full."""
         if self._free:

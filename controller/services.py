@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ from shared.messages import Verb
 from shared.reactor import Reactor, describe, within
 
 GOODBYE_SECONDS = 3.0
+# A process that dies again and again is started again and again, but not in a busy loop.
+STEADY_SECONDS, LAST_DELAY = 10.0, 5.0
 API_CODE = "import sys; from controller.api.process import main; sys.exit(main(3, sys.argv[1], int(sys.argv[2])))"
 
 
@@ -44,6 +47,8 @@ class Services:
         self._api: Process | None = None
         self._channel: Channel | None = None
         self._incarnation = 0
+        self._api_began = 0.0
+        self._api_delay = 0.1
         self._stopping = False
         self._janitor: Process | None = None
         self._updates: socket.socket | None = None
@@ -61,9 +66,10 @@ class Services:
     # The API process ---------------------------------------------------------------------------------------------
 
     def _start_api(self) -> None:
-        if self._api_socket is None:
+        if self._api_socket is None or self._stopping:
             return
         self._incarnation += 1
+        self._api_began = time.monotonic()
         endpoint = f"ipc://{self._runtime_dir}/api.{self._incarnation}"
         channel = Channel(self._reactor, endpoint, bind=True, router=True)
         channel.handlers[Verb.API] = lambda a: requests.answer(self._verbs, a["method"], a["path"], a.get("body") or b"")
@@ -79,7 +85,9 @@ class Services:
             self._channel = None
         self._api = None
         if not self._stopping:
-            self._reactor.call_later(0.1, self._start_api)
+            lived = time.monotonic() - self._api_began
+            self._api_delay = 0.1 if lived > STEADY_SECONDS else min(self._api_delay * 2, LAST_DELAY)
+            self._reactor.call_later(self._api_delay, self._start_api)
 
     # The janitor -------------------------------------------------------------------------------------------------
 

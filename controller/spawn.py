@@ -21,16 +21,12 @@ SPAWN_SECONDS = 30.0
 def interpreter(code: str, *arguments: str) -> list[str]:
     """argv that runs `code` with this interpreter as it was started (`-m` would import runpy, 5 ms)."""
     flags = [f"-{letter}" for letter, on in _flags() if on]
-    return [sys.executable, *flags, "-c", code, *arguments]
+    # It must find our packages where this one did, also when -I or -S keep it from looking at the environment.
+    return [sys.executable, *flags, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}", *arguments]
 
 
 def _flags() -> list[tuple[str, bool]]:
     return [("I", bool(sys.flags.isolated)), ("S", bool(sys.flags.no_site)), ("E", bool(sys.flags.ignore_environment))]
-
-
-def environment() -> dict[str, str]:
-    """The environment for a fresh interpreter: it must find our packages where this one did."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def exec_python(code: str, arguments: list[str], fds: Mapping[int, int]) -> int:
@@ -40,7 +36,7 @@ def exec_python(code: str, arguments: list[str], fds: Mapping[int, int]) -> int:
     """
     actions: list[Any] = [(os.POSIX_SPAWN_DUP2, ours, theirs) for theirs, ours in fds.items()]
     argv = interpreter(code, *arguments)
-    return os.posix_spawn(argv[0], argv, environment(), file_actions=actions, setsigdef=[signal.SIGPIPE])
+    return os.posix_spawn(argv[0], argv, os.environ, file_actions=actions, setsigdef=[signal.SIGPIPE])
 
 
 class Zygote:

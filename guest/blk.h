@@ -48,7 +48,7 @@ struct blk {
     u64 errors;
 };
 
-/* The disk that the word `disk` names, or the first unclaimed one. Words: disk queues poll indirect event_idx seg ring. */
+/* The disk that the word `disk` names, or the first unclaimed one. Words: disk queues indirect event_idx seg ring. */
 struct blk *blk_open(bool polled);
 void blk_prepare(struct blk_request *request, u32 slot, u32 bytes);
 /* op, sector and bytes are set; false when the queue is full. */

@@ -39,8 +39,8 @@ static u32 tasks_start(struct cpu *cpu, struct task *tasks)
         task->report_ns = word_u64("report_ms", task->mode == &mode_equal ? 0 : 1000) * NS_PER_MS;
         task->polled = word_flag("poll", false);
         task->mode->start(task);
-        cpu->scope = NULL;
     }
+    cpu->scope = NULL;
     return count;
 }
 
@@ -53,6 +53,7 @@ static void tasks_run(struct cpu *cpu, struct task *tasks, u32 count)
             struct task *task = &tasks[i];
             if (task->done)
                 continue;
+            cpu->scope = task->mode->name;
             enum progress progress = task->mode->step(task);
             if (progress == DONE) {
                 task->done = true;
@@ -60,6 +61,7 @@ static void tasks_run(struct cpu *cpu, struct task *tasks, u32 count)
             }
             busy |= progress != IDLE || task->polled;
         }
+        cpu->scope = NULL;
         if (!busy)
             gate(&cpu->irq_total, seen);
     }

@@ -201,7 +201,8 @@ static bool choose_special(struct load *l, struct blk_request *r, u64 dice, u64 
     return false;
 }
 
-/* Of 128 requests: 4 special ones, 60 writes anywhere, the rest visits of the scan (a read; of an unknown block a write). */
+/* Of 128 requests: 4 special ones, 60 writes anywhere, the rest visits of the scan, which reads a block or, if its
+ * content is unknown, writes it. */
 static bool choose(struct load *l, struct blk_request *r)
 {
     u64 dice = random64(&l->random) & 127;

@@ -103,6 +103,8 @@ static void check_cf8(struct exits *e)
 
 static void check_config(struct exits *e)
 {
+    if (!e->slot_count)
+        return;
     u32 i = (u32)(random64(&e->random) % e->slot_count);
     u16 slot = e->slots[i];
     if (e->cf8) {
@@ -239,6 +241,7 @@ static struct virtio_device *device_unused(void)
 static void open(struct task *task, struct exits *e)
 {
     e->random = word_u64("seed", 1) + task->cpu->index;
+    virtio_find(0, 0); /* whatever the words: the functions are known after this */
     e->device = word_flag("mmio", true) ? device_unused() : NULL;
     if (e->device && e->device->pci->msix_cap)
         pci_msix_enable(e->device->pci);

@@ -112,7 +112,7 @@ struct cpu {
     u32 bad;           /* BAD lines printed */
     u32 line_length;
     u8 next_vector;
-    const char *scope; /* the mode that is being started: `mode.key` words apply to it */
+    const char *scope; /* the mode whose code runs: `MODE.key` words apply to it */
     char line[1024];
 };
 

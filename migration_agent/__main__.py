@@ -1,4 +1,7 @@
-"""`main(start)` of the migration agent. It owns no part of a VM, so of the workers' contract it has no quiesce, save, load."""
+"""`main(start)` of the migration agent.
+
+It owns no part of a VM, so of the workers' contract quiesce, save, load and resume are not for it.
+"""
 
 from __future__ import annotations
 

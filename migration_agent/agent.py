@@ -26,7 +26,14 @@ from migration_agent.stream import Stream
 from migration_agent.wire import VERSION, Frame, Hello, encode, encode_hello
 from shared import log
 from shared.control import Channel
-from shared.errors import ConfigError, FlotillaError, MigrationCancelled, MigrationError, ProtocolError, Timeout
+from shared.errors import (
+    ConfigError,
+    FlotillaError,
+    MigrationCancelled,
+    MigrationError,
+    ProtocolError,
+    Timeout,
+)
 from shared.handover import MAX_FDS, Message
 from shared.linux import recv_fds, send_fds
 from shared.messages import error_to_wire
@@ -264,7 +271,7 @@ class Agent:
     # Ends --------------------------------------------------------------------------------------------------------
 
     def _fail(self, error: FlotillaError) -> None:
-        """No more messages will come. Tells the peer why (its stream may be fine), the controller, and whoever waits."""
+        """No more messages will come. The peer (its stream may be fine), the controller and whoever waits are told why."""
         if self._machine.over:
             if self._stream is not None:
                 self._stream.close()

@@ -12,6 +12,7 @@ from shared.errors import FlotillaError, MigrationError, ProtocolError
 from shared.linux import recv_fds, send_fds
 from shared.reactor import Future, Reactor
 
+WRITE_BYTES = 1 << 18  # of one sendmsg
 BURST = 64  # items per wake-up, so that a chatty peer does not starve the clock and the controller
 MAX_QUEUE = 64 << 20
 
@@ -59,7 +60,7 @@ class Stream:
         while self._out:
             data, fds, sent = self._out[0]
             try:
-                count = send_fds(self._sock, data, fds)
+                count = send_fds(self._sock, data[:WRITE_BYTES].tobytes(), fds)
             except BlockingIOError:
                 self._reactor.add_writer(self._sock.fileno(), self._write)
                 return

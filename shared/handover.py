@@ -8,7 +8,7 @@
     REFUSED     destination ──▶ source   no, and why
     WITHDRAWN   source ──▶ destination   never mind, and why
 
-Bodies are msgpack maps (controller/migration/codec.py). A frame is a header and a body, little-endian (migration_agent/wire.py).
+Bodies are msgpack maps (controller/migration/codec.py), frames a header and a body (migration_agent/wire.py).
 """
 
 from __future__ import annotations

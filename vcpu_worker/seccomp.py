@@ -1,7 +1,9 @@
 """The system calls that a vCPU process may make: the six of its loop, and of ioctl only KVM_RUN.
 
 It shares the controller's memory, so this is no wall against an attacker who has taken it over; it turns a loop that
-has lost its way into a death with SIGSYS, which the fleet survives. Sources: seccomp(2), linux/seccomp.h, linux/filter.h.
+has lost its way into a death with SIGSYS, which the fleet survives.
+
+Sources: seccomp(2), linux/seccomp.h, linux/filter.h.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A vCPU's whole state, out of KVM and into it again. Key names are Cloud Hypervisor's (machine page, section 7.7).
 
-Binary structs travel as bytes, `msrs` as a list of (index, value), `cpuid` as a list of seven integers each. The order of
-both directions is part of the contract with KVM; each line says why. The vCPU must be out of KVM_RUN with no exit
-pending (Vcpu.parked).
+Binary structs travel as bytes, `msrs` as a list of (index, value); ch_form.py has Cloud Hypervisor's own form. The
+order of both directions is part of the contract with KVM; each line says why. The vCPU must be out of KVM_RUN with no
+exit pending (Vcpu.parked).
 """
 
 from __future__ import annotations
@@ -33,11 +33,17 @@ _BLOBS = {
 }
 # MP_STATE first: reading it runs pending INIT and SIPI, which change registers and LAPIC. VCPU_EVENTS last: other
 # getters may turn a pending event into another one.
+# Cloud Hypervisor saves no debug registers: a state of its lacks them.
+_OPTIONAL = ("debugregs",)
 _SAVE_FIRST = ("mp_state", "regs", "sregs")
 _SAVE_REST = ("xcrs", "debugregs", "lapic_state", "fpu")
 # SREGS carries APIC_BASE, without which the LAPIC's registers are not taken; FPU after XSAVE, which covers it too.
 _LOAD_FIRST = ("mp_state", "regs", "sregs")
 _LOAD_REST = ("xcrs", "debugregs", "lapic_state", "fpu")
+# kvm_nested_state: u16 flags, u16 format, u32 size; 128 bytes of header, then what a guest of the guest needs.
+_NESTED_HEADER = 128
+# LAPIC register LVT timer: bits 18:17 are 2 in TSC-deadline mode, bit 16 masks it.
+_LVT_TIMER, _LVT_MODE_AND_MASK, _LVT_DEADLINE = 0x320, 0x70000, 0x40000
 
 
 def _get(fd: int, name: str) -> bytes:
@@ -61,11 +67,14 @@ class VcpuCodec:
         self._indices = list(dict.fromkeys([*vm.kvm.msr_indices(), *MTRR_MSRS]))
         # KVM_CAP_XSAVE2 is 0 where KVM_GET_XSAVE's 4096 bytes hold everything.
         self._xsave_size = max(vm.kvm.check_extension(kvm.KVM_CAP_XSAVE2), kvm.XSAVE_SIZE)
+        self._nested_size = vm.kvm.check_extension(kvm.KVM_CAP_NESTED_STATE)
 
     def save(self, fd: int) -> State:
         state: State = {name: _get(fd, name) for name in _SAVE_FIRST}
         state["xsave"] = self._get_xsave(fd)
         state.update((name, _get(fd, name)) for name in _SAVE_REST)
+        # After SREGS and LAPIC only by habit of both peers; KVM keeps it apart from them.
+        state["nested_state"] = self._get_nested(fd)
         state["tsc_khz"] = _tsc_khz(fd)
         # After the LAPIC: reading TSC_DEADLINE gives 0 once its timer has been taken into account.
         state["msrs"] = self._get_msrs(fd)
@@ -73,19 +82,25 @@ class VcpuCodec:
         return state
 
     def load(self, fd: int, state: State) -> list[int]:
-        """Everything but CPUID, which set_cpuid() gives the vCPU before. Returns MSRs that this host refused."""
+        """Everything but CPUID, which set_cpuid() gives the vCPU before. Returns MSRs that this host refused.
+
+        Raises ProtocolError for a state that is incomplete or needs a CPU which this host has not got.
+        """
         for key in (*_BLOBS, "xsave", "msrs"):
-            if key not in state:
+            if key not in state and key not in _OPTIONAL:
                 raise ProtocolError(f"vCPU state: {key} is missing")
         for name in _LOAD_FIRST:
             _set(fd, name, state[name])
         self._set_xsave(fd, state["xsave"])
         for name in _LOAD_REST:
-            _set(fd, name, state[name])
+            if name in state:
+                _set(fd, name, state[name])
+        # After SREGS: KVM wants EFER.SVME or CR4.VMXE, and leaves the guest's mode as the nested state says.
+        self._set_nested(fd, state.get("nested_state"))
         if state.get("tsc_khz"):
             _set_tsc_khz(fd, int(state["tsc_khz"]))
         # After the LAPIC: TSC_DEADLINE is refused while the LVT timer is not in deadline mode.
-        refused = set_msrs(fd, _restore_order(state["msrs"]))
+        refused = set_msrs(fd, _restore_order(state["msrs"], state["lapic_state"]))
         _set(fd, "vcpu_events", state["vcpu_events"])
         try:
             # Tells the guest's watchdogs that it was paused. EINVAL: it uses no kvmclock.
@@ -107,6 +122,34 @@ class VcpuCodec:
         ctypes.memmove(buffer, data, len(data))
         ioctl(fd, kvm.KVM_SET_XSAVE, buffer)
 
+    def _get_nested(self, fd: int) -> bytes | None:
+        """None where KVM has no nesting, and where the guest does not use it: there is nothing to carry."""
+        if not self._nested_size:
+            return None
+        buffer = (ctypes.c_uint8 * self._nested_size)()
+        size = ctypes.c_uint32.from_buffer(buffer, 4)
+        size.value = self._nested_size
+        ioctl(fd, kvm.KVM_GET_NESTED_STATE, buffer)
+        return bytes(buffer[: size.value])
+
+    def _set_nested(self, fd: int, data: object) -> None:
+        if not isinstance(data, bytes) or len(data) < _NESTED_HEADER:
+            return
+        size = int.from_bytes(data[4:8], "little")
+        trivial = size <= _NESTED_HEADER
+        if size > min(len(data), self._nested_size):
+            if not trivial:
+                raise ProtocolError("vCPU state: nested_state: this host's KVM can't run a guest's guest", "load it elsewhere")
+            return
+        buffer = (ctypes.c_uint8 * self._nested_size)()
+        ctypes.memmove(buffer, data, size)
+        try:
+            ioctl(fd, kvm.KVM_SET_NESTED_STATE, buffer)
+        except OSError as error:
+            # The header alone says that no guest runs inside; one of another CPU vendor is refused, and means the same.
+            if not trivial or error.errno != errno.EINVAL:
+                raise
+
     def _get_msrs(self, fd: int) -> list[tuple[int, int]]:
         """KVM_GET_MSRS stops at the first MSR it can't read: skip that one, now and in future, and go on."""
         values: list[tuple[int, int]] = []
@@ -123,11 +166,20 @@ class VcpuCodec:
         return values
 
 
-def _restore_order(msrs: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """TSC before TSC_DEADLINE, which is compared with it; a deadline of 0 means disarmed and is not written last."""
+def _restore_order(msrs: Sequence[Sequence[int]], lapic: bytes) -> list[tuple[int, int]]:
+    """TSC before TSC_DEADLINE, which is compared with it.
+
+    A deadline of 0 while the LVT timer waits for one means that the timer fired between the reading of LAPIC and MSRs:
+    its interrupt may be in neither. A deadline that is past fires at once; one tick too many is harmless, a guest that
+    waits for a lost one is not.
+    """
     order = {MSR_IA32_TSC: 1, MSR_IA32_TSC_DEADLINE: 2}
-    pairs = [(int(index), int(value)) for index, value in msrs]
-    return sorted(pairs, key=lambda pair: order.get(pair[0], 0))
+    pairs = sorted(((int(index), int(value)) for index, value in msrs), key=lambda pair: order.get(pair[0], 0))
+    timer = int.from_bytes(lapic[_LVT_TIMER : _LVT_TIMER + 4], "little")
+    if timer & _LVT_MODE_AND_MASK == _LVT_DEADLINE and pairs and pairs[-1] == (MSR_IA32_TSC_DEADLINE, 0):
+        tsc = dict(pairs).get(MSR_IA32_TSC, 0)
+        pairs[-1] = (MSR_IA32_TSC_DEADLINE, max(tsc, 1))
+    return pairs
 
 
 def set_msrs(fd: int, msrs: Sequence[tuple[int, int]]) -> list[int]:
@@ -166,3 +218,23 @@ def _set_tsc_khz(fd: int, khz: int) -> None:
         # No TSC scaling on this host: a guest on kvm-clock does not notice.
         if error.errno not in (errno.EIO, errno.EINVAL):
             raise
+
+
+def share_tsc_offset(fds: Sequence[int]) -> bool:
+    """Give every vCPU the first one's TSC offset, so that their TSCs agree as they did before. After load() of all.
+
+    Writing IA32_TSC leaves each vCPU's TSC at the instant of its own write; KVM's heuristic for that covers one second.
+    False where KVM has no such attribute (a software KVM runs guests on the host's TSC).
+    """
+    offset = ctypes.c_uint64()
+    attribute = kvm.kvm_device_attr(0, kvm.KVM_VCPU_TSC_CTRL, kvm.KVM_VCPU_TSC_OFFSET, ctypes.addressof(offset))
+    try:
+        ioctl(fds[0], kvm.KVM_HAS_DEVICE_ATTR, attribute)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.EINVAL, errno.ENOTTY):
+            return False
+        raise
+    ioctl(fds[0], kvm.KVM_GET_DEVICE_ATTR, attribute)
+    for fd in fds[1:]:
+        ioctl(fd, kvm.KVM_SET_DEVICE_ATTR, attribute)
+    return True

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Topology(NamedTuple):
-    """As `--cpus topology=`: counts per next larger unit."""
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """As `--cpus topology=`: counts per next larger unit. A dataclass, for it is part of VmConfig and its JSON."""
 
     threads_per_core: int
     cores_per_die: int

@@ -55,6 +55,3 @@ class AddressAllocator:
             self._taken.remove((address, address + size))
         except ValueError:
             raise HostError(f"{address:#x}+{size:#x} of the {self.name} window was not allocated") from None
-
-    def __contains__(self, address: object) -> bool:
-        return isinstance(address, int) and self.start <= address < self.end

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,14 @@ class Rig:
         for index in range(len(self.drive)):
             self.backend.start_queue(self.ring(index, base))
         return self
+
+    def until(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
+        """Turn the reactor until the condition holds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {seconds} s"
+            self.reactor.call_soon(lambda: None)
+            self.reactor._round()
 
     def close(self) -> None:
         self.backend.close()

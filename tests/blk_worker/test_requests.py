@@ -242,8 +242,7 @@ def test_slow_request_does_not_hold_up_the_others(disk: Path) -> None:
         rig.backend.fault("hang", 0)
         stuck = {drive.submit(OUT, 0, sector_bytes(0, 1)), drive.submit(OUT, 1, sector_bytes(1, 1))}
         drive.kick()
-        while rig.backend.stats()["inflight"] != 2:
-            pass
+        rig.until(lambda: rig.backend.stats()["inflight"] == 2)
         rig.backend.fault("clear", 0)
         assert set(drive.wait(2)) == stuck
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from controller.bus import Bus
 from controller.irq import IrqRouting
-from controller.machine.layout import Range
 from controller.machine.layout import PciSegment as SegmentWindows
+from controller.machine.layout import Range
 from controller.pci.host import ConfigPorts, PciSegment
 from controller.pci.virtio import Virtqueue
 from controller.pci.virtio_pci import VirtioPci

@@ -87,7 +87,8 @@ def test_only_what_is_registered_can_go() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 255), st.integers(1, 16)), max_size=30), st.integers(-1, 300))
 def test_decoding_agrees_with_a_linear_search(ranges: list[tuple[int, int]], address: int) -> None:
-    bus, accepted = Bus("any"), []
+    bus = Bus("any")
+    accepted: list[tuple[int, int, Register]] = []
     for number, (base, size) in enumerate(ranges):
         fits = all(base + size <= b or b + s <= base for b, s, _ in accepted)
         device = Register(1000 * number)

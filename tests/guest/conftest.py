@@ -84,22 +84,33 @@ class Machine:
 Boot = Callable[..., Machine]
 
 
-@pytest.fixture(params=["tcg", pytest.param("kvm", marks=pytest.mark.probe)])
-def boot(request: pytest.FixtureRequest) -> Iterator[Boot]:
-    """Starts machines on the accelerator of the parameter and ends them after the test."""
+def _boots(accel: str) -> Iterator[Boot]:
+    """A function that starts machines, which end with the test."""
     if not shutil.which(QEMU):
         pytest.skip(f"{QEMU} is not installed")
-    if request.param == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+    if accel == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip("/dev/kvm cannot be opened")
     machines: list[Machine] = []
 
     def start(words: str, *devices: str, memory: str = "128M") -> Machine:
-        machines.append(Machine(request.param, words, *devices, memory=memory))
+        machines.append(Machine(accel, words, *devices, memory=memory))
         return machines[-1]
 
     yield start
     for machine in machines:
         machine.close()
+
+
+@pytest.fixture(params=["tcg", pytest.param("kvm", marks=pytest.mark.probe)])
+def boot(request: pytest.FixtureRequest) -> Iterator[Boot]:
+    """For what the processor or KVM may do differently."""
+    yield from _boots(request.param)
+
+
+@pytest.fixture
+def boot_emulated() -> Iterator[Boot]:
+    """For what is a matter of the guest's own code."""
+    yield from _boots("tcg")
 
 
 def disk(path: Path, options: str = "", device: str = "") -> tuple[str, ...]:

@@ -41,8 +41,8 @@ def test_equal_is_the_crc_of_the_image(boot: Boot, image: Path, words: str) -> N
     assert_clean(events)
 
 
-def test_equal_notices_a_changed_byte(boot: Boot, image: Path) -> None:
-    machine = boot("mode=equal", *disk(image))
+def test_equal_notices_a_changed_byte(boot_emulated: Boot, image: Path) -> None:
+    machine = boot_emulated("mode=equal", *disk(image))
     machine.line(lines.Equal)
     with open(image, "r+b") as file:
         file.seek(777_777)
@@ -70,9 +70,9 @@ def test_blkload_verifies_and_leaves_a_whole_image(boot: Boot, blank: Path, word
 
 
 @pytest.mark.parametrize("kind", ["stale", "torn", "misplaced", "corrupt", "zero"])
-def test_blkload_names_the_damage(boot: Boot, blank: Path, kind: str) -> None:
+def test_blkload_names_the_damage(boot_emulated: Boot, blank: Path, kind: str) -> None:
     """The host damages every block behind the guest's back; what the guest meets first must be called by its name."""
-    machine = boot("mode=blkload trim=0 depth=1 span=256k report_ms=0", *disk(blank))
+    machine = boot_emulated("mode=blkload trim=0 depth=1 span=256k report_ms=0", *disk(blank))
     machine.until(lambda event: isinstance(event, lines.BlkOk) and event.scans >= 2, "two scans")
     with open(blank, "r+b") as file:
         for sector in range(8, 8 + 512):
@@ -93,9 +93,9 @@ def damaged(kind: str, sector: int) -> bytes:
     return pattern.encode(pattern.Sector(sector, 0, 1))
 
 
-def test_blkload_misses_an_answer(boot: Boot, blank: Path) -> None:
+def test_blkload_misses_an_answer(boot_emulated: Boot, blank: Path) -> None:
     """600 timer ticks, here of a millisecond, are the deadline; two requests a second cannot meet it at depth 4."""
-    machine = boot("mode=blkload hz=1000 depth=4 span=256k", *disk(blank, ",throttling.iops-total=2"))
+    machine = boot_emulated("mode=blkload hz=1000 depth=4 span=256k", *disk(blank, ",throttling.iops-total=2"))
     machine.until(lambda event: isinstance(event, lines.Bad) and "BAD lost" in event.text, "blk BAD lost")
     assert isinstance(machine.line(lines.BlkLate), lines.BlkLate)
 
@@ -108,10 +108,11 @@ def test_a_lost_interrupt_is_noticed_and_nothing_hangs(boot: Boot, image: Path, 
     machine.line(lines.Equal)
 
 
-def test_ram_notices_a_lost_page(boot: Boot, tmp_path: Path) -> None:
+def test_ram_notices_a_lost_page(boot_emulated: Boot, tmp_path: Path) -> None:
     ram = tmp_path / "ram"
     backing = f"memory-backend-file,id=ram,size=64M,share=on,mem-path={ram}"
-    machine = boot("mode=ram mb=16 report_ms=0", "-object", backing, "-machine", "memory-backend=ram", memory="64M")
+    devices = ("-object", backing, "-machine", "memory-backend=ram")
+    machine = boot_emulated("mode=ram mb=16 report_ms=0", *devices, memory="64M")
     opened = machine.line(lines.RamOpen)
     assert isinstance(opened, lines.RamOpen)
     machine.line(lines.RamOk)
@@ -120,8 +121,8 @@ def test_ram_notices_a_lost_page(boot: Boot, tmp_path: Path) -> None:
     machine.until(lambda event: isinstance(event, lines.Bad) and event.kind == "ram", "ram BAD")
 
 
-def test_ram_keeps_its_rate(boot: Boot) -> None:
-    events = boot("mode=ram mb=8 rate=64 passes=8 report_ms=0 hz=100 off").finish()
+def test_ram_keeps_its_rate(boot_emulated: Boot) -> None:
+    events = boot_emulated("mode=ram mb=8 rate=64 passes=8 report_ms=0 hz=100 off").finish()
     passes = [event for event in events if isinstance(event, lines.RamOk)]
     seconds = (passes[-1].ns - passes[0].ns) / 1e9
     assert 7 * 8 / seconds <= 64 * 1.1
@@ -200,7 +201,7 @@ def test_reset_and_triple_fault_end_a_machine_that_may_not_reboot(boot: Boot, wo
     assert_clean(boot(words).finish())
 
 
-def test_wrong_words_are_named(boot: Boot) -> None:
+def test_wrong_words_are_named(boot_emulated: Boot) -> None:
     for words, complaint in (("mode=nonsense", "unknown mode=nonsense"), ("mode=equal disk=3", "disk=3")):
-        error = boot(words).line(lines.Error)
+        error = boot_emulated(words).line(lines.Error)
         assert complaint in error.text

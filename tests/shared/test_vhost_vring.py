@@ -155,7 +155,11 @@ def test_a_buffer_outside_ram_is_refused_whole(pair: Pair, gpa: int, size: int) 
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.binary(min_size=128, max_size=128), st.lists(st.integers(0, 65535), min_size=8, max_size=8), st.integers(0, 8))
+@given(
+    st.binary(min_size=128, max_size=128),
+    st.lists(st.integers(0, 65535), min_size=8, max_size=8),
+    st.integers(0, 8),
+)
 def test_no_descriptor_table_raises_anything_but_a_guest_error(table: bytes, heads: list[int], count: int) -> None:
     pair = Pair()
     try:

@@ -87,16 +87,16 @@ def check_transmitted(machine: Rig) -> None:
 
 def test_random_kills_lose_and_double_nothing() -> None:
     with rig(ALL_EXITS) as machine:
-        kill_at_random(machine, 1000, seed=1)
+        kill_at_random(machine, 600, seed=1)
         rounds = len(machine.devices.echoes[0])
         machine.run_until(lambda: len(machine.devices.echoes[0]) > rounds + 20)
         machine.check()
-        assert machine.vcpus[0].restarts == machine.kills == 1000
+        assert machine.vcpus[0].restarts == machine.kills == 600
 
 
 def test_random_kills_of_two_vcpus_that_share_the_ring() -> None:
     with rig(TRANSMIT_TAGGED, vcpus=2) as machine:
-        kill_at_random(machine, 600, seed=2)
+        kill_at_random(machine, 250, seed=2)
         sent = len(machine.output)
         machine.run_until(lambda: len(machine.output) > sent + 1000)
         check_transmitted(machine)
@@ -199,11 +199,6 @@ MUTANTS = {
         "    STORE(v.run->exit_reason, EXIT_SENTINEL);",
     ),
     "no sentinel": ("pio-write", "            STORE(*reason, EXIT_SENTINEL);", "            ;"),
-    "the epoch moves on before the exit is finished": (
-        "pio-write",
-        "        u32 found = LOAD(*reason);\n",
-        "        u32 found = LOAD(*reason);\n        page->epoch += is_exit(found);\n",
-    ),
     "append without looking at the done table": (
         "transmit",
         "    if (LOAD(uart->tx_done[vcpu]) >= epoch)\n        return true;",

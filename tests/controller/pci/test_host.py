@@ -3,11 +3,13 @@ from __future__ import annotations
 import pytest
 
 from controller.bus import Bus
+from controller.irq import IrqRouting
 from controller.machine.layout import compute
 from controller.pci.config_space import BarType
 from controller.pci.function import BarPlace, Bdf, PciFunction
 from controller.pci.host import PciSegment, Plan, build
 from controller.pci.pvpanic import PvPanic
+from controller.pci.virtio_pci import VirtioPci
 from shared.errors import ConfigError, HostError, ProtocolError
 from tests.controller import fakes
 from tests.controller.fakes import FakeDevice, Machine, finish, machine
@@ -332,7 +334,7 @@ def test_segments_have_windows_of_their_own() -> None:
     mmio = Bus("mmio")
     segments = [PciSegment(windows, PciPage(), mmio) for windows in layout.segments]
     vm = fakes.RecordingVm()
-    made = [fakes.VirtioPci(FakeDevice(f"_d{n}"), vm, fakes.IrqRouting(vm), fakes.Ram()) for n in range(2)]
+    made = [VirtioPci(FakeDevice(f"_d{n}"), vm, IrqRouting(vm), fakes.Ram()) for n in range(2)]
     build(segments, [Plan("disk", made[0], 0), Plan("disk", made[1], 1)])
     assert made[0].bar == BarPlace(0xD3F8_0000, BarType.MEMORY_32)
     assert str(made[1].bdf) == "0001:00:01.0"

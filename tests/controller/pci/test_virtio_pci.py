@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from controller.pci.host import BarPlace
+from controller.pci.function import BarPlace
 from controller.pci.virtio import Status
 from controller.pci.virtio_pci import VirtioPci
 from shared.errors import ProtocolError, WorkerError

@@ -1,0 +1,85 @@
+"""Bodies of the messages between two controllers: msgpack maps, one row of fields per type. Readers are tolerant.
+
+    BUILD      config (VmConfig as CH's JSON), parts [[gpa, size, offset, slot]…], disks [id…], info, paused, release
+               fds: ownership page, eventfd, the source's pidfd, RAM (one per part), disks (in the order of `disks`)
+    BUILT      timing;  fd: the destination's pidfd
+    STATE      state (Migratable.save)
+    STARTED    timing, running_at (CLOCK_MONOTONIC of the moment in which the guest went on, seconds)
+    REFUSED    error (shared.messages.error_to_wire);  WITHDRAWN the same
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+
+from shared.errors import MigrationError, ProtocolError
+from shared.handover import LIMITS, Message
+from shared.messages import Field
+
+MAX_ITEMS = 1 << 16  # of one list or map
+
+FIELDS: dict[Message, tuple[Field, ...]] = {
+    Message.BUILD: (
+        Field("config", dict),
+        Field("parts", list),
+        Field("disks", list),
+        Field("info", dict),
+        Field("paused", bool),
+    ),
+    Message.BUILT: (Field("timing", dict),),
+    Message.STATE: (Field("state", dict),),
+    Message.STARTED: (Field("timing", dict), Field("running_at", (float, int))),
+    Message.REFUSED: (Field("error", dict),),
+    Message.WITHDRAWN: (Field("error", dict),),
+}
+
+
+def encode(kind: Message, body: dict[str, Any]) -> bytes:
+    """Raises MigrationError for what can't travel: a value of another type, or too much of it."""
+    try:
+        data = bytes(msgpack.packb(body, use_bin_type=True))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise MigrationError(f"{kind.name}: can't be encoded: {error}") from error
+    if len(data) > LIMITS[kind].body:
+        raise MigrationError(f"{kind.name} has {len(data)} bytes (limit {LIMITS[kind].body})")
+    return data
+
+
+def decode(kind: Message, data: bytes) -> dict[str, Any]:
+    """Raises ProtocolError that names message and field."""
+    try:
+        body = msgpack.unpackb(
+            data, raw=False, strict_map_key=False, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS
+        )
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        raise ProtocolError(f"{kind.name} from the peer is not msgpack") from error
+    if not isinstance(body, dict):
+        raise ProtocolError(f"{kind.name} from the peer is not a map")
+    for field in FIELDS[kind]:
+        if field.name not in body:
+            raise ProtocolError(f"{kind.name} from the peer: field {field.name} is missing")
+        if not isinstance(body[field.name], field.type):
+            raise ProtocolError(
+                f"{kind.name} from the peer: field {field.name} has type {type(body[field.name]).__name__}"
+            )
+    return body
+
+
+def parts_of(body: dict[str, Any]) -> list[tuple[int, int, int, int]]:
+    """`parts` of a BUILD, checked."""
+    parts = []
+    for part in body["parts"]:
+        if not isinstance(part, list) or len(part) != 4 or not all(type(n) is int and n >= 0 for n in part):
+            raise ProtocolError("BUILD from the peer: a memory region is not (gpa, size, offset, slot)")
+        parts.append((part[0], part[1], part[2], part[3]))
+    return parts
+
+
+def disks_of(body: dict[str, Any]) -> list[str]:
+    """`disks` of a BUILD, checked."""
+    disks = body["disks"]
+    if not all(isinstance(name, str) for name in disks) or len(set(disks)) != len(disks):
+        raise ProtocolError("BUILD from the peer: disks are not a list of different ids")
+    return list(disks)

@@ -1,0 +1,270 @@
+"""A controller's line to its agent: messages with descriptors to the peer and back, and the one place for trouble.
+
+Whatever can go wrong (the agent dies, the peer says no, the connection breaks, somebody cancels) becomes an error in
+the same inbox as the messages, in the order in which it happened, and is raised by the next receive() or check().
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from controller.fleet import Fleet, Process, ProcessState, WorkerSpec
+from controller.migration import codec
+from controller.migration.descriptors import close_all
+from controller.migration.progress import Progress
+from shared import log
+from shared.errors import (
+    FlotillaError,
+    MigrationCancelled,
+    MigrationError,
+    PeerRefused,
+    ProtocolError,
+    WorkerLost,
+)
+from shared.handover import MAX_FDS, Message
+from shared.linux import recv_fds, send_fds
+from shared.messages import Verb, error_from_wire, error_to_wire
+from shared.reactor import Event, Reactor, describe, within
+
+CALL_SECONDS = 10.0
+GOODBYE_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Deadlines in seconds; `fault` is for tests (migration_agent/agent.py)."""
+
+    hello: float = 10.0  # for the connection, and again for the peer's first words
+    idle: float = 30.0  # silence after that
+    build: float = 60.0  # for BUILD at the destination, BUILT at the source
+    state: float = 300.0  # for STATE at the destination: a source may have to wait long for its workers
+    started: float = 30.0  # for STARTED at the source, whose guest is paused
+    report: float = 2.0  # for STARTED once the ownership word says RUNNING: only the figures are missing
+    fault: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A message from the peer's controller. The descriptors belong to whoever takes it."""
+
+    type: Message
+    body: dict[str, Any]
+    fds: list[int] = field(default_factory=list)
+
+    def take_fds(self) -> list[int]:
+        fds = list(self.fds)
+        self.fds.clear()
+        return fds
+
+
+class AgentLink:
+    """One agent process, one migration."""
+
+    def __init__(self, reactor: Reactor, fleet: Fleet, settings: Settings, progress: Progress) -> None:
+        self._reactor = reactor
+        self._fleet = fleet
+        self._settings = settings
+        self._progress = progress
+        self._process: Process | None = None
+        self._sidecar: socket.socket | None = None
+        self._inbox: deque[Delivery | FlotillaError] = deque()
+        self._arrived = Event()
+        self._opening = False
+        self._closed = False
+        self.connected = False
+        self.on_accepted: Callable[[], None] = lambda: None
+
+    async def start(self, listener: socket.socket | None = None) -> None:
+        """Fork the agent; a destination's gets the listening socket. Raises WorkerError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._sidecar = ours
+        settings = self._settings
+        spec = WorkerSpec(
+            "migration_agent",
+            "migration",
+            "migration_agent.__main__",
+            "agent",
+            {"hello_seconds": settings.hello, "idle_seconds": settings.idle, "fault": settings.fault},
+        )
+        fds = {"sidecar": theirs.fileno()}
+        if listener is not None:
+            fds["listen"] = listener.fileno()
+        try:
+            self._process = await self._fleet.start(spec, fds, self._ended)
+        finally:
+            theirs.close()
+        if self._process.channel is not None:
+            self._process.channel.on_event = self._event
+        self.check()
+
+    # Opening -----------------------------------------------------------------------------------------------------
+
+    async def connect(self, url: str) -> None:
+        """Reach the peer's agent and exchange hellos. Raises what went wrong."""
+        await self._open(Verb.SEND, 2 * self._settings.hello + CALL_SECONDS, url=url, local=True)
+
+    async def accept(self, url: str) -> None:
+        """Wait for a peer, for as long as it takes, and exchange hellos."""
+        await self._open(Verb.RECEIVE, None, url=url)
+
+    async def _open(self, verb: Verb, seconds: float | None, **arguments: Any) -> None:
+        assert self._process is not None
+        self.check()
+        self._opening = True
+        try:
+            await self._process.call(verb, seconds, **arguments)
+        except FlotillaError:
+            self.check()  # a cancel comes first, however the agent took it
+            raise
+        finally:
+            self._opening = False
+        self.connected = True
+        self.check()
+
+    def cancel(self) -> None:
+        """Make whatever waits here fail with MigrationCancelled."""
+        self.post(MigrationCancelled("it was cancelled"))
+        if self._opening:
+            self._reactor.spawn(self._interrupt(), "cancel migration")
+
+    async def _interrupt(self) -> None:
+        process = self._process
+        assert process is not None
+        try:
+            await process.call(Verb.CANCEL, GOODBYE_SECONDS)
+        except FlotillaError:  # one that hangs is ended the hard way, which fails its calls too
+            self._fleet.kill(process)
+
+    # Messages ----------------------------------------------------------------------------------------------------
+
+    async def send(self, kind: Message, body: dict[str, Any], fds: list[int] | None = None) -> None:
+        """Returns when the kernel has the whole message. The descriptors stay the caller's."""
+        process, fds = self._process, fds or []
+        if process is None or self._sidecar is None:
+            raise WorkerLost(f"{kind.name}: the migration agent has ended")
+        data = codec.encode(kind, body)
+        if len(fds) > MAX_FDS:
+            raise MigrationError(f"{kind.name} has {len(fds)} file descriptors (limit {MAX_FDS})")
+        if fds:
+            try:
+                send_fds(self._sidecar, b"fds", fds)
+            except OSError as error:
+                raise WorkerLost(f"{kind.name}: the migration agent takes no descriptors: {error.strerror}") from error
+        await process.call(Verb.DELIVER, CALL_SECONDS, type=int(kind), body=data, fds=len(fds))
+        self._progress.bytes_transferred += len(data)
+        self._progress.fds_passed += len(fds)
+
+    async def receive(self, wanted: Message, seconds: float) -> Delivery:
+        """The next message, which must be `wanted`. Raises what was posted, the peer's reason, Timeout."""
+        deadline = time.monotonic() + seconds
+        while not self._inbox:
+            self._arrived.clear()
+            left = max(0.0, deadline - time.monotonic())
+            await within(self._reactor, left, self._arrived.wait(), f"{wanted.name} from the peer")
+        item = self._inbox.popleft()
+        if isinstance(item, FlotillaError):
+            raise item
+        if (reason := reason_of(item)) is not None:
+            raise reason
+        if item.type is not wanted:
+            close_all(item.fds)
+            raise ProtocolError(f"the peer sent {item.type.name}, not {wanted.name}")
+        return item
+
+    def post(self, error: FlotillaError) -> None:
+        """Let the next receive() or check() raise this."""
+        self._inbox.append(error)
+        self._arrived.set()
+
+    def check(self) -> None:
+        """Raise the first trouble that has arrived, and leave it there."""
+        for item in self._inbox:
+            error = item if isinstance(item, FlotillaError) else reason_of(item)
+            if error is not None:
+                raise error
+
+    def _event(self, name: str, arguments: dict[str, Any]) -> None:
+        if self._closed:
+            return
+        if name == "accepted":
+            self.on_accepted()
+        elif name == "lost":
+            self.connected = False
+            self.post(error_from_wire(arguments.get("error")))
+        elif name == "deliver":
+            try:
+                self._deliver(arguments)
+            except (FlotillaError, OSError, ValueError) as error:
+                self.post(ProtocolError(f"a message from the peer is unusable: {describe(error)}"))
+
+    def _deliver(self, arguments: dict[str, Any]) -> None:
+        fds: list[int] = []
+        if arguments["fds"]:
+            assert self._sidecar is not None
+            _, fds = recv_fds(self._sidecar, 16, MAX_FDS)
+        try:
+            if len(fds) != arguments["fds"]:
+                raise ProtocolError(f"{arguments['fds']} file descriptors announced, {len(fds)} came")
+            kind = Message(arguments["type"])
+            body = codec.decode(kind, arguments["body"])
+        except BaseException:
+            close_all(fds)
+            raise
+        self._progress.bytes_transferred += len(arguments["body"])
+        self._progress.fds_passed += len(fds)
+        self._inbox.append(Delivery(kind, body, fds))
+        self._arrived.set()
+
+    def _ended(self, process: Process) -> None:
+        self.connected = False
+        if not self._closed:
+            self.post(WorkerLost(f"the migration agent (pid {process.pid}) ended with {process.exit_status}"))
+
+    # End ---------------------------------------------------------------------------------------------------------
+
+    async def give_up(self, kind: Message, error: BaseException) -> None:
+        """Tell the peer's controller why (REFUSED or WITHDRAWN), if it can still be told."""
+        if self.connected:
+            try:
+                await within(
+                    self._reactor, GOODBYE_SECONDS, self.send(kind, {"error": error_to_wire(error)}), kind.name
+                )
+            except FlotillaError as failure:
+                log.debug(f"the peer could not be told: {describe(failure)}")
+
+    async def close(self) -> None:
+        """End the agent and drop what nobody took. Idempotent."""
+        self._closed = True
+        self.connected = False
+        process, self._process = self._process, None
+        if process is not None and process.state is not ProcessState.ENDED:
+            try:
+                await within(self._reactor, GOODBYE_SECONDS, self._fleet.stop(process), "the migration agent's end")
+            except FlotillaError:
+                self._fleet.kill(process)
+                await process.ended.wait()
+        if self._sidecar is not None:
+            self._sidecar.close()
+            self._sidecar = None
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, Delivery):
+                close_all(item.fds)
+
+
+def reason_of(delivery: Delivery) -> FlotillaError | None:
+    """The error inside a REFUSED or WITHDRAWN."""
+    if delivery.type is Message.REFUSED:
+        error: MigrationError = PeerRefused("the destination refused it")
+    elif delivery.type is Message.WITHDRAWN:
+        error = MigrationError("the source gave up")
+    else:
+        return None
+    error.__cause__ = error_from_wire(delivery.body["error"])
+    return error

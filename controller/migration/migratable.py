@@ -1,0 +1,46 @@
+"""What a VM must be able to do so that it can move. Times are milliseconds, states msgpack-able (bytes allowed)."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+Parts = list[tuple[int, int, int, int]]  # (gpa, size, offset, slot)
+
+
+class Migratable(Protocol):
+    """One VM. At the source: config_json … build_info, pause, save, and resume if it comes back.
+
+    At the destination: made by a Build, then load, start_loaded; destroy() if it does not come to that. Until
+    start_loaded() a destination must neither write guest RAM nor touch a disk nor start a ring (the source may run the
+    guest on at any moment, in the same RAM), and its destroy() must close descriptors only: F_UNLCK on a lock's
+    description that the source sent would unlock the source.
+    """
+
+    def config_json(self) -> dict[str, Any]: ...
+
+    def memory_parts(self) -> tuple[Parts, list[int]]:
+        """The regions and one descriptor for each."""
+
+    def disk_fds(self) -> dict[str, int]:
+        """By disk id: the descriptions that hold the locks."""
+
+    def build_info(self) -> dict[str, Any]: ...
+
+    async def pause(self) -> Mapping[str, float]:
+        """Stop the guest; per worker, how long it took. When it raises, the guest must be running again."""
+
+    async def resume(self) -> None: ...
+
+    async def save(self) -> dict[str, Any]: ...
+
+    async def load(self, state: dict[str, Any]) -> Mapping[str, float] | None: ...
+
+    async def start_loaded(self) -> Mapping[str, float] | None:
+        """Rings, then vCPUs. The guest is ours for good: a worker that dies meanwhile is replaced as at any time."""
+
+    async def destroy(self) -> None: ...
+
+
+# config_json, parts, ram_fds, disk_fds, info. The descriptors belong to the callee from the call on, also if it raises.
+Build = Callable[[dict[str, Any], Parts, list[int], dict[str, int], dict[str, Any]], Awaitable[Migratable]]
