@@ -47,8 +47,9 @@ class Platform:
         cpuid: Sequence[CpuidEntry] | None = None,
     ) -> None:
         self.config = config
+        self.stopped = False  # the guest has ended itself: none of its vCPUs goes on
         self._reactor = reactor
-        self._on_event = on_event
+        self._tell = on_event
         self.kvm = kvm.Kvm()
         self.kvm_vm = self.kvm.create_vm()
         bits = host_phys_bits() if cpuid is None else phys_bits(cpuid) or lo.DEFAULT_MAX_PHYS_BITS
@@ -131,6 +132,10 @@ class Platform:
     @property
     def topology(self) -> Topology:
         return self.config.cpus.topology or Topology.flat(self.config.cpus.boot_vcpus)
+
+    def _on_event(self, event: GuestEvent) -> None:
+        self.stopped = self.stopped or event in (GuestEvent.RESET, GuestEvent.POWER_OFF)
+        self._tell(event)
 
     # What an exit can mean for the VM as a whole (controller.vcpus.Machine) --------------------------------------
 

@@ -31,6 +31,7 @@ class Machine(Protocol):
 
     pio: Bus
     mmio: Bus
+    stopped: bool
 
     def end_of_interrupt(self, vector: int) -> None: ...
     def triple_fault(self) -> None: ...
@@ -103,6 +104,8 @@ class Vcpus:
         except FlotillaError as error:
             log.warn(f"{vcpu.name}: {exit.kind.value} at {exit.address:#x}: {describe(error)}")
             effects = []
+        if self._machine.stopped:
+            return  # power-off or reset: as on hardware, the instruction never ends
         if effects:
             self._reactor.spawn(self._finish_later(vcpu, exit, effects), f"{vcpu.name} exit")
         else:
@@ -130,16 +133,12 @@ class Vcpus:
             machine.end_of_interrupt(exit.address)
         elif exit.kind is ExitKind.SHUTDOWN:
             machine.triple_fault()
-            return [_never()]  # nothing is left to run in this vCPU
         elif exit.kind is ExitKind.SYSTEM_EVENT and exit.address == SYSTEM_EVENT_SHUTDOWN:
             machine.guest_shutdown()
-            return [_never()]
         elif exit.kind is ExitKind.SYSTEM_EVENT:
             machine.triple_fault()
-            return [_never()]
         else:
             machine.vcpu_failed(vcpu.name, vcpu.failure())
-            return [_never()]
         return []
 
     # Pause -------------------------------------------------------------------------------------------------------
@@ -198,10 +197,6 @@ class Vcpus:
             }
             for vcpu in self.all
         ]
-
-
-async def _never() -> None:
-    await Future[None]()
 
 
 def _access(bus: Bus, exit: Exit) -> list[Effect]:

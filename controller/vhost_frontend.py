@@ -17,13 +17,12 @@ import contextlib
 import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 from controller.vhost_link import Link, dial
+from controller.vhost_session import Batch, DirtyLog, Inflight, Queue, Session
 from shared import vhost_user as vu
 from shared.errors import FlotillaError, HostError, ProtocolError, Timeout, WorkerLost
-from shared.linux import memfd
 from shared.memory import GuestMemory
 from shared.reactor import Event, Future, Lock, Reactor, within
 from shared.vhost_user import Message, ProtocolFeature, Request, VringAddr, VringState
@@ -46,77 +45,6 @@ WANTED: Final = (
 )
 
 
-class Queue(Protocol):
-    """A virtqueue as the transport describes it; addresses are guest physical."""
-
-    @property
-    def index(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def desc(self) -> int: ...
-    @property
-    def avail(self) -> int: ...
-    @property
-    def used(self) -> int: ...
-    @property
-    def kick_fd(self) -> int: ...
-    @property
-    def call_fd(self) -> int: ...
-
-
-@dataclass(slots=True)
-class _Inflight:
-    """Which requests are popped and not completed. The file is written by the back end: it is never mapped here."""
-
-    fd: int
-    area: vu.InflightArea
-
-    @classmethod
-    def allocate(cls, num_queues: int, queue_size: int) -> _Inflight:
-        size = num_queues * vu.inflight_stride(queue_size)
-        return cls(memfd("vhost-inflight", size), vu.InflightArea(size, 0, num_queues, queue_size))
-
-    def close(self) -> None:
-        os.close(self.fd)
-
-
-@dataclass(slots=True)
-class _Session:
-    """What the back end is to do. `bases`: next avail index per queue while the rings are stopped."""
-
-    features: int
-    queues: tuple[Queue, ...]
-    bases: dict[int, int]
-    running: bool = True
-    inflight: _Inflight | None = None
-    link: Link | None = None  # the connection that carries it out
-
-    def close(self) -> None:
-        if self.inflight is not None:
-            self.inflight.close()
-            self.inflight = None
-
-
-@dataclass(slots=True)
-class _DirtyLog:
-    fd: int
-    size: int
-
-
-@dataclass(slots=True)
-class _Batch:
-    """Requests under way together."""
-
-    futures: list[Future[Message]] = field(default_factory=list)
-
-    def add(self, future: Future[Message]) -> None:
-        self.futures.append(future)
-
-    async def wait(self) -> list[Message]:
-        return [await future for future in self.futures]
-
-
 class Frontend:
     """One device's front end. All methods belong to the reactor's thread.
 
@@ -133,8 +61,8 @@ class Frontend:
         self._own = own
         self._link: Link | None = None
         self._events: vu.Connection | None = None
-        self._session: _Session | None = None
-        self._log: _DirtyLog | None = None
+        self._session: Session | None = None
+        self._log: DirtyLog | None = None
         self._config_writes: dict[int, bytes] = {}
         self._live = Event()  # a back end is connected and does what the session says, or we gave up
         self._lock = Lock()  # one conversation at a time
@@ -232,7 +160,7 @@ class Frontend:
                 "start it with the options of the one before it",
             )
         queues = await self._ask_u64(link, Request.GET_QUEUE_NUM) if ProtocolFeature.MQ in protocol else 1
-        batch = _Batch()
+        batch = Batch()
         batch.add(link.tell(Request.SET_OWNER))
         if ProtocolFeature.BACKEND_REQ in protocol:
             ours, theirs = socket.socketpair()
@@ -297,7 +225,7 @@ class Frontend:
         if self._session is not None:
             self._session.close()
         features = acked & ~(vu.VHOST_F_LOG_ALL | vu.VHOST_USER_F_PROTOCOL_FEATURES)
-        session = _Session(features, tuple(queues), {})
+        session = Session(features, tuple(queues), {})
         session.bases = {q.index: 0 for q in session.queues}
         if restored:
             session.bases = self._used_indices(session)
@@ -355,7 +283,7 @@ class Frontend:
         session = self._session
         if session is None:
             return {}
-        batch = _Batch()
+        batch = Batch()
         for queue in session.queues:
             batch.add(link.call(Request.GET_VRING_BASE, VringState(queue.index, 0).pack()))
         bases: dict[int, int] = {}
@@ -380,14 +308,14 @@ class Frontend:
         session.close()
         self._session = None
 
-    def _used_indices(self, session: _Session) -> dict[int, int]:
+    def _used_indices(self, session: Session) -> dict[int, int]:
         """Where a back end has to go on that nobody could ask: what it has published counts as done."""
         return {q.index: self._memory.u16(q.used + 2) for q in session.queues}
 
-    async def _start(self, link: Link, session: _Session, bases: Mapping[int, int], *, wake: bool) -> None:
+    async def _start(self, link: Link, session: Session, bases: Mapping[int, int], *, wake: bool) -> None:
         # All addresses first: a bad one must not leave half of the rings running.
         addresses = [self._vring_addr(queue) for queue in session.queues]
-        batch = _Batch()
+        batch = Batch()
         batch.add(link.tell(Request.SET_FEATURES, vu.pack_u64(self._feature_bits(session))))
         self._send_memory(link, batch)
         if self._log is not None:
@@ -412,11 +340,11 @@ class Frontend:
                 os.eventfd_write(queue.kick_fd, 1)
                 os.eventfd_write(queue.call_fd, 1)
 
-    def _feature_bits(self, session: _Session) -> int:
+    def _feature_bits(self, session: Session) -> int:
         bits = self.features & (session.features | vu.VHOST_USER_F_PROTOCOL_FEATURES)
         return bits | (vu.VHOST_F_LOG_ALL if self._log is not None else 0)
 
-    def _send_memory(self, link: Link, batch: _Batch) -> None:
+    def _send_memory(self, link: Link, batch: Batch) -> None:
         regions = [(vu.MemoryRegion(r.gpa, r.size, r.address, r.offset), r.fd) for r in self._memory.regions]
         table, rest = regions[: vu.MAX_REGIONS], regions[vu.MAX_REGIONS :]
         if rest and ProtocolFeature.CONFIGURE_MEM_SLOTS not in self.protocol_features:
@@ -426,20 +354,20 @@ class Frontend:
         for region, fd in rest:
             batch.add(link.tell(Request.ADD_MEM_REG, region.pack_single(), (fd,)))
 
-    async def _new_inflight(self, link: Link, session: _Session) -> _Inflight:
+    async def _new_inflight(self, link: Link, session: Session) -> Inflight:
         num_queues = max(q.index for q in session.queues) + 1
         queue_size = max(q.size for q in session.queues)
         if self._own:
-            return _Inflight.allocate(num_queues, queue_size)
+            return Inflight.allocate(num_queues, queue_size)
         wanted = vu.InflightArea(0, 0, num_queues, queue_size).pack()
         message: Message = await self._within(link, link.call(Request.GET_INFLIGHT_FD, wanted), "GET_INFLIGHT_FD")
         try:
             area = vu.InflightArea.unpack(message.payload)
-            return _Inflight(message.take_fd(), area)
+            return Inflight(message.take_fd(), area)
         finally:
             message.close_fds()
 
-    def _send_queue(self, link: Link, batch: _Batch, queue: Queue, address: bytes, base: int) -> None:
+    def _send_queue(self, link: Link, batch: Batch, queue: Queue, address: bytes, base: int) -> None:
         batch.add(link.tell(Request.SET_VRING_NUM, VringState(queue.index, queue.size).pack()))
         batch.add(link.tell(Request.SET_VRING_ADDR, address))
         batch.add(link.tell(Request.SET_VRING_BASE, VringState(queue.index, base).pack()))
@@ -466,7 +394,7 @@ class Frontend:
         self._memory = memory
 
         async def send(link: Link) -> None:
-            batch = _Batch()
+            batch = Batch()
             self._send_memory(link, batch)
             await self._within(link, batch.wait(), "SET_MEM_TABLE")
 
@@ -486,7 +414,7 @@ class Frontend:
                 f"{self._name}: its vhost-user back end keeps no dirty log", "the VM can't migrate while it runs"
             )
         self._forget_log()
-        self._log = _DirtyLog(os.dup(fd), size)
+        self._log = DirtyLog(os.dup(fd), size)
         await self._switch_log()
 
     async def stop_logging(self) -> None:
@@ -500,7 +428,7 @@ class Frontend:
             os.close(self._log.fd)
             self._log = None
 
-    def _send_log(self, link: Link, log: _DirtyLog) -> Future[Message]:
+    def _send_log(self, link: Link, log: DirtyLog) -> Future[Message]:
         return link.call(Request.SET_LOG_BASE, vu.LogArea(log.size, 0).pack(), (log.fd,))
 
     async def _switch_log(self) -> None:
@@ -509,7 +437,7 @@ class Frontend:
             return
 
         async def send(link: Link) -> None:
-            batch = _Batch()
+            batch = Batch()
             if self._log is not None:
                 batch.add(self._send_log(link, self._log))
             batch.add(link.tell(Request.SET_FEATURES, vu.pack_u64(self._feature_bits(session))))

@@ -369,7 +369,6 @@ class Vm:
         for vcpu, saved in zip(self.vcpus.all, state["vcpus"], strict=True):
             self._load_vcpu(vcpu, saved)
         platform.load_ioapic(state["platform"])
-        await gather(self._reactor, *(function.restore_activate() for function in self.functions.values()))
         self._clock = bytes(state["clock"])
 
     def _load_vcpu(self, vcpu: Vcpu, saved: dict[str, Any]) -> None:
@@ -378,7 +377,8 @@ class Vm:
             log.warn(f"{vcpu.name}: this host refuses MSRs {', '.join(f'{index:#x}' for index in refused)}")
 
     async def start_loaded(self) -> None:
-        """Let the loaded guest run: it is ours from here on."""
+        """Let the loaded guest run: it is ours from here on. Before, no ring may start: the source may take it back."""
+        await gather(self._reactor, *(function.restore_activate() for function in self.functions.values()))
         self.platform.kvm_vm.set_clock(self._clock)
         for function in self.functions.values():
             function.signal_all()

@@ -29,7 +29,7 @@ from controller.signals import Signals
 from controller.spawn import Zygote
 from controller.vm import Vm, VmContext
 from shared import log
-from shared.errors import FlotillaError, NotFoundError, StateError
+from shared.errors import FlotillaError, GuestLost, NotFoundError, StateError
 from shared.reactor import Lock, Reactor, describe
 
 if TYPE_CHECKING:
@@ -236,6 +236,11 @@ class Vmm:
             raise StateError("VM is not running", "boot it first")
         return self.vm
 
+    def _change(self) -> Lock:
+        """Changes go one after the other; none waits for a migration, which may take as long as its peer likes."""
+        self._not_migrating()
+        return self._operations
+
     def _not_migrating(self) -> None:
         if self.migration is not None and self.migration.progress()["state"] == "ongoing":
             raise StateError("VM is being migrated", "wait for the migration's end, or cancel it")
@@ -243,8 +248,7 @@ class Vmm:
     async def create(self, body: Any) -> None:
         from controller.config.codec import from_json
 
-        async with self._operations:
-            self._not_migrating()
+        async with self._change():
             if self.config is not None:
                 raise StateError("VM is already created", "vm.delete removes it")
             config = from_json(body, strict=True)
@@ -253,8 +257,7 @@ class Vmm:
             self.state = VmState.CREATED
 
     async def boot(self, _: None) -> None:
-        async with self._operations:
-            self._not_migrating()
+        async with self._change():
             self._need_config()
             if self.vm is not None:
                 raise StateError(f"VM can't be booted: its state is {self.state}")
@@ -270,8 +273,7 @@ class Vmm:
         self.events.emit("vm", "booted")
 
     async def pause(self, _: None) -> None:
-        async with self._operations:
-            self._not_migrating()
+        async with self._change():
             vm = self._need_vm()
             if self.state is not VmState.RUNNING:
                 raise StateError(f"VM can't be paused: its state is {self.state}")
@@ -281,8 +283,7 @@ class Vmm:
             self.events.emit("vm", "paused")
 
     async def resume(self, _: None) -> None:
-        async with self._operations:
-            self._not_migrating()
+        async with self._change():
             vm = self._need_vm()
             if self.state is not VmState.PAUSED:
                 raise StateError(f"VM can't be resumed: its state is {self.state}")
@@ -299,8 +300,7 @@ class Vmm:
             self.events.emit("vm", "shutdown")
 
     async def shutdown(self, _: None) -> None:
-        async with self._operations:
-            self._not_migrating()
+        async with self._change():
             self._need_vm()
             await self._stop_vm()
 
@@ -311,14 +311,12 @@ class Vmm:
         self.events.emit("vm", "rebooted")
 
     async def reboot(self, _: None) -> None:
-        async with self._operations:
-            self._not_migrating()
+        async with self._change():
             self._need_vm()
             await self._reboot()
 
     async def delete(self, _: None) -> None:
-        async with self._operations:
-            self._not_migrating()
+        async with self._change():
             await self._stop_vm()
             if self.config is not None:
                 self.config = None
@@ -335,35 +333,46 @@ class Vmm:
 
     async def send_migration(self, body: Any) -> None:
         from controller.migration.arguments import parse_send
-        from controller.migration.outgoing import Outgoing
+        from controller.migration.outgoing import Fate, Outgoing
 
         arguments = parse_send(body)
-        async with self._operations:
-            self._not_migrating()
+        async with self._change():
             vm = self._need_vm()
             outgoing = Outgoing(self.reactor, self.fleet, self.events, vm, was_running=self.state is VmState.RUNNING)
             self.migration = outgoing
-            await outgoing.run(arguments)
-            # The guest runs elsewhere: nothing of it may be touched here any more, only let go.
-            self.vm = None
-            await vm.release()
-        self.end(0)
+            code = 0
+            try:
+                await outgoing.run(arguments.url, arguments.local, **arguments.options)
+            except GuestLost:
+                code = 1
+                raise
+            except FlotillaError:
+                self.state = VmState.RUNNING if outgoing.running else VmState.PAUSED
+                raise
+            finally:
+                if outgoing.fate is not Fate.HERE:
+                    # The guest runs elsewhere: nothing of it may be touched here any more, only let go.
+                    self.vm = None
+                    await vm.release()
+                    self.end(code)
 
     async def receive_migration(self, body: Any) -> None:
         from controller.migration.arguments import parse_receive
         from controller.migration.incoming import Incoming
 
         url = parse_receive(body)
-        async with self._operations:
-            self._not_migrating()
+        async with self._change():
             if self.config is not None:
                 raise StateError("Can't receive a migration: a VM is already created", "vm.delete removes it")
             incoming = Incoming(self.reactor, self.fleet, self.events, self._build_incoming, self._context.on_path)
             self.migration = incoming
-            vm, running = await incoming.run(url)
-            assert isinstance(vm, Vm)
-            self.vm, self.config = vm, vm.config
-            self.state = VmState.RUNNING if running else VmState.PAUSED
+            try:
+                await incoming.run(url)
+            finally:
+                if incoming.vm is not None:  # also when it could not be started: the guest is ours, paused
+                    assert isinstance(incoming.vm, Vm)
+                    self.vm, self.config = incoming.vm, incoming.vm.config
+                    self.state = VmState.RUNNING if incoming.running else VmState.PAUSED
 
     async def _build_incoming(
         self, config: dict[str, Any], parts: list[Any], ram_fds: list[int], disk_fds: dict[str, int], info: Any

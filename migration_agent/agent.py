@@ -3,7 +3,7 @@
     controller ──SEND/RECEIVE/DELIVER/CANCEL (zmq)──▶ agent ══ stream ══ agent ──"deliver" (zmq event)──▶ controller
                ──────── fds: one datagram on the sidecar, before the DELIVER or event that counts them ────────
 
-Events to the controller, in the order in which things happened: `state` {before, event, after}, `accepted` {} (the
+Events to the controller, in the order in which things happened: `state` {before, why, after}, `accepted` {} (the
 listening path has served its purpose), `deliver` {type, body, fds}, `lost` {error} (no more messages will come, and
 why). Bodies are opaque here.
 """
@@ -271,7 +271,7 @@ class Agent:
     # Ends --------------------------------------------------------------------------------------------------------
 
     def _fail(self, error: FlotillaError) -> None:
-        """No more messages will come. The peer (its stream may be fine), the controller and whoever waits are told why."""
+        """No more messages will come; the peer (its stream may be fine), the controller and whoever waits hear why."""
         if self._machine.over:
             if self._stream is not None:
                 self._stream.close()
@@ -299,7 +299,7 @@ class Agent:
     def _changed(self, before: State, event: Event, after: State) -> None:
         if self._fault is not None and self._fault[1] == after:
             os.kill(os.getpid(), self._fault[0])
-        self.emit("state", before=str(before), event=str(event), after=str(after))
+        self.emit("state", before=str(before), why=str(event), after=str(after))
 
     def _count(self, data: bytes, fds: list[int]) -> None:
         self._relayed["messages"] += 1

@@ -116,7 +116,10 @@ class kvm_msr_entry(ctypes.Structure):
 class kvm_regs(ctypes.Structure):
     _fields_ = tuple(
         (name, c_uint64)
-        for name in ["rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags"]
+        for name in (
+            *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"),
+            *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags"),
+        )
     )
 
 
@@ -300,7 +303,7 @@ KVM_KVMCLOCK_CTRL = _IO(0xAD)
 KVM_GET_NESTED_STATE, KVM_SET_NESTED_STATE = _IOWR(0xBE, 128), _IOW(0xBF, 128)
 KVM_SET_DEVICE_ATTR, KVM_GET_DEVICE_ATTR, KVM_HAS_DEVICE_ATTR = _IOW(0xE1, 24), _IOW(0xE2, 24), _IOW(0xE3, 24)
 
-_NAMES = {value: name for name, value in list(globals().items()) if name.startswith("KVM_") and value > 0xAE00}
+_NAMES = {value: name for name, value in list(globals().items()) if name.startswith("KVM_") and value >= 0xAE00}
 _ioctl = libc.ioctl
 _ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 _ioctl.restype = ctypes.c_int
@@ -341,12 +344,23 @@ class Kvm:
         try:
             self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError as error:
-            raise KvmError(f"{path}: no such device", "load the module kvm_intel or kvm_amd, or enable it in the BIOS") from error
+            hint = "load the module kvm_intel or kvm_amd, or enable it in the BIOS"
+            raise KvmError(f"{path}: no such device", hint) from error
         except PermissionError as error:
             raise KvmError(f"{path}: permission denied", "become root or a member of the group kvm") from error
         except OSError as error:
             raise KvmError(f"{path}: {error.strerror}") from error
-        version = ioctl(self.fd, KVM_GET_API_VERSION)
+        try:
+            self._check(path)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def _check(self, path: str) -> None:
+        try:
+            version = ioctl(self.fd, KVM_GET_API_VERSION)
+        except OSError as error:
+            raise KvmError(f"{path} is not KVM") from error
         if version != KVM_API_VERSION:
             raise KvmError(f"{path}: API version {version}, not {KVM_API_VERSION}")
         lacking = [name for name, number in REQUIRED_CAPS.items() if not self.check_extension(number)]

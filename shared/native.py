@@ -38,10 +38,10 @@ LOOPS: Final[dict[str, Loop]] = {
         ),
     ),
     "blk": Loop("blk_worker/blk.c", "blk_worker/blk.so", ("-O2", "-fPIC", "-shared", "-pthread", "-Ishared")),
-    # Three instructions for words in shared memory; freestanding because it needs nothing else.
+    # Three instructions for words in shared memory. Not atomics.so: Python would take that for the module atomics.
     "atomics": Loop(
         "shared/atomics.c",
-        "shared/atomics.so",
+        "shared/libatomics.so",
         ("-O2", "-ffreestanding", "-nostdlib", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,--no-undefined"),
     ),
 }

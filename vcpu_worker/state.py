@@ -73,7 +73,6 @@ class VcpuCodec:
         state: State = {name: _get(fd, name) for name in _SAVE_FIRST}
         state["xsave"] = self._get_xsave(fd)
         state.update((name, _get(fd, name)) for name in _SAVE_REST)
-        # After SREGS and LAPIC only by habit of both peers; KVM keeps it apart from them.
         state["nested_state"] = self._get_nested(fd)
         state["tsc_khz"] = _tsc_khz(fd)
         # After the LAPIC: reading TSC_DEADLINE gives 0 once its timer has been taken into account.
@@ -139,7 +138,7 @@ class VcpuCodec:
         trivial = size <= _NESTED_HEADER
         if size > min(len(data), self._nested_size):
             if not trivial:
-                raise ProtocolError("vCPU state: nested_state: this host's KVM can't run a guest's guest", "load it elsewhere")
+                raise ProtocolError("vCPU state: nested_state: a guest runs inside, and this host's KVM has no nesting")
             return
         buffer = (ctypes.c_uint8 * self._nested_size)()
         ctypes.memmove(buffer, data, size)

@@ -31,7 +31,6 @@ from shared.linux import recv_fds, send_fds
 from shared.messages import Verb, error_from_wire, error_to_wire
 from shared.reactor import Event, Reactor, describe, within
 
-CALL_SECONDS = 10.0
 GOODBYE_SECONDS = 1.0
 
 
@@ -40,6 +39,7 @@ class Settings:
     """Deadlines in seconds; `fault` is for tests (migration_agent/agent.py)."""
 
     hello: float = 10.0  # for the connection, and again for the peer's first words
+    call: float = 10.0  # for our own agent to take a message and see it off
     idle: float = 30.0  # silence after that
     build: float = 60.0  # for BUILD at the destination, BUILT at the source
     state: float = 300.0  # for STATE at the destination: a source may have to wait long for its workers
@@ -107,7 +107,7 @@ class AgentLink:
 
     async def connect(self, url: str) -> None:
         """Reach the peer's agent and exchange hellos. Raises what went wrong."""
-        await self._open(Verb.SEND, 2 * self._settings.hello + CALL_SECONDS, url=url, local=True)
+        await self._open(Verb.SEND, 2 * self._settings.hello + self._settings.call, url=url, local=True)
 
     async def accept(self, url: str) -> None:
         """Wait for a peer, for as long as it takes, and exchange hellos."""
@@ -118,7 +118,7 @@ class AgentLink:
         self.check()
         self._opening = True
         try:
-            await self._process.call(verb, seconds, **arguments)
+            await self._call(verb, seconds, **arguments)
         except FlotillaError:
             self.check()  # a cancel comes first, however the agent took it
             raise
@@ -126,6 +126,13 @@ class AgentLink:
             self._opening = False
         self.connected = True
         self.check()
+
+    async def _call(self, verb: Verb, seconds: float | None, **arguments: Any) -> None:
+        assert self._process is not None
+        try:
+            await self._process.call(verb, seconds, **arguments)
+        except WorkerLost as error:
+            raise WorkerLost(f"the migration agent is gone: {error.message}") from None
 
     def cancel(self) -> None:
         """Make whatever waits here fail with MigrationCancelled."""
@@ -145,8 +152,8 @@ class AgentLink:
 
     async def send(self, kind: Message, body: dict[str, Any], fds: list[int] | None = None) -> None:
         """Returns when the kernel has the whole message. The descriptors stay the caller's."""
-        process, fds = self._process, fds or []
-        if process is None or self._sidecar is None:
+        fds = fds or []
+        if self._process is None or self._sidecar is None:
             raise WorkerLost(f"{kind.name}: the migration agent has ended")
         data = codec.encode(kind, body)
         if len(fds) > MAX_FDS:
@@ -156,7 +163,7 @@ class AgentLink:
                 send_fds(self._sidecar, b"fds", fds)
             except OSError as error:
                 raise WorkerLost(f"{kind.name}: the migration agent takes no descriptors: {error.strerror}") from error
-        await process.call(Verb.DELIVER, CALL_SECONDS, type=int(kind), body=data, fds=len(fds))
+        await self._call(Verb.DELIVER, self._settings.call, type=int(kind), body=data, fds=len(fds))
         self._progress.bytes_transferred += len(data)
         self._progress.fds_passed += len(fds)
 
@@ -224,7 +231,7 @@ class AgentLink:
     def _ended(self, process: Process) -> None:
         self.connected = False
         if not self._closed:
-            self.post(WorkerLost(f"the migration agent (pid {process.pid}) ended with {process.exit_status}"))
+            self.post(WorkerLost(f"the migration agent is gone: pid {process.pid} ended with {process.exit_status}"))
 
     # End ---------------------------------------------------------------------------------------------------------
 

@@ -268,6 +268,16 @@ def test_a_full_host_makes_the_transmit_queue_wait(tmp_path: Path) -> None:
         bench.close()
 
 
+def test_a_chain_is_given_back_before_its_bytes_go_out(bench: Bench) -> None:
+    """In the other order, a death in between would make the successor print them again."""
+    published: list[int] = []
+    bench.host.write = lambda data: published.append(bench.tx.used_idx())  # type: ignore[method-assign]
+    bench.tx.add([b"once"])
+    bench.tx.kick()
+    bench.completed(bench.tx)
+    assert published == [1]
+
+
 # Death and quiesce ----------------------------------------------------------------------------------------------
 
 
@@ -388,7 +398,9 @@ def test_a_dry_source_is_waited_for(tmp_path: Path) -> None:
         bench.entropy.add([], [8])
         bench.entropy.kick()
         bench.turns()
+        assert bench.rng._waiting
         assert bench.worker.quiesce()["bases"]["rng.0"] == 1
+        assert not bench.rng._waiting
         os.write(writer, b"too late")
         bench.turns()
         assert bench.entropy.completed() == []

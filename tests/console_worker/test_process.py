@@ -133,7 +133,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 def test_output_over_kills_is_in_order_and_never_twice(bench: Bench) -> None:
     """What a killed worker had taken from the ring and not yet written is lost at most: never repeated, never mixed."""
     tx = bench.tx
-    sent, completed, kills = 0, 0, 0
+    sent, completed, kills, target = 0, 0, 0, 0
 
     def step() -> bool:
         nonlocal sent, completed

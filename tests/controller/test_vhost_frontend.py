@@ -145,6 +145,23 @@ def test_reset_stops_the_rings_and_a_new_driver_starts_at_zero(rig: Rig) -> None
     assert rig.echo_once(b"again") == b"niaga"
 
 
+def test_nothing_is_left_open_by_resets_deaths_and_logs(rig: Rig) -> None:
+    log = memfd("log", 4096)
+    rig.up()
+
+    def descriptors() -> int:
+        rig.run(rig.frontend.reset(), rig.frontend.activate(FEATURES, rig.queues()))
+        rig.run(rig.frontend.start_logging(log, 4096), rig.frontend.stop_logging())
+        rig.kill()
+        rig.until(lambda: bool(rig.lost))
+        rig.lost.clear()
+        rig.run(rig.frontend.replay(rig.back_end()))
+        return len(os.listdir("/proc/self/fd"))
+
+    assert len({descriptors() for _ in range(4)}) == 1
+    os.close(log)
+
+
 def test_a_restored_device_goes_on_where_its_used_ring_ends(rig: Rig) -> None:
     d = rig.drivers[0]
     d.avail_index = d.used_index = 7

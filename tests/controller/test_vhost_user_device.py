@@ -195,6 +195,10 @@ def test_our_own_bases_win_over_the_used_ring(rig: Rig) -> None:
     rig.memory.view(rig.driver.avail, 4).cast("H")[1] = 3
     rig.run(device.activate(ACKED, rig.queues()))
     assert rig.echo.started[0].base == 3
+    rig.run(device.reset())
+    rig.memory.view(rig.driver.avail, 4).cast("H")[1] = 0
+    rig.run(device.activate(ACKED, rig.queues()))
+    assert rig.echo.started[0].base == 0
 
 
 def test_the_guest_keeps_the_features_it_was_offered(rig: Rig) -> None:

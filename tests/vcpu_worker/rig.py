@@ -234,7 +234,7 @@ class Rig:
     def set_registers(self, vcpu: Vcpu) -> None:
         """Flat 32-bit protected mode, paging off, as the PVH entry has it."""
         kvm.ioctl(vcpu.fd, kvm.KVM_SET_CPUID2, kvm.cpuid_entries(self.kvm.supported_cpuid()))
-        kvm.ioctl(vcpu.fd, kvm.KVM_SET_MP_STATE, kvm.kvm_mp_state(kvm.KVM_MP_STATE_RUNNABLE))
+        self.set_mp_state(vcpu, kvm.KVM_MP_STATE_RUNNABLE)
         sregs = kvm.kvm_sregs()
         kvm.ioctl(vcpu.fd, kvm.KVM_GET_SREGS, sregs)
         sregs.cs = flat_segment(0x08, 0xB)
@@ -243,6 +243,9 @@ class Rig:
         sregs.cr0 |= 1
         kvm.ioctl(vcpu.fd, kvm.KVM_SET_SREGS, sregs)
         kvm.ioctl(vcpu.fd, kvm.KVM_SET_REGS, kvm.kvm_regs(rip=ENTRY, rflags=2, rbx=vcpu.index << 7))
+
+    def set_mp_state(self, vcpu: Vcpu, state: int) -> None:
+        kvm.ioctl(vcpu.fd, kvm.KVM_SET_MP_STATE, kvm.kvm_mp_state(state))
 
     def regs(self, vcpu: Vcpu) -> kvm.kvm_regs:
         regs = kvm.kvm_regs()
@@ -328,14 +331,15 @@ class Rig:
             counted[f"mmio {index}"] = devices.mmio_writes[index]
         for what, values in counted.items():
             modulus = 256 if what in ("output", "string") else 1 << 32
-            if what == "output" and len(self.vcpus) > 1:
+            if what in ("output", "string") and len(self.vcpus) > 1:
                 continue  # the vCPUs' bytes are mixed
             if wrong := first_wrong(values, modulus):
                 found.append(f"{what}: {wrong}")
         return found
 
     def check(self) -> None:
-        assert not self.violations()
+        violations = self.violations()
+        assert not violations, "; ".join(violations)
 
     def close(self) -> None:
         for vcpu in self.vcpus:

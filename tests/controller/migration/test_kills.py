@@ -1,0 +1,184 @@
+"""Kill -9 of controllers, agents and workers, and cancel, at every state: never two guests, and one wherever one can be."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.controller.migration.conftest import Died, Lab, Remote
+
+SEND = ("connecting", "building", "pausing", "saving", "offered", "handed-over")
+RECEIVE = ("listening", "greeting", "ready", "building", "built", "loading", "claimed", "running")
+SOURCE_AGENT = ("connecting", "greeting", "ready", "building", "built", "offered", "finished")
+DESTINATION_AGENT = ("listening", "greeting", "ready", "building", "built", "offered", "finished")
+
+
+def outcome(remote: Remote, what: str) -> dict | None:
+    """What became of a command; None when its controller died over it."""
+    try:
+        return remote.done(what)
+    except Died:
+        remote.wait()
+        return None
+
+
+def still_works(lab: Lab, source: Remote, destination: Remote) -> None:
+    """The guest is the source's and runs; after a failure a retry works."""
+    lab.runs_on(source)
+    lab.migrate(source, destination)
+
+
+@pytest.mark.parametrize("phase", SEND)
+def test_source_controller_killed(lab, phase):
+    source, destination = lab.source(), lab.controller()
+    destination.receive(lab.url)
+    source.do("send", url=lab.url, kill_at=phase)
+    assert outcome(source, "send") is None
+    if phase == "connecting":  # nobody ever came
+        assert destination.call("cancel")["error"] is None
+    received = outcome(destination, "receive")
+    if phase == "handed-over":
+        assert received["error"] is None
+        lab.runs_on(destination)
+    else:
+        # The killed controller was the guest's only owner; its destination says so and is of use again.
+        assert received["error"] and not received["has_vm"]
+        lab.is_dead()
+        destination.receive(lab.url)
+
+
+@pytest.mark.parametrize("phase", RECEIVE)
+def test_destination_controller_killed(lab, phase):
+    source, destination = lab.source(), lab.controller()
+    if phase == "listening":
+        destination.do("receive", url=lab.url, kill_at=phase)
+        assert outcome(destination, "receive") is None
+    else:
+        destination.receive(lab.url, kill_at=phase)
+    source.do("send", url=lab.url)
+    sent = outcome(source, "send")
+    assert outcome(destination, "receive") is None or phase == "listening"
+    assert sent["error"]
+    if phase == "running":
+        # It had taken the guest over and was its only owner.
+        assert sent["kind"] == "GuestLost" and sent["progress"]["phase"] == "lost"
+        assert str(destination.pid) in sent["error"][0]
+        lab.is_dead()
+    else:
+        assert sent["running"]
+        still_works(lab, source, lab.controller())
+
+
+@pytest.mark.parametrize("state", SOURCE_AGENT)
+def test_source_agent_killed(lab, state):
+    source, destination = lab.source(), lab.controller()
+    destination.receive(lab.url)
+    source.do("send", url=lab.url, agent=f"KILL@{state}", settings={"report": 0.2})
+    sent = outcome(source, "send")
+    if state == "connecting":
+        destination.do("cancel")
+    received = outcome(destination, "receive")
+    if state == "finished":
+        assert sent["error"] is None and received["error"] is None
+        lab.runs_on(destination)
+    else:
+        assert sent["error"] and received["error"] and sent["running"]
+        assert "migration agent" in "".join(sent["error"])
+        still_works(lab, source, destination)
+
+
+@pytest.mark.parametrize("state", DESTINATION_AGENT)
+def test_destination_agent_killed(lab, state):
+    source, destination = lab.source(), lab.controller()
+    destination.receive(lab.url, agent=f"KILL@{state}")
+    if state == "listening":
+        assert outcome(destination, "receive")["error"]
+    source.do("send", url=lab.url, settings={"report": 0.2})
+    sent = outcome(source, "send")
+    received = None if state == "listening" else outcome(destination, "receive")
+    if state == "finished":
+        assert sent["error"] is None and received["error"] is None
+        lab.runs_on(destination)
+    else:
+        assert sent["error"] and sent["running"]
+        if received is not None:
+            assert "migration agent" in "".join(received["error"])
+        still_works(lab, source, destination)
+
+
+@pytest.mark.parametrize("phase", SEND[1:])
+def test_worker_of_the_source_killed(lab, phase):
+    source, destination = lab.source(), lab.controller()
+    lab.migrate(source, destination, kill_runner_at=phase)
+
+
+@pytest.mark.parametrize("phase", ("built", "loading", "claimed", "running"))
+def test_worker_of_the_destination_killed(lab, phase):
+    source, destination = lab.source(), lab.controller()
+    destination.receive(lab.url, kill_runner_at=phase)
+    assert source.call("send", url=lab.url)["error"] is None
+    assert destination.done("receive")["error"] is None
+    lab.runs_on(destination)
+
+
+@pytest.mark.parametrize("phase", SEND)
+def test_cancelled_by_the_source(lab, phase):
+    source, destination = lab.source(), lab.controller()
+    destination.receive(lab.url)
+    sent = source.call("send", url=lab.url, cancel_at=phase)
+    if phase == "connecting" and sent["kind"] == "MigrationCancelled":
+        destination.do("cancel")  # it may not have seen anybody
+    received = outcome(destination, "receive")
+    if sent["error"] is None:
+        assert phase == "handed-over" and received["error"] is None  # too late
+        lab.runs_on(destination)
+    else:
+        assert sent["kind"] == "MigrationCancelled" and sent["progress"]["state"] == "cancelled"
+        assert received["error"]
+        still_works(lab, source, destination)
+
+
+@pytest.mark.parametrize("phase", RECEIVE)
+def test_cancelled_by_the_destination(lab, phase):
+    source, destination = lab.source(), lab.controller()
+    if phase == "listening":
+        destination.do("receive", url=lab.url, cancel_at=phase)
+        assert outcome(destination, "receive")["kind"] == "MigrationCancelled"
+        still_works(lab, source, destination)
+        return
+    destination.receive(lab.url, cancel_at=phase)
+    sent = source.call("send", url=lab.url)
+    received = outcome(destination, "receive")
+    if phase in ("claimed", "running"):  # too late
+        assert sent["error"] is None and received["error"] is None
+        lab.runs_on(destination)
+    else:
+        assert sent["error"] and received["kind"] == "MigrationCancelled"
+        still_works(lab, source, destination)
+
+
+def test_cancel_while_nobody_comes(lab):
+    destination = lab.controller()
+    destination.receive(lab.url)
+    destination.do("cancel")
+    received = destination.done("receive")
+    assert received["kind"] == "MigrationCancelled"
+    assert received["processes"] == [] and received["paths"] == []
+    destination.receive(lab.url)
+
+
+def test_an_agent_that_hangs_with_the_guest_paused_costs_a_deadline_not_the_guest(lab):
+    source, destination = lab.source(), lab.controller()
+    destination.receive(lab.url)
+    sent = source.call("send", url=lab.url, agent="STOP@offered", settings={"call": 0.3})
+    assert sent["error"] and sent["running"]
+    assert outcome(destination, "receive")["error"]
+    still_works(lab, source, destination)
+
+
+def test_an_agent_that_hangs_while_connecting_can_be_cancelled(lab):
+    source = lab.source()
+    source.do("send", url=lab.url, agent="STOP@connecting")
+    source.wait_phase("connecting")
+    source.do("cancel")
+    assert source.done("send")["kind"] == "MigrationCancelled"
+    lab.runs_on(source)

@@ -1,0 +1,308 @@
+"""A controller with a toy VM: real reactor, fleet, zygote, agents and migration; only the guest is small.
+
+The test forks it and talks to it in JSON over a SOCK_SEQPACKET pair. Commands: {"boot"}, {"send", "url", …faults},
+{"receive", "url", …faults}, {"cancel"}, {"resume"}, {"quit"}. It reports every event of the monitor and, at the end of a
+command, {"done": command, "error": [chain] | null, …}.
+
+Faults of one command, each at a phase: kill_at (this controller), cancel_at, kill_runner_at; `agent` (for the agent, see
+migration_agent/agent.py); `fail`: the VM's step that raises; `settings`: deadlines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from controller import zygote
+from controller.events import EventMonitor
+from controller.fleet import Fleet, Process, WorkerSpec
+from controller.migration.incoming import Incoming
+from controller.migration.link import Settings
+from controller.migration.outgoing import Outgoing
+from controller.spawn import Zygote
+from shared import control
+from shared.errors import FlotillaError, StateError, WorkerLost, chain
+from shared.linux import die_with_parent
+from shared.reactor import Lock, Reactor
+from tests.controller.migration.toy_runner import PAGE, Ram
+
+Faults = dict[str, Any]
+
+
+class ToyVm:
+    """Keeps the Migratable contract, replacing its runner whenever that dies."""
+
+    def __init__(self, fleet: Fleet, ram_fd: int, pulse_fd: int, faults: Faults) -> None:
+        self._fleet = fleet
+        self._fds = {"ram": ram_fd, "pulse": pulse_fd}
+        self._ram = Ram(ram_fd)
+        self._lock = Lock()
+        self._saved: dict[str, Any] | None = None
+        self._closed = False
+        self._process: Process | None = None
+        self.active = False
+        self.faults = faults
+        self.reactor: Reactor
+
+    def _fail(self, step: str) -> None:
+        if self.faults.get("fail") == step:
+            raise StateError(f"the toy can't {step}", "that was the plan")
+
+    async def runner(self) -> Process:
+        async with self._lock:
+            if self._process is None or self._process.channel is None:
+                spec = WorkerSpec("toy_runner", "runner", "tests.controller.migration.toy_runner", "worker")
+                self._process = await self._fleet.start(spec, self._fds, self._ended)
+            return self._process
+
+    def _ended(self, _: Process) -> None:
+        if self.active and not self._closed:
+            self.reactor.spawn(self._go(), "runner")
+
+    async def _go(self) -> None:
+        """Start the runner; one that dies over it is replaced."""
+        self.active = True
+        for _ in range(5):
+            try:
+                await (await self.runner()).call("resume")
+                return
+            except WorkerLost:
+                continue
+        raise WorkerLost("the runner dies again and again")
+
+    def kill_runner(self) -> None:
+        if self._process is not None and self._process.channel is not None:
+            os.kill(self._process.pid, signal.SIGKILL)
+
+    # Migratable
+
+    def config_json(self) -> dict[str, Any]:
+        return {"payload": {"kernel": "toy"}}
+
+    def memory_parts(self) -> tuple[list[tuple[int, int, int, int]], list[int]]:
+        return [(0, PAGE, 0, 0)], [self._fds["ram"]]
+
+    def disk_fds(self) -> dict[str, int]:
+        return {"_pulse0": self._fds["pulse"]}
+
+    def build_info(self) -> dict[str, Any]:
+        return {"cpuid": [[1, 2, 3]], "blob": b"\0\xff"}
+
+    async def pause(self) -> Mapping[str, float]:
+        self._fail("pause")
+        began = time.monotonic()
+        self.active = False
+        try:
+            await (await self.runner()).call("quiesce")
+        except WorkerLost:
+            pass  # dead is quiet
+        return {"runner": (time.monotonic() - began) * 1000}
+
+    async def resume(self) -> None:
+        self._fail("resume")
+        await self._go()
+
+    async def save(self) -> dict[str, Any]:
+        self._fail("save")
+        return {"count": self._ram.count, "blob": b"\x80" * 70000}
+
+    async def load(self, state: dict[str, Any]) -> Mapping[str, float]:
+        self._fail("load")
+        self._saved = state
+        await self.runner()
+        return {"runner": 0.0}
+
+    async def start_loaded(self) -> None:
+        self._fail("start")
+        assert self._saved is not None
+        if self._saved["count"] != self._ram.count:
+            self._ram.violate()  # somebody let the guest run on after its state was saved
+        await self._go()
+
+    async def destroy(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.active = False
+            if self._process is not None:
+                await self._fleet.stop(self._process)
+            for fd in self._fds.values():
+                os.close(fd)
+
+
+class ForkedZygote(Zygote):
+    """The real zygote, forked instead of exec'd: the test has paid for its imports already."""
+
+    def __init__(self, line: socket.socket) -> None:
+        super().__init__()
+        self._line = line
+
+    def start(self) -> None:
+        controller = os.getpid()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid = os.fork()
+        if self.pid == 0:
+            ours.close()
+            self._line.close()
+            try:
+                zygote.main(theirs.detach(), controller)
+            finally:
+                os._exit(0)
+        theirs.close()
+        ours.setblocking(False)
+        self._socket = ours
+
+
+class Controller:
+    def __init__(self, line: socket.socket, runtime: str) -> None:
+        self._line = line
+        self._zygote = ForkedZygote(line)
+        self._zygote.start()  # before this process has a zmq context
+        self.reactor = Reactor()
+        self.events = EventMonitor(time.monotonic())
+        self.events.subscribers.append(self._event)
+        self.fleet = Fleet(self.reactor, self._zygote, runtime)
+        self.vm: ToyVm | None = None
+        self._new: ToyVm | None = None  # at a destination, while it is built
+        self._migration: Outgoing | Incoming | None = None
+        self._faults: Faults = {}
+        self._paths: set[str] = set()
+        self.reactor.add_reader(line.fileno(), self._command)
+
+    def say(self, **report: Any) -> None:
+        self._line.send(json.dumps(report).encode())
+
+    def _event(self, _source: str, event: str, properties: dict[str, Any] | None) -> None:
+        phase = (properties or {}).get("phase")
+        self.say(event=event, phase=phase)
+        if phase is None:
+            return
+        if self._faults.get("kill_at") == phase:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._faults.get("kill_runner_at") == phase and (vm := self.vm or self._new):
+            vm.kill_runner()
+        if self._faults.get("cancel_at") == phase and self._migration is not None:
+            self._migration.cancel()
+
+    def _command(self) -> None:
+        data = self._line.recv(65536)
+        if not data:
+            self.reactor.stop(1)
+            return
+        command = json.loads(data)
+        self.reactor.spawn(self._do(command.pop("do"), command), "command")
+
+    async def _do(self, what: str, arguments: dict[str, Any]) -> None:
+        report: dict[str, Any] = {}
+        error: FlotillaError | None = None
+        try:
+            report = await getattr(self, what)(arguments) or {}
+        except FlotillaError as problem:
+            error = problem
+        migration = self._migration
+        self.say(
+            done=what,
+            error=None if error is None else chain(error),
+            kind=type(error).__name__,
+            progress=migration.progress() if migration is not None else None,
+            running=migration.running if migration is not None else None,
+            has_vm=self.vm is not None,
+            processes=sorted(process.kind for process in self.fleet.processes),
+            paths=sorted(self._paths),
+            **report,
+        )
+
+    async def boot(self, arguments: dict[str, Any]) -> None:
+        self.vm = ToyVm(self.fleet, os.dup(arguments["ram"]), os.dup(arguments["pulse"]), {})
+        self.vm.reactor = self.reactor
+        await self.vm._go()
+
+    async def send(self, faults: Faults) -> dict[str, Any]:
+        vm = self.vm
+        assert vm is not None
+        self._faults = vm.faults = faults
+        settings = Settings(fault=faults.get("agent", ""), **faults.get("settings", {}))
+        paused = bool(faults.get("paused"))
+        if paused:
+            await vm.pause()
+        outgoing = Outgoing(self.reactor, self.fleet, self.events, vm, was_running=not paused, settings=settings)
+        self._migration = outgoing
+        await outgoing.run(faults["url"], faults.get("local", True))
+        self.vm = None
+        await vm.destroy()
+        return {"fate": str(outgoing.fate)}
+
+    async def receive(self, faults: Faults) -> None:
+        self._faults = faults
+        settings = Settings(fault=faults.get("agent", ""), **faults.get("settings", {}))
+        incoming = Incoming(self.reactor, self.fleet, self.events, self._build, self._path, settings=settings)
+        self._migration = incoming
+        try:
+            await incoming.run(faults["url"])
+        finally:
+            self.vm, self._new = self._new if incoming.vm is not None else None, None
+
+    def _path(self, path: str, exists: bool) -> None:
+        (self._paths.add if exists else self._paths.remove)(path)
+
+    async def _build(
+        self, config: dict[str, Any], parts: Any, ram: list[int], disks: dict[str, int], info: dict[str, Any]
+    ) -> ToyVm:
+        assert config == {"payload": {"kernel": "toy"}} and info == {"cpuid": [[1, 2, 3]], "blob": b"\0\xff"}
+        assert parts == [(0, PAGE, 0, 0)] and list(disks) == ["_pulse0"]
+        if self._faults.get("fail") == "build":
+            for fd in (*ram, *disks.values()):
+                os.close(fd)
+            raise StateError("the toy can't build", "that was the plan") from FlotillaError("for a reason below")
+        self._new = vm = ToyVm(self.fleet, ram[0], disks["_pulse0"], self._faults)
+        vm.reactor = self.reactor
+        await vm.runner()
+        return vm
+
+    async def cancel(self, _: dict[str, Any]) -> None:
+        assert self._migration is not None
+        self._migration.cancel()
+
+    async def resume(self, _: dict[str, Any]) -> None:
+        assert self.vm is not None
+        self.vm.faults = {}
+        await self.vm.resume()
+
+    async def fds(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"fds": len(os.listdir("/proc/self/fd"))}
+
+    async def quit(self, _: dict[str, Any]) -> None:
+        if self.vm is not None:
+            await self.vm.destroy()
+        self.reactor.call_soon(self.reactor.stop)
+
+    def run(self) -> int:
+        try:
+            return self.reactor.run()
+        finally:
+            for process in list(self.fleet.processes):
+                self.fleet.kill(process)
+            self._zygote.stop()
+
+
+def fork_controller(line: socket.socket, runtime: str) -> int:
+    """The pid of a new controller that serves `line`."""
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        die_with_parent(parent)
+        control._context = None  # the parent's has threads, and they did not come along
+        code = Controller(line, runtime).run()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)

@@ -1,0 +1,114 @@
+"""The toy guest's one vCPU: a worker that counts in shared memory and proves that nobody else does so at the same time.
+
+    RAM page   u32 owner (pid of the runner, 0: paused)   u32 violations   u64 count
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+from shared.atomics import cas32, load32, store32
+from shared.linux import mmap_fd
+from shared.reactor import Reactor, Timer
+from shared.worker import Start, serve
+
+PAGE = 4096
+OWNER, VIOLATIONS, COUNT = 0, 4, 8
+TICK = 0.001
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+class Ram:
+    """The guest's RAM, mapped."""
+
+    def __init__(self, fd: int) -> None:
+        self.address = mmap_fd(fd, PAGE)
+        self._count = ctypes.c_uint64.from_address(self.address + COUNT)
+
+    @property
+    def count(self) -> int:
+        return self._count.value
+
+    @property
+    def owner(self) -> int:
+        return load32(self.address + OWNER)
+
+    @property
+    def violations(self) -> int:
+        return load32(self.address + VIOLATIONS)
+
+    def violate(self) -> None:
+        store32(self.address + VIOLATIONS, self.violations + 1)
+
+    def take(self) -> None:
+        """Become the one runner. A living other one is a violation."""
+        found = cas32(self.address + OWNER, 0, os.getpid())
+        if found:
+            if is_alive(found):
+                self.violate()
+            store32(self.address + OWNER, os.getpid())
+
+    def leave(self) -> None:
+        cas32(self.address + OWNER, os.getpid(), 0)
+
+    def tick(self) -> None:
+        if self.owner != os.getpid():
+            self.violate()
+        self._count.value += 1
+
+
+class Runner:
+    kind = "toy_runner"
+    version = 1
+
+    def __init__(self, reactor: Reactor, ram: Ram, pulse: int) -> None:
+        self._reactor = reactor
+        self._ram = ram
+        self._pulse = pulse
+        self._timer: Timer | None = None
+
+    def quiesce(self) -> dict[str, Any]:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._ram.leave()
+        return {"bases": {}}
+
+    def save(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        pass
+
+    def resume(self) -> None:
+        if self._timer is None:
+            self._ram.take()
+            self._tick()
+
+    def _tick(self) -> None:
+        self._ram.tick()
+        os.eventfd_write(self._pulse, 1)
+        self._timer = self._reactor.call_later(TICK, self._tick)
+
+    def stats(self) -> dict[str, int]:
+        return {}
+
+    def epoch(self) -> int:
+        return self._ram.count
+
+    def fault(self, what: str, value: int) -> None:
+        pass
+
+
+def main(start: Start) -> int:
+    reactor = Reactor()
+    return serve(start, Runner(reactor, Ram(start.fds["ram"]), start.fds["pulse"]), reactor)
