@@ -55,6 +55,8 @@ class BlockBackend:
         self._io_threads = io_threads
         self._native = native.load()
         self._acked = 0
+        self._mappings: tuple[MemoryMapping, ...] = ()
+        self._log = (0, 0)
         self._running: set[int] = set()
         self._epoch = 0
         self._seen: dict[int, int] = {}
@@ -119,12 +121,14 @@ class BlockBackend:
         return int(bool(self._acked & Feature.FLUSH))
 
     def set_memory(self, mappings: tuple[MemoryMapping, ...]) -> None:
+        self._mappings = mappings
         table = (native.vring_region * len(mappings))()
         for entry, mapping in zip(table, mappings, strict=True):
             entry.gpa, entry.size, entry.host = mapping.gpa, mapping.size, mapping.address
         check(self._native.blk_set_memory(self._device, table, len(mappings)), "block device: guest memory")
 
     def set_log(self, address: int, size: int) -> None:
+        self._log = address, size
         self._native.blk_set_log(self._device, address, size)
 
     def start_queue(self, ring: Ring) -> None:
@@ -257,6 +261,8 @@ class BlockBackend:
         self.features, self._acked, self.config = features, acked, config
         self._destroy()
         self._device = self._create()
+        self.set_memory(self._mappings)
+        self.set_log(*self._log)
         self._reported.clear()
 
     # Faults, for tests ------------------------------------------------------------------------------------------

@@ -101,12 +101,7 @@ class VcpuCodec:
         # After the LAPIC: TSC_DEADLINE is refused while the LVT timer is not in deadline mode.
         refused = set_msrs(fd, _restore_order(state["msrs"], state["lapic_state"]))
         _set(fd, "vcpu_events", state["vcpu_events"])
-        try:
-            # Tells the guest's watchdogs that it was paused. EINVAL: it uses no kvmclock.
-            ioctl(fd, kvm.KVM_KVMCLOCK_CTRL)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
+        tell_paused(fd)
         return refused
 
     def _get_xsave(self, fd: int) -> bytes:
@@ -217,6 +212,17 @@ def _set_tsc_khz(fd: int, khz: int) -> None:
         # No TSC scaling on this host: a guest on kvm-clock does not notice.
         if error.errno not in (errno.EIO, errno.EINVAL):
             raise
+
+
+def tell_paused(fd: int) -> bool:
+    """Tell the guest's watchdogs that this vCPU was paused. False when the guest has no kvm-clock to tell it by."""
+    try:
+        ioctl(fd, kvm.KVM_KVMCLOCK_CTRL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
 
 
 def share_tsc_offset(fds: Sequence[int]) -> bool:

@@ -1,7 +1,7 @@
 """A virtio-blk driver over a split ring in shared memory, for tests of the block worker.
 
-Unlike tests/virtqueue.py it keeps many requests in flight, uses indirect tables and EVENT_IDX, and checks that every head
-comes back exactly once. All guest memory is one memfd, one region at guest address `GPA`.
+Unlike tests/virtqueue.py it keeps many requests in flight, uses indirect tables and EVENT_IDX, and checks that every
+head comes back exactly once. All guest memory is one memfd, one region at guest address `GPA`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,15 @@ OK, IOERR, UNSUPP = 0, 1, 2
 NEXT, WRITE, INDIRECT = 1, 2, 4
 SLOT_BYTES = 64 << 10  # per head: header, status, indirect table and data
 TABLE_AT, STATUS_AT, DATA_AT = 64, 32, 4096
+
+
+def pages(size: int) -> int:
+    return (size + mmap.PAGESIZE - 1) & -mmap.PAGESIZE
+
+
+def rings_size(size: int) -> int:
+    """Descriptor table, avail ring and used ring, each on pages of its own."""
+    return pages(16 * size) + pages(6 + 2 * size) + pages(6 + 8 * size)
 
 
 class Memory:
@@ -80,11 +89,7 @@ class Driver:
 
     @property
     def base(self) -> int:
-        return GPA + self.index * self.span
-
-    @property
-    def span(self) -> int:
-        return 0x4000 + self.size * SLOT_BYTES
+        return GPA + self.index * (rings_size(self.size) + self.size * SLOT_BYTES)
 
     @property
     def desc(self) -> int:
@@ -92,14 +97,14 @@ class Driver:
 
     @property
     def avail(self) -> int:
-        return self.base + 0x1000
+        return self.desc + pages(16 * self.size)
 
     @property
     def used(self) -> int:
-        return self.base + 0x2000
+        return self.avail + pages(6 + 2 * self.size)
 
     def slot(self, head: int) -> int:
-        return self.base + 0x4000 + head * SLOT_BYTES
+        return self.base + rings_size(self.size) + head * SLOT_BYTES
 
     # Building ---------------------------------------------------------------------------------------------------
 
@@ -197,9 +202,9 @@ class Driver:
         os.close(self.call_fd)
 
 
-def memory_for(queues: int, size: int) -> Memory:
-    need = queues * (0x4000 + size * SLOT_BYTES)
-    return Memory((need + mmap.PAGESIZE - 1) & -mmap.PAGESIZE)
+def memory_for(queues: int, size: int, heads: int = 0) -> Memory:
+    """Room for the rings, and for the buffers of `heads` heads (of all, if 0) per queue."""
+    return Memory(queues * (rings_size(size) + (heads or size) * SLOT_BYTES))
 
 
 def range_segment(sector: int, count: int, flags: int = 0) -> bytes:

@@ -10,7 +10,15 @@ from pathlib import Path
 
 from shared import vhost_user as vu
 from shared.linux import recv_fds, send_fds
-from shared.vhost_user import ConfigSpan, InflightArea, MemoryRegion, Message, ProtocolFeature, Request, VringAddr
+from shared.vhost_user import (
+    ConfigSpan,
+    InflightArea,
+    MemoryRegion,
+    Message,
+    ProtocolFeature,
+    Request,
+    VringAddr,
+)
 from tests.blk_worker.driver import GPA, Driver, Memory
 
 UVA = 0x7000_0000_0000  # where this front end claims to have guest memory: only the back end's arithmetic sees it
@@ -82,7 +90,8 @@ class Frontend:
     def start(self, driver: Driver, base: int) -> None:
         index = driver.index
         self.send(Request.SET_VRING_NUM, vu.VringState(index, driver.size).pack())
-        addr = VringAddr(index, 0, *(UVA + gpa - GPA for gpa in (driver.desc, driver.used, driver.avail)), 0)
+        shift = UVA - GPA
+        addr = VringAddr(index, 0, driver.desc + shift, driver.used + shift, driver.avail + shift, 0)
         self.send(Request.SET_VRING_ADDR, addr.pack())
         self.send(Request.SET_VRING_BASE, vu.VringState(index, base).pack())
         self.send(Request.SET_VRING_CALL, vu.pack_u64(index), [driver.call_fd])

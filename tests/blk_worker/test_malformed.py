@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from blk_worker.config import Feature
 from blk_worker.native import VringError
-from shared.linux import bytes_at, memfd, mmap_fd, munmap
+from shared.linux import bytes_at, memfd, mmap_fd
 from shared.vhost_backend import Mapping
 from tests.blk_worker.driver import GPA, IN, INDIRECT, NEXT, OK, OUT, WRITE, Driver, Memory
 from tests.blk_worker.rig import Rig, image, sector_bytes
@@ -181,7 +181,8 @@ def test_header_and_status_may_be_cut_anywhere(rig: Rig) -> None:
 @pytest.mark.parametrize("way", [VringError.BAD_HEAD, VringError.BAD_INDEX, VringError.HEAD_IN_USE])
 def test_broken_ring_stops_its_queue_and_no_other(disk: Path, way: VringError) -> None:
     with Rig(disk, queues=2, indirect=True).start() as rig:
-        drive, broken = rig.drive[0], []
+        drive = rig.drive[0]
+        broken: list[int] = []
         rig.backend.on_broken = broken.append
         if way is VringError.HEAD_IN_USE:
             rig.backend.fault("hang", 0)

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 from blk_worker.config import WRITEBACK_OFFSET, Feature
-from tests.blk_worker.driver import DISCARD, FLUSH, GET_ID, IN, IOERR, OK, OUT, UNSUPP, WRITE_ZEROES, range_segment
+from tests.blk_worker.driver import (
+    DISCARD,
+    FLUSH,
+    GET_ID,
+    IN,
+    IOERR,
+    OK,
+    OUT,
+    UNSUPP,
+    WRITE_ZEROES,
+    range_segment,
+)
 from tests.blk_worker.rig import Rig, image, sector_bytes
 
 SECTORS = 2048

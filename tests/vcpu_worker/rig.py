@@ -371,8 +371,8 @@ def first_wrong(values: Iterable[int], modulus: int) -> str:
     return ""
 
 
-def native_variant(folder: Path, old: str, new: str) -> ctypes.CDLL:
-    """vcpu.c with one piece of text replaced, for proving that a test notices."""
+def native_variant(folder: Path, old: str, new: str, *flags: str) -> ctypes.CDLL:
+    """vcpu.c with one piece of text replaced, for proving that a test notices, and further compiler flags."""
     from shared import native
 
     loop = native.LOOPS["vcpu"]
@@ -382,6 +382,6 @@ def native_variant(folder: Path, old: str, new: str) -> ctypes.CDLL:
     changed.write_text(source.replace(old, new))
     library = folder / "vcpu.so"
     include = f"-I{Path(native.ROOT) / 'vcpu_worker'}"
-    command: list[Any] = ["gcc", "-std=gnu11", *loop.cflags, include, "-o", library, changed]
+    command: list[Any] = ["gcc", "-std=gnu11", *loop.cflags, *flags, include, "-o", library, changed]
     subprocess.run(command, check=True, timeout=30)
     return layout.declare(ctypes.CDLL(str(library)))

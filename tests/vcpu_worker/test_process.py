@@ -27,7 +27,8 @@ def test_a_vcpu_is_a_process_with_a_name_a_filter_and_no_signals_but_the_kick() 
     with rig(ALL_EXITS) as machine:
         machine.run_until(lambda: len(machine.devices.echoes[0]) > 2)
         pid = machine.vcpus[0].pid
-        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "\t" in line)
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
         assert status["Name"] == "vcpu0"
         assert int(status["PPid"]) == os.getpid()
         assert (status["Seccomp"].strip(), status["NoNewPrivs"].strip()) == ("2", "1")
@@ -62,6 +63,17 @@ def test_a_vcpu_started_with_a_pause_request_parks_before_its_first_instruction(
         machine.run_until(lambda: vcpu.parked)
         assert machine.regs(vcpu).rip == 0x1000
         assert machine.regs(vcpu).rax == 0
+
+
+def test_a_halted_vcpu_parks() -> None:
+    with rig(start("out %al, $0x80; cli; hlt")) as machine:
+        vcpu = machine.vcpus[0]
+        machine.run_until(lambda: vcpu.page.stats[layout.Stat.POST_CODE] == 1)
+        for _ in range(3):
+            machine.pause()
+            assert vcpu.parked
+            machine.resume()
+        assert not vcpu.take_exit()
 
 
 def test_no_exit_is_pending_in_a_parked_vcpu() -> None:
@@ -235,6 +247,8 @@ again: jmp again
         machine.run_until(lambda: second.state is State.RUNNING)
         second.kill()
         machine.run_until(lambda: second.starts == 2)
+        machine.pause()  # also one that has never run
+        machine.resume()
         machine.memory.write(0x3000, b"\x01")
         machine.run_until(lambda: machine.memory.read(0x4000, 1) == b"\x07")
 

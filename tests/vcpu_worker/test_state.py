@@ -11,7 +11,13 @@ import pytest
 from shared.errors import ProtocolError
 from tests.vcpu_worker.rig import ALL_EXITS, Rig, rig
 from vcpu_worker.ch_form import from_ch, to_ch
-from vcpu_worker.state import MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE, VcpuCodec, _restore_order, share_tsc_offset
+from vcpu_worker.state import (
+    MSR_IA32_TSC,
+    MSR_IA32_TSC_DEADLINE,
+    VcpuCodec,
+    _restore_order,
+    share_tsc_offset,
+)
 
 pytestmark = pytest.mark.probe
 
@@ -74,7 +80,9 @@ def state() -> dict[str, Any]:
         return VcpuCodec(machine.vm).save(machine.vcpus[0].fd)
 
 
-@pytest.mark.parametrize("key", ["regs", "sregs", "fpu", "xcrs", "lapic_state", "mp_state", "vcpu_events", "xsave", "msrs"])
+@pytest.mark.parametrize(
+    "key", ["regs", "sregs", "fpu", "xcrs", "lapic_state", "mp_state", "vcpu_events", "xsave", "msrs"]
+)
 def test_a_state_without_a_key_is_refused(key: str, state: dict[str, Any]) -> None:
     with rig(ALL_EXITS, started=False) as target:
         with pytest.raises(ProtocolError, match=key):
@@ -133,12 +141,12 @@ def test_tsc_offsets_are_shared_where_the_host_has_them() -> None:
 
 def test_cloud_hypervisors_form_is_exact_and_its_quirks_are_kept(state: dict[str, Any]) -> None:
     ch = to_ch(state, [(0, 0, 0, 13, 1, 2, 3)])
-    assert len(ch["regs"]), len(ch["sregs"]) == (144, 312)
+    assert (len(ch["regs"]), len(ch["sregs"]), len(ch["xcrs"]), len(ch["mp_state"])) == (144, 312, 392, 4)
     assert ch["cpuid"] == [{"function": 0, "index": 0, "flags": 0, "eax": 13, "ebx": 1, "ecx": 2, "edx": 3}]
     assert len(ch["xsave"]["region"]) == 1024
     assert len(ch["lapic_state"]["regs"]) == 1024
     assert all(-128 <= byte <= 127 for byte in ch["lapic_state"]["regs"])
-    assert ch["fpu"]["mxcsr"] == 0x1F80
+    assert ch["fpu"]["fcw"] == 0x37F
     back, cpuid = from_ch(ch)
     assert cpuid == [(0, 0, 0, 13, 1, 2, 3)]
     assert {**back, "debugregs": state["debugregs"]} == state
