@@ -122,7 +122,8 @@ class Backend:
             await sleep(self._reactor, self._delay)
         while not self._closing:
             try:
-                return await self.start()
+                await self.start()
+                return
             except FlotillaError as error:
                 log.error(f"{self.name}: no successor yet: {describe(error)}")
                 await sleep(self._reactor, LAST_DELAY)

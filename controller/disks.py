@@ -1,8 +1,8 @@
 """Disk images on the controller's side: opening, locking, and the worker that serves each.
 
 The controller opens the image and holds its OFD lock; the worker gets a duplicate of the descriptor, never a path. Lock
-policy (DESIGN, section 4): the first disk is exclusive and a conflict is refused; a conflict on a further disk is a loud
-warning; `lock=exclusive|shared` decides otherwise. A read-only disk takes a reader's lock.
+policy (DESIGN, section 4): the first disk is exclusive and a conflict is refused; a conflict on a further disk
+is a loud warning; `lock=exclusive|shared` decides otherwise. A read-only disk takes a reader's lock.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """A vhost-user device that the guest may look at while its worker is still coming up.
 
-What our own workers offer is known beforehand (Cloud Hypervisor's tables), so the VM's first instruction does not wait for
-them: only an activation does.
+What our own workers offer is known beforehand (Cloud Hypervisor's tables), so the VM's first instruction does
+not wait for them: only an activation does.
 """
 
 from __future__ import annotations
 
 from controller.config.model import DiskConfig
 from controller.pci.virtio import VIRTIO_F_VERSION_1, Virtqueue
+from controller.vhost_frontend import Frontend
 from controller.vhost_user_device import BLOCK as BLOCK_KIND
 from controller.vhost_user_device import CONSOLE, CONSOLE_CONFIG, RNG, DeviceKind, VhostUserDevice
-from controller.vhost_frontend import Frontend
 from shared import virtio_blk
 from shared.errors import HostError
 from shared.reactor import Event, Reactor

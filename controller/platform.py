@@ -35,7 +35,9 @@ from vcpu_worker.layout import StatePages, state_size
 
 
 class Platform:
-    """`cpuid` is the common list of a VM that arrives; None takes the host's. Raises KvmError, HostError, ConfigError."""
+    """`cpuid` is the common list of a VM that arrives; None takes the host's. Raises KvmError, HostError,
+    ConfigError.
+    """
 
     def __init__(
         self,

@@ -72,7 +72,9 @@ class Services:
         self._api_began = time.monotonic()
         endpoint = f"ipc://{self._runtime_dir}/api.{self._incarnation}"
         channel = Channel(self._reactor, endpoint, bind=True, router=True)
-        channel.handlers[Verb.API] = lambda a: requests.answer(self._verbs, a["method"], a["path"], a.get("body") or b"")
+        channel.handlers[Verb.API] = lambda a: requests.answer(
+            self._verbs, a["method"], a["path"], a.get("body") or b""
+        )
         channel.on_event = lambda name, _: unlink_endpoint(endpoint) if name == "ready" else None
         self._channel = channel
         pid = exec_python(API_CODE, [endpoint, str(os.getpid())], {3: self._api_socket.sock.fileno()})

@@ -1,7 +1,7 @@
 """All vCPUs of a VM: their exits, their pauses, their deaths.
 
-Exits are carried out here, on the reactor's thread, one after the other, so devices need no locks. An effect that has to
-wait (a device's activation) is a coroutine: its vCPU waits for it, the others go on.
+Exits are carried out here, on the reactor's thread, one after the other, so devices need no locks. An effect
+that has to wait (a device's activation) is a coroutine: its vCPU waits for it, the others go on.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class Vcpus:
         self._reactor.add_reader(vcpu.pidfd, lambda: self._ended(vcpu))
 
     def _ended(self, vcpu: Vcpu) -> None:
-        """Killed: its successor finishes the exit that was under way. Reaped first: two on one stack would be the end."""
+        """Killed: its successor finishes the exit that was under way. Reaped first: two on one stack would be the
+        end.
+        """
         self._reactor.remove_reader(vcpu.pidfd)
         status = vcpu.reap()
         if self._closing:

@@ -7,8 +7,8 @@
     destroy(): the guest ends.   release(): the guest runs elsewhere; let go without touching it.
 
 Order (DESIGN section 5): pause takes the vCPUs out first (exits completed), then the clock, then the workers with their
-fence. Restore sets routes and vCPUs, then the IOAPIC, then the clock, then signals every kick and call eventfd, and lets
-the vCPUs go last.
+fence. Restore sets routes and vCPUs, then the IOAPIC, then the clock, then signals every kick and call eventfd,
+and lets the vCPUs go last.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from controller.pci.host import Plan, build
 from controller.pci.virtio_pci import VirtioPci
 from controller.platform import Platform
 from controller.vcpus import Vcpus
-from controller.vhost_user_device import FOREIGN_BLOCK, VhostUserDevice
 from controller.vhost_frontend import Frontend, dial
+from controller.vhost_user_device import FOREIGN_BLOCK, VhostUserDevice
 from shared import log
 from shared.chardev import HostEnd, open_host_end
 from shared.errors import FlotillaError, ProtocolError

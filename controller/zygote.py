@@ -3,9 +3,9 @@
 It is exec'd first, from the controller's main thread, while the controller still builds the VM. Every request is one
 SOCK_SEQPACKET datagram (msgpack) with the worker's file descriptors; the answer is the new pid.
 
-A worker is forked with CLONE_PARENT, which makes it the *controller's* child: it outlives the zygote, the controller can
-wait for it, and PDEATHSIG ties it to the controller's main thread. No zmq context and no thread may exist here before a
-fork: neither survives one.
+A worker is forked with CLONE_PARENT, which makes it the *controller's* child: it outlives the zygote, the
+controller can wait for it, and PDEATHSIG ties it to the controller's main thread. No zmq context and no thread
+may exist here before a fork: neither survives one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """ZeroMQ on the reactor: requests with answers in both directions, and events.
 
-Both ends are a `Channel`: a DEALER on an ipc:// endpoint (or one client of a ROUTER, for the API). The worker binds, the
-controller connects; the socket's name is unlinked as soon as both hold it, so a killed VM leaves no name behind.
+Both ends are a `Channel`: a DEALER on an ipc:// endpoint (or one client of a ROUTER, for the API). The worker
+binds, the controller connects; the socket's name is unlinked as soon as both hold it, so a killed VM leaves no
+name behind.
 """
 
 from __future__ import annotations

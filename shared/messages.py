@@ -5,7 +5,8 @@
     event     {"v": 1, "event": "progress", "args": {…}}             unsolicited, no answer
 
 Encoded with msgpack. Readers are tolerant: unknown fields are ignored, so that N and N+1 talk to each other; an unknown
-verb, a missing field or a wrong type is answered with a typed error and harms nobody. File descriptors never travel here.
+verb, a missing field or a wrong type is answered with a typed error and harms nobody. File descriptors never
+travel here.
 """
 
 from __future__ import annotations

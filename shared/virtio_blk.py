@@ -1,6 +1,7 @@
 """virtio-blk's feature bits and configuration space, for the front end and the worker alike.
 
-Exactly Cloud Hypervisor's (machine page, section 3.1), so that a VM reads the same on both. Sizes: sectors are 512 bytes.
+Exactly Cloud Hypervisor's (machine page, section 3.1), so that a VM reads the same on both. Sizes: sectors are
+512 bytes.
 """
 
 from __future__ import annotations

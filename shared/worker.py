@@ -5,7 +5,8 @@
 The contract (one parametrised suite in tests/test_worker_contract.py holds every worker to it):
 
     hello      -> {"kind", "pid", "version"}
-    quiesce    -> {"bases": {ring: next avail index}}: after the answer no write to guest memory, no use of a host resource,
+    quiesce    -> {"bases": {ring: next avail index}}: after the answer no write to guest memory, no use of a
+    host resource,
                   no notification, until resume
     save       -> {"kind", "version", "state"}; only while quiesced
     load       takes what save gave; refuses another kind or a newer version

@@ -18,7 +18,8 @@ HEADERS = {"server": "Cloud Hypervisor API"}
 
 def build(handle: Handler) -> FastAPI:
     """The application; `handle` asks the controller."""
-    app = FastAPI(title="Cloud Hypervisor API", version=FLOTILLA_VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
+    title = "Cloud Hypervisor API"
+    app = FastAPI(title=title, version=FLOTILLA_VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
     for endpoint in ENDPOINTS:
         app.add_api_route(
             ROOT + endpoint.name,

@@ -40,7 +40,7 @@ def test_storm(name: str, tmp_path: Path) -> None:
     options = {"ASAN_OPTIONS": ASAN_OPTIONS, "TSAN_OPTIONS": f"suppressions={suppressions}"}
     disk = image(tmp_path / "disk.raw", SECTORS)
     done = subprocess.run(
-        ["setarch", "-R", sys.executable, "-m", "tests.blk_worker.stress", library, disk, "3"],
+        ["setarch", "-R", sys.executable, "-m", "tests.blk_worker.stress", library, disk, "2"],
         cwd=root, env={**os.environ, "LD_PRELOAD": runtime, **options}, capture_output=True, text=True,
         timeout=55, check=False,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -149,10 +150,13 @@ def test_create_boot_delete_through_the_api(tmp_path):
     with Vmm(tmp_path) as vmm:
         vmm.wait_api()
         config = tmp_path / "vm.json"
-        config.write_text(
-            '{"payload":{"kernel":"%s","cmdline":"mode=tick"},"memory":{"size":134217728},'
-            '"serial":{"mode":"Tty"},"console":{"mode":"Off"}}' % probe()
-        )
+        body = {
+            "payload": {"kernel": probe(), "cmdline": "mode=tick"},
+            "memory": {"size": 128 << 20},
+            "serial": {"mode": "Tty"},
+            "console": {"mode": "Off"},
+        }
+        config.write_text(json.dumps(body))
         assert vmm.remote("info").returncode == 1
         vmm.ask("create", str(config))
         again = vmm.remote("create", str(config))

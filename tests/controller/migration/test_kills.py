@@ -1,4 +1,6 @@
-"""Kill -9 of controllers, agents and workers, and cancel, at every state: never two guests, and one wherever one can be."""
+"""Kill -9 of controllers, agents and workers, and cancel, at every state: never two guests, and one wherever one can
+be.
+"""
 
 from __future__ import annotations
 

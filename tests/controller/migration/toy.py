@@ -1,11 +1,11 @@
 """A controller with a toy VM: real reactor, fleet, zygote, agents and migration; only the guest is small.
 
 The test forks it and talks to it in JSON over a SOCK_SEQPACKET pair. Commands: {"boot"}, {"send", "url", …faults},
-{"receive", "url", …faults}, {"cancel"}, {"resume"}, {"quit"}. It reports every event of the monitor and, at the end of a
-command, {"done": command, "error": [chain] | null, …}.
+{"receive", "url", …faults}, {"cancel"}, {"resume"}, {"quit"}. It reports every event of the monitor and, at the
+end of a command, {"done": command, "error": [chain] | null, …}.
 
-Faults of one command, each at a phase: kill_at (this controller), cancel_at, kill_runner_at; `agent` (for the agent, see
-migration_agent/agent.py); `fail`: the VM's step that raises; `settings`: deadlines.
+Faults of one command, each at a phase: kill_at (this controller), cancel_at, kill_runner_at; `agent` (for the
+agent, see migration_agent/agent.py); `fail`: the VM's step that raises; `settings`: deadlines.
 """
 
 from __future__ import annotations
