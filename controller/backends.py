@@ -15,16 +15,18 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from controller.fleet import Fleet, Process, WorkerSpec
 from controller.vhost_frontend import Frontend
 from shared import log
-from shared.errors import FlotillaError
+from shared.errors import FlotillaError, WorkerLost
 from shared.reactor import Reactor, describe, sleep
 
 # A worker that lived this long has earned an immediate restart.
 STEADY_SECONDS = 1.0
 FIRST_DELAY, LAST_DELAY = 0.02, 2.0
+CALL_ATTEMPTS = 200
 START_DELAYS = (0.02, 0.1, 0.5)
 
 
@@ -96,6 +98,18 @@ class Backend:
         if process is not None:
             self._fleet.kill(process)
             await process.ended.wait()
+
+    async def call(self, verb: str, **arguments: Any) -> dict[str, Any]:
+        """A control request; if the worker dies under it, its successor is asked. Raises WorkerError, Timeout."""
+        for _ in range(CALL_ATTEMPTS):
+            process = self.process
+            if process is not None and not self._starting:
+                try:
+                    return await process.call(verb, **arguments)
+                except WorkerLost:
+                    log.warn(f"{self.name} died before it answered {verb}; asking its successor")
+            await sleep(self._reactor, FIRST_DELAY)
+        raise WorkerLost(f"{self.name}: no worker lives long enough to answer {verb}")
 
     def signal(self, number: int) -> None:
         """Tell the worker something that has no verb (SIGWINCH)."""

@@ -139,6 +139,16 @@ class Platform:
         self.stopped = self.stopped or event in (GuestEvent.RESET, GuestEvent.POWER_OFF)
         self._tell(event)
 
+    def hold_serial(self) -> None:
+        """vCPUs are parked: what the guest has printed goes out, and nothing is read that a saved state would miss."""
+        if self.serial is not None and self.chardev is not None:
+            self.serial.flush()
+            self.chardev.hold()
+
+    def release_serial(self) -> None:
+        if self.chardev is not None:
+            self.chardev.release()
+
     # What an exit can mean for the VM as a whole (controller.vcpus.Machine) --------------------------------------
 
     def end_of_interrupt(self, vector: int) -> None:

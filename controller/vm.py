@@ -45,11 +45,13 @@ from shared import log
 from shared.chardev import HostEnd, open_host_end
 from shared.errors import FlotillaError, ProtocolError
 from shared.memory import GuestMemory
-from shared.reactor import Event, Reactor, gather
+from shared.reactor import Event, Reactor, describe, gather
 from vcpu_worker.process import Vcpu
 from vcpu_worker.state import VcpuCodec, set_cpuid
 
 STATE_VERSION = 1
+REDIAL_SECONDS = 5.0
+CONSOLE_WORKER = "console"
 
 
 @dataclass(slots=True)
@@ -205,7 +207,7 @@ class Vm:
         if disk.vhost_user:
             assert disk.vhost_socket is not None
             self._disks[disk.id] = Disk(disk, None, frontend)
-            frontend.on_lost = lambda error: log.error(f"{disk.id}: vhost-user back end lost: {error or 'closed'}")
+            frontend.on_lost = lambda error: self._foreign_lost(disk, frontend, error)
             await frontend.connect(await dial(self._reactor, disk.vhost_socket))
             sizes = (disk.queue_size,) * disk.num_queues
             return await VhostUserDevice.attach(self._reactor, frontend, disk.id, FOREIGN_BLOCK, sizes)
@@ -214,6 +216,22 @@ class Vm:
         device = disk_device(self._reactor, frontend, disk, image, self._ready)
         device.extra["disk_path"] = disk.path or ""
         return device
+
+    def _foreign_lost(self, disk: DiskConfig, frontend: Frontend, error: Exception | None) -> None:
+        """Somebody else's back end went away. It may come back at the same socket, whenever; the guest waits."""
+        why = describe(error) if error else "closed"
+        log.error(f"{disk.id}: vhost-user back end at {disk.vhost_socket} lost: {why}")
+        self._reactor.spawn(self._redial(disk, frontend), f"reconnect {disk.id}")
+
+    async def _redial(self, disk: DiskConfig, frontend: Frontend) -> None:
+        assert disk.vhost_socket is not None
+        while not self._closed:
+            try:
+                await frontend.replay(await dial(self._reactor, disk.vhost_socket, REDIAL_SECONDS))
+                log.info(f"{disk.id}: vhost-user back end at {disk.vhost_socket} is back")
+                return
+            except FlotillaError as error:
+                log.debug(f"{disk.id}: {describe(error)}")
 
     def _load_payload(self) -> None:
         config, platform = self.config, self.platform
@@ -266,7 +284,7 @@ class Vm:
             frontends["console"] = self._frontend(self.config.console.id or CONSOLE_ID)
             spec["console"] = {"mode": end.mode.value, "path": end.path}
             fds = {f"console.{role}": os.dup(fd) for role, fd in end.fds.items()}
-        worker = WorkerSpec("console", "console", "console_worker.__main__", "worker", spec)
+        worker = WorkerSpec("console", CONSOLE_WORKER, "console_worker.__main__", "worker", spec)
         backend = Backend(self._reactor, self._context.fleet, worker, frontends, fds)
         self._backends.append(backend)
         await backend.start()
@@ -292,8 +310,11 @@ class Vm:
         timings["vcpus"] = _since(began)
         self._clock = self.platform.kvm_vm.get_clock()
         began = time.monotonic()
+        self.platform.hold_serial()
         try:
             await gather(self._reactor, *(self._frontend(name).stop() for name in self.functions))
+            if self._console_end is not None:
+                await self._console.call("quiesce")  # rings are not all it has: it reads the terminal
         except FlotillaError:
             await self.resume()
             raise
@@ -304,10 +325,17 @@ class Vm:
         """Go on after pause(). The clock first: a vCPU that sees it jump afterwards gets confused."""
         self.platform.kvm_vm.set_clock(self._clock)
         await gather(self._reactor, *(self._frontend(name).resume() for name in self.functions))
+        if self._console_end is not None:
+            await self._console.call("resume")
+        self.platform.release_serial()
         for function in self.functions.values():
             function.signal_all()
         self._running = True
         self.vcpus.resume()
+
+    @property
+    def _console(self) -> Backend:
+        return next(backend for backend in self._backends if backend.name == CONSOLE_WORKER)
 
     def power_button(self) -> None:
         self.platform.ged.press_power_button()
@@ -315,7 +343,7 @@ class Vm:
     def terminal_resized(self) -> None:
         """SIGWINCH: the console worker's terminal has another size."""
         for backend in self._backends:
-            if backend.name == "console":
+            if backend.name == CONSOLE_WORKER:
                 backend.signal(signal.SIGWINCH)
 
     # State -------------------------------------------------------------------------------------------------------
@@ -343,8 +371,10 @@ class Vm:
         functions = {}
         for name, function in self.functions.items():
             functions[name] = {"transport": function.save(), "device": function.save_device()}
+        console = await self._console.call("save") if self._console_end is not None else None
         return {
             "version": STATE_VERSION,
+            "console_worker": console,
             "vcpus": [self.codec.save(vcpu.fd) for vcpu in self.vcpus.all],
             "platform": self.platform.save(),
             "functions": functions,
@@ -369,6 +399,8 @@ class Vm:
         for vcpu, saved in zip(self.vcpus.all, state["vcpus"], strict=True):
             self._load_vcpu(vcpu, saved)
         platform.load_ioapic(state["platform"])
+        if self._console_end is not None and state.get("console_worker"):
+            await self._console.call("load", **state["console_worker"])
         self._clock = bytes(state["clock"])
 
     def _load_vcpu(self, vcpu: Vcpu, saved: dict[str, Any]) -> None:

@@ -9,12 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from shared import native
 from shared.errors import HostError
 from tests import leaks
 
 FLOORS = ("probe", "lab", "external")
+
+# No test asserts a time, and hypothesis' deadline of 200 ms for an example would.
+settings.register_profile("flotilla", deadline=None)
+settings.load_profile("flotilla")
 
 
 def pytest_configure(config: pytest.Config) -> None:

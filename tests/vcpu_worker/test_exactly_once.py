@@ -87,11 +87,11 @@ def check_transmitted(machine: Rig) -> None:
 
 def test_random_kills_lose_and_double_nothing() -> None:
     with rig(ALL_EXITS) as machine:
-        kill_at_random(machine, 600, seed=1)
+        kill_at_random(machine, 300, seed=1)
         rounds = len(machine.devices.echoes[0])
         machine.run_until(lambda: len(machine.devices.echoes[0]) > rounds + 20)
         machine.check()
-        assert machine.vcpus[0].restarts == machine.kills == 600
+        assert machine.vcpus[0].restarts == machine.kills == 300
 
 
 def test_no_undefined_behaviour_while_being_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_no_undefined_behaviour_while_being_killed(tmp_path: Path, monkeypatch: 
 
 def test_random_kills_of_two_vcpus_that_share_the_ring() -> None:
     with rig(TRANSMIT_TAGGED, vcpus=2) as machine:
-        kill_at_random(machine, 200, seed=2)
+        kill_at_random(machine, 120, seed=2)
         sent = len(machine.output)
         machine.run_until(lambda: len(machine.output) > sent + 1000)
         check_transmitted(machine)

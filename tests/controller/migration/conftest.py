@@ -38,6 +38,7 @@ class Remote:
         self.exit_status: int | None = None
         self.events: list[str] = []
         self.phases: list[str] = []
+        self.paths: list[tuple[str, bool]] = []
 
     def do(self, what: str, **arguments: Any) -> None:
         self._line.send(json.dumps({"do": what, **arguments}).encode())
@@ -52,6 +53,8 @@ class Remote:
         report: dict[str, Any] = json.loads(data)
         if report.get("phase"):
             self.phases.append(report["phase"])
+        elif "path" in report:
+            self.paths.append((report["path"], report["exists"]))
         elif "event" in report:
             self.events.append(report["event"])
         return report

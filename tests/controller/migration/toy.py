@@ -248,6 +248,7 @@ class Controller:
 
     def _path(self, path: str, exists: bool) -> None:
         (self._paths.add if exists else self._paths.remove)(path)
+        self.say(path=path, exists=exists)
 
     async def _build(
         self, config: dict[str, Any], parts: Any, ram: list[int], disks: dict[str, int], info: dict[str, Any]

@@ -1,0 +1,96 @@
+"""`python -m bench boot | footprint | migrate-local`. Exit code 1 when ours could not be measured."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from bench import boot, footprint, lab, migrate_local, processes, report
+from guest import build
+from shared.errors import FlotillaError
+
+DESCRIPTION = """\
+Figures of Flotilla beside its peers, in the same run on the same machine.
+
+  boot            exec of the VMM to the first byte on the guest's serial port
+  footprint       memory of each process beyond guest RAM
+  migrate-local   downtime of a local migration as the guest sees it; --lab: on the lab's KVM
+
+Peers: QEMU from PATH; Cloud Hypervisor and Firecracker where FLOTILLA_BENCH_CLOUD_HYPERVISOR and
+FLOTILLA_BENCH_FIRECRACKER name a binary. A peer that can't be measured is reported with the reason.
+"""
+RUNS = {"boot": 20, "footprint": 3, "migrate-local": 5}
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--runs", type=_positive, metavar="N", help="samples of each peer")
+    common.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
+    common.add_argument("--kernel", metavar="ELF", help="the probe guest (default: built when needed)")
+    common.add_argument("--patience", type=_positive, default=30, metavar="S", help="longest wait for anything")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m bench", description=DESCRIPTION, formatter_class=form)
+    verbs = parser.add_subparsers(dest="bench", required=True)
+    for name in ("boot", "footprint"):
+        verbs.add_parser(name, parents=[common])
+    migration = verbs.add_parser("migrate-local", parents=[common])
+    migration.add_argument("--sizes", nargs="+", type=_size, default=list(migrate_local.SIZES), metavar="SIZE")
+    migration.add_argument("--lab", action="store_true", help="inside the lab (deploy/lab/README.md)")
+    migration.add_argument("--tick-us", type=_positive, default=1000, metavar="N", help="a heartbeat each N us")
+    migration.add_argument("--sleep", action="store_true", help="the guest sleeps between heartbeats, not spins")
+    options = parser.parse_args(arguments)
+    options.runs = options.runs or RUNS[options.bench]
+    return options
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: 1 or more")
+    return number
+
+
+def _size(text: str) -> str:
+    if not text[:-1].isdigit() or text[-1:] not in ("M", "G") or not int(text[:-1]):
+        raise argparse.ArgumentTypeError(f"{text}: write it like 256M or 4G")
+    return text
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Raises FlotillaError when the probe guest can't be built or the lab does not answer."""
+    kernel = options.kernel or str(build.build())
+    if options.bench == "boot":
+        return boot.run(kernel, options.runs, options.patience)
+    if options.bench == "footprint":
+        return footprint.run(kernel, options.runs, options.patience)
+    if options.lab:
+        words = ["migrate-local", "--sizes", *options.sizes, "--runs", str(options.runs)]
+        words += ["--tick-us", str(lab.TICK_US), "--sleep"]
+        return lab.run(kernel, words, lab_memory(options.sizes))
+    return migrate_local.run(
+        kernel, options.runs, options.patience, options.sizes, options.tick_us, not options.sleep
+    )
+
+
+def lab_memory(sizes: Sequence[str]) -> str:
+    """RAM of a lab machine that may hold such guests: what a guest does not touch costs nothing."""
+    largest = max(int(size[:-1]) * {"M": 1, "G": 1024}[size[-1]] for size in sizes)
+    return f"{max(4096, largest + 2048)}M"
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    processes.become_subreaper()
+    try:
+        answer = measure(options)
+    except FlotillaError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    report.show(answer, options.json)
+    return int(any(row["missing"] for row in answer["rows"] if row["peer"] == "flotilla"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,137 @@
+"""controller.services: the real API process and the real janitor around a controller that is this test."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from controller.api_socket import ApiSocket
+from controller.services import Services
+from shared.errors import StateError
+from shared.reactor import Event, readable, sleep
+from tests.controller.processes import SECONDS, running
+from tests.vmm import REMOTE, environment
+
+
+class Rig:
+    def __init__(self, reactor, fleet, folder):
+        self.reactor, self.fleet = reactor, fleet
+        self.path = folder / "api"
+        self.release = Event()
+        self.entered = Event()
+        runtime = folder / "run"
+        runtime.mkdir()
+        verbs = {"vmm.ping": self._ping, "vm.info": self._wait, "vm.pause": self._refuse}
+        self.services = Services(reactor, fleet, str(runtime), ApiSocket.listen(str(self.path)), verbs)
+        self.runtime = runtime
+
+    async def _ping(self, _):
+        return {"version": "v0", "pid": os.getpid()}
+
+    async def _wait(self, _):
+        self.entered.set()
+        await self.release.wait()
+        return {"state": "Running"}
+
+    async def _refuse(self, _):
+        raise StateError("VM can't be paused", "boot it first") from ValueError("because")
+
+    def run(self, awaitable):
+        return self.reactor.run_until(awaitable, SECONDS)
+
+    async def remote(self, *words):
+        """ch-remote in a process of its own: (exit code, stdout, stderr)."""
+        command = [sys.executable, "-c", REMOTE, "--api-socket", str(self.path), *words]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        )
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            await readable(self.reactor, pidfd, SECONDS)
+        finally:
+            os.close(pidfd)
+            process.kill()
+            out, err = process.communicate()
+        return process.returncode, out, err
+
+    def process(self, kind):
+        return next((process for process in self.fleet.processes if process.kind == kind), None)
+
+    async def successor(self, kind, pid):
+        """Until a process of that kind with another pid is there."""
+        while (now := self.process(kind)) is None or now.pid == pid:
+            await sleep(self.reactor, 0.01)
+        return now
+
+
+@pytest.fixture
+def rig(tmp_path):
+    with running(str(tmp_path)) as (reactor, fleet):
+        made = Rig(reactor, fleet, tmp_path)
+        made.run(made.services.start())
+        yield made
+        made.release.set()
+        made.run(made.services.stop())
+
+
+def test_requests_run_side_by_side(rig):
+    slow = rig.reactor.spawn(rig.remote("info"))
+    rig.run(rig.entered.wait())
+    code, out, _ = rig.run(rig.remote("ping"))
+    assert code == 0 and json.loads(out) == {"version": "v0", "pid": os.getpid()}
+    assert not slow.done()
+    rig.release.set()
+    code, out, _ = rig.run(slow)
+    assert code == 0 and json.loads(out) == {"state": "Running"}
+
+
+def test_an_error_reaches_the_client_with_its_causes(rig):
+    code, _, err = rig.run(rig.remote("pause"))
+    assert code == 1
+    assert "Server responded with InternalServerError" in err
+    assert "VM can't be paused (boot it first)" in err and "because" in err
+
+
+def test_killed_api_process_is_replaced_and_no_client_is_refused(rig):
+    rig.run(rig.remote("ping"))
+    pid = rig.process("api").pid
+    os.kill(pid, signal.SIGKILL)
+    code, _, err = rig.run(rig.remote("ping"))
+    assert code == 0, err
+    assert rig.process("api").pid != pid
+    assert rig.process("api").restarts == 1
+
+
+def test_killed_janitor_is_replaced_and_knows_the_paths(rig, tmp_path):
+    extra = ApiSocket.listen(str(tmp_path / "extra"))
+    rig.services.path_changed(str(tmp_path / "extra"), True)
+    pid = rig.process("janitor").pid
+    os.kill(pid, signal.SIGKILL)
+    successor = rig.run(rig.successor("janitor", pid))
+    rig.services.path_changed(str(tmp_path / "extra.lock"), True)
+    rig.run(rig.services.stop())
+    rig.run(successor.ended.wait())
+    assert successor.exit_status == 0
+    assert not (tmp_path / "extra").exists() and not (tmp_path / "extra.lock").exists()
+    extra.close()
+
+
+def test_stop_answers_what_is_under_way_and_leaves_no_socket(rig):
+    slow = rig.reactor.spawn(rig.remote("info"))
+    rig.run(rig.entered.wait())
+    rig.reactor.call_soon(rig.release.set)
+    rig.run(rig.services.stop())
+    code, _, err = rig.run(slow)
+    assert code == 0, err
+    assert not rig.path.exists()
+    assert rig.process("api") is None and rig.process("janitor") is None
+
+
+def test_the_api_endpoint_leaves_no_name_behind(rig):
+    rig.run(rig.remote("ping"))
+    assert os.listdir(rig.runtime) == []

@@ -1,0 +1,98 @@
+"""shared.log: the lines as they arrive at a descriptor."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+
+import pytest
+
+from shared import log
+from shared.log import Level
+
+
+class Sink:
+    """A pipe in packet mode: every read gives what one write(2) brought."""
+
+    def __init__(self):
+        self.read_end, self.write_end = os.pipe2(os.O_DIRECT | os.O_NONBLOCK)
+
+    def writes(self):
+        found = []
+        try:
+            while True:
+                found.append(os.read(self.read_end, 65536).decode())
+        except BlockingIOError:
+            return found
+
+
+@pytest.fixture
+def sink():
+    before = log._level, log._fd, log._thread, log._began
+    made = Sink()
+    log.configure(Level.TRACE, made.write_end, "_disk0", time.monotonic() - 5)
+    yield made
+    log._level, log._fd, log._thread, log._began = before
+    os.close(made.read_end)
+    os.close(made.write_end)
+
+
+def test_line_has_cloud_hypervisors_shape(sink):
+    log.warn("the disk is full")
+    (line,) = sink.writes()
+    assert re.fullmatch(
+        r"cloud-hypervisor: 5\.\d{6}s: <_disk0> WARN:shared/test_log\.py:\d+ -- the disk is full\n", line
+    )
+
+
+def test_each_line_is_one_write(sink):
+    for number in range(50):
+        log.info(f"line {number}")
+    assert [line.rsplit(" ", 1)[1] for line in sink.writes()] == [f"{number}\n" for number in range(50)]
+
+
+WRITERS = {
+    Level.ERROR: log.error, Level.WARN: log.warn, Level.INFO: log.info, Level.DEBUG: log.debug, Level.TRACE: log.trace,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("level", Level)
+def test_a_level_lets_through_itself_and_what_is_graver(sink, level):
+    log.configure(level, sink.write_end, "vmm")
+    for write in WRITERS.values():
+        write("text")
+    names = [re.search(r"> (\w+):", line)[1] for line in sink.writes()]
+    assert names == [at.name for at in Level if at <= level]
+
+
+def test_set_level_by_name_and_its_refusal(sink):
+    log.set_level("error")
+    log.warn("not said")
+    log.error("said")
+    assert len(sink.writes()) == 1
+    with pytest.raises(ValueError, match="log level 'loud': one of error, warn, info, debug, trace"):
+        log.set_level("loud")
+
+
+def test_a_child_process_gets_the_same_settings(sink):
+    settings = log.settings()
+    assert settings == {"level": int(Level.TRACE), "fd": sink.write_end, "began": log._began}
+
+
+def test_a_log_that_is_gone_stops_nobody(sink):
+    closed = os.dup(sink.write_end)
+    os.close(closed)
+    log.configure(Level.TRACE, closed)
+    log.error("nobody hears this")
+
+
+def test_a_log_that_is_full_stops_nobody(sink):
+    for _ in range(3000):
+        log.error("x" * 100)
+    assert sink.writes()
+
+
+def test_what_cannot_be_encoded_is_written_all_the_same(sink):
+    log.error("a path \udcff")
+    assert sink.writes()[0].endswith("a path ?\n")
