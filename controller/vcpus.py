@@ -22,6 +22,9 @@ PAUSE_SECONDS = 10.0
 # A vCPU that is killed again and again is started again and again, but not in a busy loop.
 STEADY_SECONDS = 0.2
 RESTART_DELAY = 0.02
+# Exit codes of vcpu.c for a process that never came as far as the guest.
+BIRTH_FAILURES = {125: "its parent thread is gone", 126: "signals can't be set up", 127: "its seccomp filter is refused"}
+MAX_STILLBORN = 5
 # KVM_SYSTEM_EVENT_*: 1 shutdown, 2 reset, 3 crash
 SYSTEM_EVENT_SHUTDOWN = 1
 
@@ -52,6 +55,7 @@ class Vcpus:
         self._spawned = [0.0] * len(self.all)
         self._parking: Future[None] | None = None
         self._closing = False
+        self._stillborn = 0  # starts in a row that came to nothing
         reactor.add_reader(self._event_fd, self._on_event)
 
     def start(self, *, paused: bool = False) -> None:
@@ -74,6 +78,13 @@ class Vcpus:
         status = vcpu.reap()
         if self._closing:
             return
+        if status in BIRTH_FAILURES:
+            self._stillborn += 1
+            if self._stillborn > MAX_STILLBORN:
+                self._machine.vcpu_failed(vcpu.name, f"its process can't start ({BIRTH_FAILURES[status]})")
+                return
+        else:
+            self._stillborn = 0
         log.warn(f"{vcpu.name} ended with {status}; starting its successor")
         lived = time.monotonic() - self._spawned[vcpu.index]
         if lived > STEADY_SECONDS:

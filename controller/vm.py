@@ -47,7 +47,7 @@ from shared.errors import FlotillaError, ProtocolError
 from shared.memory import GuestMemory
 from shared.reactor import Event, Reactor, describe, gather
 from vcpu_worker.process import Vcpu
-from vcpu_worker.state import VcpuCodec, set_cpuid
+from vcpu_worker.state import VcpuCodec, set_cpuid, share_tsc_offset, tell_paused
 
 STATE_VERSION = 1
 REDIAL_SECONDS = 5.0
@@ -330,6 +330,8 @@ class Vm:
         self.platform.release_serial()
         for function in self.functions.values():
             function.signal_all()
+        for vcpu in self.vcpus.all:
+            tell_paused(vcpu.fd)
         self._running = True
         self.vcpus.resume()
 
@@ -398,6 +400,8 @@ class Vm:
         platform.routing.commit()
         for vcpu, saved in zip(self.vcpus.all, state["vcpus"], strict=True):
             self._load_vcpu(vcpu, saved)
+        # All TSCs were read one after the other; one offset for all keeps the guest's in step.
+        share_tsc_offset([vcpu.fd for vcpu in self.vcpus.all])
         platform.load_ioapic(state["platform"])
         if self._console_end is not None and state.get("console_worker"):
             await self._console.call("load", **state["console_worker"])

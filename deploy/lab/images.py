@@ -131,8 +131,9 @@ def _build_by_sudo() -> None:
     say("building the images needs root: sudo")
     keep = [f"{name}={os.environ[name]}" for name in ("FLOTILLA_MIRROR",) if name in os.environ]
     keep.append(f"FLOTILLA_CACHE={install.cache_folder()}")
-    # -m puts the working folder in front of the path: that of the checkout, whose venv this Python is.
-    command = ["sudo", "env", *keep, sys.executable, "-m", "deploy.lab", "build"]
+    # -m puts the working folder in front of the path: that of the checkout, whose venv this Python is. -B, because
+    # byte code of root's in the checkout could not be replaced by its owner.
+    command = ["sudo", "env", *keep, sys.executable, "-B", "-m", "deploy.lab", "build"]
     if subprocess.run(command, cwd=install.CHECKOUT, check=False).returncode:
         raise debian.DebianError("building the lab's images as root failed")
 
