@@ -10,6 +10,7 @@ import os
 import select
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,7 +43,7 @@ def run(kernel: str, runs: int, patience: float) -> dict[str, Any]:
 
 def peers(kernel: str, folder: Path) -> list[report.Row]:
     rows = []
-    makers = {
+    makers: dict[str, Callable[[], list[str]]] = {
         "flotilla": lambda: flotilla(kernel, programs.ours("flotilla")),
         "qemu-microvm": lambda: qemu(kernel, programs.qemu()),
         "cloud-hypervisor": lambda: flotilla(kernel, [programs.cloud_hypervisor()]),

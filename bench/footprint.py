@@ -102,7 +102,7 @@ def sample(folder: Path, row: report.Row, patience: float) -> list[processes.Foo
         with Recorder() as recorder, processes.Child(folder, row.peer, row.command) as child:
             recorder.add(child.fd, row.peer)
             try:
-                recorder.until(lambda heard: isinstance(heard.event, Done), patience, "end of two passes over the disks")
+                recorder.until(lambda heard: isinstance(heard.event, Done), patience, "end of the passes")
             except BenchError as error:
                 raise BenchError(f"{error}; stderr: {child.errors or 'empty'}") from error
             names = {child.pid: "controller", **fleet(folder, patience)} if row.peer == "flotilla" else {}

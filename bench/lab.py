@@ -13,7 +13,7 @@ from bench.errors import BenchError
 from deploy.lab.cache import say
 from deploy.lab.debian import DebianError
 from deploy.lab.kernel import KernelError
-from deploy.lab.machine import Machine
+from deploy.lab.machine import Machine, Sink
 from deploy.lab.run import Job
 from deploy.lab.run import run as run_in_lab
 
@@ -29,6 +29,10 @@ exec python3 -m bench {words}
 """
 
 
+def _repeat(data: bytes) -> None:
+    say(data.decode(errors="replace").rstrip())
+
+
 def run(kernel: str, words: Sequence[str], memory: str) -> dict[str, Any]:
     """The result of `python -m bench WORDS` there. Raises BenchError."""
     said = bytearray()
@@ -37,7 +41,7 @@ def run(kernel: str, words: Sequence[str], memory: str) -> dict[str, Any]:
         script = Path(name) / "bench.sh"
         script.write_text(SCRIPT.format(words=shlex.join(given)))
         job = Job(script, (), {"probe.elf": Path(kernel)})
-        sinks = {"stdout": said.extend, "stderr": lambda data: say(data.decode(errors="replace").rstrip())}
+        sinks: dict[str, Sink] = {"stdout": said.extend, "stderr": _repeat}
         try:
             verdict = run_in_lab(job, Machine(memory, 1, LIMIT_SECONDS), None, sinks)
         except (DebianError, KernelError) as error:

@@ -15,6 +15,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +29,10 @@ from guest.lines import Beat, Ready, Tick
 SIZES: Final = ("256M", "1G", "4G")
 REPORT_MS: Final = 200
 STEADY_SECONDS: Final = 1.0
+GOALS: Final = (
+    "goals: flotilla's median downtime at most 25 ms on a development machine, 4G within 1.2 x 256M; in the lab below "
+    "Cloud Hypervisor's 200 to 290 ms, then below QEMU's 110 to 150"
+)
 
 
 def run(
@@ -42,17 +48,16 @@ def run(
         for number in range(runs):
             for name, make in pairs.items():
                 if not here[name].missing:
-                    _one(here[name], number, lambda folder, make=make: make(folder, kernel, words, size), patience)
+                    _one(here[name], number, partial(make, kernel=kernel, words=words, size=size), patience)
     notes = [
-        "goals: median of flotilla's downtime at most 25 ms on a development machine, 4G within 1.2 x 256M; in the lab "
-        "below Cloud Hypervisor's 200 to 290 ms, then below QEMU's 110 to 150",
+        GOALS,
         "QEMU: x-ignore-shared, RAM in a file that both map (memory-backend-file, share=on)",
         *scaling(rows),
     ]
     return report.result("migrate-local", "ms", rows, "downtime_ms", notes)
 
 
-Maker = Callable[[Path, str, str, str], Pair]
+Maker = Callable[..., Pair]
 
 
 def makers() -> dict[str, Maker]:
@@ -131,7 +136,7 @@ def evaluate(events: Sequence[Heard], began: float) -> dict[str, float | None]:
     return {
         "downtime_ms": max(0.0, beats["destination"][0] - beats["source"][-1]) * 1e3,
         "guest_gap_ms": guest_gap(events),
-        "steady_gap_ms": max((b - a for a, b in zip(before, before[1:], strict=False)), default=0.0) * 1e3,
+        "steady_gap_ms": max((b - a for a, b in pairwise(before)), default=0.0) * 1e3,
     }
 
 

@@ -94,7 +94,7 @@ class Recorder:
                     position += 1
                 left = end - time.monotonic()
                 if left <= 0 or (self._chunks and all(map(self.ended, self._streams))):
-                    raise BenchError(f"no {what} {'within %.0f s' % seconds if left <= 0 else 'before its end'}")
+                    raise BenchError(f"no {what} {f'within {seconds:.0f} s' if left <= 0 else 'before its end'}")
                 self._news.wait(left)
 
     def beat(self, source: str, after: float, seconds: float, since: int = 0) -> int:

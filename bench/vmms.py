@@ -9,9 +9,11 @@ import re
 import socket
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from bench import programs
 from bench.boot import QEMU_CPU
@@ -21,7 +23,7 @@ from bench.processes import Child
 SHM: Final = Path("/dev/shm")
 
 
-class Pair:
+class Pair(ABC):
     """One source and one destination. `*_command` start them; the caller does so and tells by started()."""
 
     source_command: list[str]
@@ -34,22 +36,23 @@ class Pair:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Whatever is not a process of the caller's."""
+        """What is no process of the caller's goes."""
+        self.children.clear()
 
     def started(self, side: str, child: Child) -> None:
         self.children[side] = child
 
+    @abstractmethod
     def prepare(self, patience: float) -> None:
         """Everything that can be done before the migration."""
-        raise NotImplementedError
 
+    @abstractmethod
     def migrate(self, patience: float) -> None:
         """Returns when the migration is complete. Raises BenchError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, patience: float) -> dict[str, float]:
         """The VMM's own count of the downtime, where it has one, as own_downtime_ms."""
-        raise NotImplementedError
 
     def complaints(self) -> str:
         return "; ".join(f"{side}: {child.errors or 'silent'}" for side, child in self.children.items())
@@ -58,8 +61,8 @@ class Pair:
 class FlotillaPair(Pair):
     """By the commands of Cloud Hypervisor's live-migration document."""
 
-    send = ("send-migration", "--local", "unix:{}")
-    receive = ("receive-migration", "unix:{}")
+    send: ClassVar[tuple[str, ...]] = ("send-migration", "--local", "unix:{}")
+    receive: ClassVar[tuple[str, ...]] = ("receive-migration", "unix:{}")
 
     def __init__(self, folder: Path, kernel: str, words: str, size: str) -> None:
         super().__init__()
@@ -87,7 +90,12 @@ class FlotillaPair(Pair):
 
     def prepare(self, patience: float) -> None:
         for api in ("api1", "api2"):
-            _wait(lambda api=api: self.remote(api, "ping").wait() == 0, patience, f"answer on {api}")
+            _wait(partial(self._answers, api), patience, f"answer on {api}")
+
+    def _answers(self, api: str) -> bool:
+        with self.remote(api, "ping") as process:
+            process.communicate()
+        return process.returncode == 0
 
     def migrate(self, patience: float) -> None:
         path = self.folder / "migration"
@@ -154,6 +162,7 @@ class QemuPair(Pair):
         self.destination_command = [*command("destination"), "-incoming", "defer"]
 
     def __exit__(self, *_: object) -> None:
+        super().__exit__()
         for monitor in self._monitors.values():
             monitor.close()
         self.ram.unlink(missing_ok=True)

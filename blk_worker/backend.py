@@ -221,7 +221,7 @@ class BlockBackend:
             result[f"{name}_latency_min"] = min(op.latency_min_us for op in ops)
             result[f"{name}_latency_max"] = max(op.latency_max_us for op in ops) if count else NEVER
             result[f"{name}_latency_avg"] = sum(op.latency_sum_us for op in ops) // count if count else NEVER
-        for name in ("inflight", "resubmitted", "syncs", "errors", "unsupported", "malformed", "kicks", "calls"):
+        for name in ("inflight", "resubmitted", "syncs", "bounced", "errors", "unsupported", "malformed", "kicks", "calls"):
             result[name] = sum(getattr(counters, name) for counters in self._counters)
         result["broken_queues"] = sum(bool(counters.broken) for counters in self._counters)
         return result

@@ -100,6 +100,7 @@ struct blk_counters {
     uint64_t inflight;
     uint64_t resubmitted;
     uint64_t syncs;       /* fdatasync calls */
+    uint64_t bounced;     /* O_DIRECT through a buffer of ours */
     uint64_t errors;      /* requests answered with IOERR */
     uint64_t unsupported; /* … with UNSUPP */
     uint64_t malformed;   /* chains that were no request */

@@ -27,6 +27,7 @@ struct blk_outcome {
     enum vring_error malformed;
     int error;   /* errno behind an IOERR, 0 if the request itself was wrong */
     bool synced; /* fdatasync was called */
+    bool bounced;
     uint64_t bytes;
 };
 
@@ -163,13 +164,16 @@ static bool blk_in_range(const struct blk_device *d, uint64_t sector, uint64_t b
     return !(((sector << BLK_SECTOR_SHIFT) | bytes) & (d->config.offset_align - 1));
 }
 
-static int blk_do_data(struct blk_device *d, struct blk_scratch *scratch, bool write, uint64_t sector,
-                       struct blk_span *span, bool cached)
+static void blk_do_data(struct blk_device *d, struct blk_scratch *scratch, uint64_t sector, struct blk_span *span,
+                        bool cached, struct blk_outcome *o)
 {
     uint64_t offset = sector << BLK_SECTOR_SHIFT;
-    if ((d->config.flags & BLK_DIRECT) && !blk_aligned(d, span))
-        return blk_transfer_bounced(d, scratch, write, span, offset);
-    return blk_transfer(d, write, span, offset, cached);
+    bool write = o->kind == BLK_WRITE;
+    o->bounced = (d->config.flags & BLK_DIRECT) && !blk_aligned(d, span);
+    if (o->bounced)
+        o->error = blk_transfer_bounced(d, scratch, write, span, offset);
+    else
+        o->error = blk_transfer(d, write, span, offset, cached);
 }
 
 static int blk_write_zero_bytes(struct blk_device *d, struct blk_scratch *scratch, uint64_t offset, uint64_t bytes)
@@ -338,7 +342,7 @@ static bool blk_do(struct blk_device *d, struct blk_scratch *scratch, const stru
     case BLK_WRITE:
         if (!blk_in_range(d, header->sector, bytes))
             return true;
-        o->error = blk_do_data(d, scratch, o->kind == BLK_WRITE, header->sector, data, mode == BLK_CACHED_ONLY);
+        blk_do_data(d, scratch, header->sector, data, mode == BLK_CACHED_ONLY, o);
         if (o->error == EAGAIN && mode == BLK_CACHED_ONLY)
             return false;
         if (o->kind == BLK_WRITE)

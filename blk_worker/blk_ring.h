@@ -44,6 +44,7 @@ static void blk_account(struct blk_queue *q, const struct blk_request *request, 
         return;
     }
     q->counters.syncs += o->synced;
+    q->counters.bounced += o->bounced;
     if (o->status != BLK_S_OK) {
         q->counters.errors += o->status == BLK_S_IOERR;
         q->counters.unsupported += o->status == BLK_S_UNSUPP;

@@ -121,6 +121,7 @@ class blk_counters(ctypes.Structure):
         ("inflight", c_uint64),
         ("resubmitted", c_uint64),
         ("syncs", c_uint64),
+        ("bounced", c_uint64),
         ("errors", c_uint64),
         ("unsupported", c_uint64),
         ("malformed", c_uint64),
@@ -135,6 +136,7 @@ class blk_counters(ctypes.Structure):
     inflight: int
     resubmitted: int
     syncs: int
+    bounced: int
     errors: int
     unsupported: int
     malformed: int

@@ -17,8 +17,13 @@ from shared.errors import FlotillaError, HostError, chain
 
 def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["doctor"]:
+        from controller.doctor import main as doctor
+
+        return doctor(words[1:])
     try:
-        options = parse_argv(sys.argv[1:] if argv is None else argv)
+        options = parse_argv(words)
         os.umask(0o077)
         _configure_log(options, began)
         return _run(options, began)

@@ -23,7 +23,7 @@ PAUSE_SECONDS = 10.0
 STEADY_SECONDS = 0.2
 RESTART_DELAY = 0.02
 # Exit codes of vcpu.c for a process that never came as far as the guest.
-BIRTH_FAILURES = {125: "its parent thread is gone", 126: "signals can't be set up", 127: "its seccomp filter is refused"}
+BIRTH_FAILURES = {125: "its parent thread is gone", 126: "no signals", 127: "its seccomp filter is refused"}
 MAX_STILLBORN = 5
 # KVM_SYSTEM_EVENT_*: 1 shutdown, 2 reset, 3 crash
 SYSTEM_EVENT_SHUTDOWN = 1

@@ -3,7 +3,7 @@
     BUILD      config (VmConfig as CH's JSON), parts [[gpa, size, offset, slot]…], disks [id…], info, paused, release
                fds: ownership page, eventfd, the source's pidfd, RAM (one per part), disks (in the order of `disks`)
     BUILT      timing;  fd: the destination's pidfd
-    STATE      state (Migratable.save)
+    STATE      state (Migratable.save), paused_at (CLOCK_MONOTONIC in seconds; None: it was paused before)
     STARTED    timing, running_at (CLOCK_MONOTONIC of the moment in which the guest went on, seconds)
     REFUSED    error (shared.messages.error_to_wire);  WITHDRAWN the same
 """

@@ -191,7 +191,10 @@ class Incoming:
             timing["start_ms"] = elapsed_ms(began)
             self.running = True
         progress.breakdown.update(timing)
-        await self._report({"timing": timing, "running_at": time.monotonic()})
+        running_at = time.monotonic()
+        if self.running and isinstance(paused_at := delivery.body.get("paused_at"), float):
+            progress.downtime_ms = elapsed_ms(paused_at, running_at)
+        await self._report({"timing": timing, "running_at": running_at})
 
     def _signal(self) -> None:
         try:

@@ -175,7 +175,7 @@ class Outgoing:
         self._ownership.move(Owner.SOURCE, Owner.OFFERED)
         progress.to(Phase.OFFERED)
         began = time.monotonic()
-        await link.send(Message.STATE, {"state": state})
+        await link.send(Message.STATE, {"state": state, "paused_at": self._paused_at})
         breakdown["transfer_ms"] = elapsed_ms(began)
         progress.to(Phase.HANDED_OVER)
         started = await link.receive(Message.STARTED, self._settings.started)

@@ -241,8 +241,8 @@ def test_every_page_that_changes_is_marked(disk: Path, size: int, event_idx: boo
         driver_s = {(drive.avail + 4 + 2 * size) // PAGE}  # used_event, which the driver itself writes
         for n in range(size + 8):
             drive.submit(IN, n, length=512 * chance.randrange(1, 30), split=chance.randrange(1, 5))
+            log.view[:] = bytes(log.size)  # before the snapshot: what changes after it is marked after it
             before = bytes(rig.memory.view)
-            log.view[:] = bytes(log.size)
             drive.kick()
             drive.wait(1)
             after = bytes(rig.memory.view)

@@ -85,6 +85,9 @@ def test_o_direct_with_buffers_that_are_not_aligned(disk: Path) -> None:
         data = random.Random(3).randbytes(7 * unit + unit)
         assert rig.drive[0].do(OUT, 0, data, split=7)[0] == OK
         assert rig.drive[0].do(IN, 0, length=len(data), split=5) == (OK, data)
+        assert rig.backend.stats()["bounced"] == 2
+        assert rig.drive[0].do(IN, 0, length=len(data)) == (OK, data)
+        assert rig.backend.stats()["bounced"] == 2
     assert disk.read_bytes()[: len(data)] == data
 
 

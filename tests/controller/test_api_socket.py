@@ -69,7 +69,7 @@ def test_a_live_owner_is_refused_and_stays_reachable(path):
 
 @pytest.mark.parametrize("full", [False, True], ids=["accepting", "backlog full"])
 def test_a_live_listener_of_somebody_else_is_refused(path, full):
-    with listener(path, 0) as foreign:
+    with listener(path, 0 if full else 8) as foreign:
         waiting = []
         if full:
             code = 0
@@ -79,7 +79,7 @@ def test_a_live_listener_of_somebody_else_is_refused(path, full):
         with pytest.raises(HostError, match="already in use"):
             ApiSocket.listen(path)
         assert not os.path.exists(f"{path}.lock")
-        assert foreign.accept()[0].close() is None if full else can_connect(path)
+        foreign.accept()[0].close()
         for sock in waiting:
             sock.close()
     os.unlink(path)
@@ -109,7 +109,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 def test_a_path_that_is_too_long_for_a_socket_is_an_error_and_leaves_nothing(tmp_path):
     name = "a" * (120 - len(str(tmp_path))) if len(str(tmp_path)) < 100 else "a" * 60
-    with pytest.raises(HostError, match="--api-socket .*too long"):
+    with pytest.raises(HostError, match=r"--api-socket .*too long"):
         ApiSocket.listen(str(tmp_path / name))
     assert os.listdir(tmp_path) == []
 

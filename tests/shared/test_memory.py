@@ -97,8 +97,8 @@ addresses = st.builds(lambda edge, near: edge + near, edges, st.integers(-4096, 
 
 @given(gpa=addresses, size=st.integers(0, 8192))
 def test_a_range_is_ram_if_one_region_has_all_of_it(split, gpa, size):
-    inside = (0 <= gpa and gpa + size <= LOW_RAM_END) or (
-        HIGH_RAM_START <= gpa and gpa + size <= HIGH_RAM_START + HIGH
+    inside = (gpa >= 0 and gpa + size <= LOW_RAM_END) or (
+        gpa >= HIGH_RAM_START and gpa + size <= HIGH_RAM_START + HIGH
     )
     if inside:
         assert len(split.view(gpa, size)) == size

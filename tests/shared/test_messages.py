@@ -97,7 +97,7 @@ def test_a_foreign_exception_arrives_as_a_workers_failure_that_names_it():
     assert type(error) is WorkerError and error.message == "ZeroDivisionError: by zero"
 
 
-@given(values | st.fixed_dictionaries({}, optional={key: values for key in ("type", "message", "hint", "causes")}))
+@given(values | st.fixed_dictionaries({}, optional=dict.fromkeys(("type", "message", "hint", "causes"), values)))
 @example({"type": "Exception"})
 @example({"type": "chain"})
 @example({"type": "__builtins__"})

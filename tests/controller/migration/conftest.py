@@ -82,6 +82,14 @@ class Remote:
         self.do("receive", url=url, **faults)
         self.wait_event("migration-receive-ready")
 
+    def fds_come_down_to(self, limit: int) -> bool:
+        """Whether no more descriptors stay open; zmq closes its own a little later, in a thread of its own."""
+        deadline = time.monotonic() + SECONDS
+        while self.call("fds")["fds"] > limit:
+            if time.monotonic() > deadline:
+                return False
+        return True
+
     @property
     def ended(self) -> bool:
         return bool(select.select([self.pidfd], [], [], 0)[0])

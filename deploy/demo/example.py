@@ -1,0 +1,50 @@
+"""The commands of the document's local migration, as they stand (with its forgotten backslash), and the next ones.
+
+The n-th VMM has the API socket /tmp/apin; migration n goes from the n-th to the next. The document's commands are those
+of migration 1. Its nested example is where the second disk and its checksum loop come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SOCKET = "/tmp/sock"
+CMDLINE = "root=/dev/vda1 console=ttyS0"
+DISKS = ("~/workloads/focal.raw", "~/workloads/tmp.img", "~/workloads/written.img")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What differs from the document. disks: 1 as there, 2 with tmp.img to read, 3 with another one to write."""
+
+    cpus: int = 1
+    memory: str = "1G,shared=on"
+    disks: int = 2
+    cmdline: str = CMDLINE
+
+    def source(self) -> str:
+        disks = " ".join(f"path={path}" for path in DISKS[: self.disks])
+        return (
+            "cloud-hypervisor \\\n"
+            "    --kernel ~/workloads/vmlinux \\\n"
+            f"    --disk {disks} \\\n"
+            f"    --cpus boot={self.cpus} --memory size={self.memory} \\\n"
+            f'    --cmdline "{self.cmdline}"  \\\n'
+            f"    --serial tty --console off --api-socket={api(1)}"
+        )
+
+
+def api(vmm: int) -> str:
+    return f"/tmp/api{vmm}"
+
+
+def destination(vmm: int) -> str:
+    return f"cloud-hypervisor --api-socket={api(vmm)}"
+
+
+def receive(vmm: int) -> str:
+    return f"ch-remote --api-socket={api(vmm)} receive-migration unix:{SOCKET}"
+
+
+def send(vmm: int) -> str:
+    return f"ch-remote --api-socket={api(vmm)} send-migration --local unix:{SOCKET}"

@@ -1,0 +1,248 @@
+"""The document's example, step by step, where KVM runs Linux; `python3 -m deploy.demo.inside [--hops N] …`.
+
+Events go to the file that $EVENTS names (report.py), the report to $OUT/report.json, consoles and stderr to $OUT; 0 if
+everything is as the document says, 1 (with all that is known on stderr) if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from deploy.demo import example, vmm
+from deploy.demo.example import Example
+from deploy.demo.report import DemoError, Events, Hop, Report
+from deploy.demo.terminal import Terminal
+
+WRITTEN_BYTES = 4 << 20
+# Seconds. On an idle machine everything takes a fraction of these, in the lab too; they end what hangs.
+BOOT, ANSWER, MIGRATION = 300.0, 120.0, 180.0
+# What a person types to learn which boot this is; the echo of the typed line does not match the pattern.
+WHICH_BOOT = "echo boot=$(cat /proc/sys/kernel/random/boot_id) up=$(cut -d' ' -f1 /proc/uptime)\n"
+BOOT_PATTERN = r"boot=([0-9a-f-]{36}) up=([0-9.]+)"
+READ_ONLY_FILE = "/usr/bin/bash"
+DOCUMENT = Example()
+
+
+class Demo:
+    """One guest and its way through the VMMs."""
+
+    def __init__(self, setting: Example, hops: int, each: int, folder: Path, events: Events) -> None:
+        """`each`: how many lines "equal" are waited for before the first and after every hop."""
+        self._setting = setting
+        self._hops = hops
+        self._each = each
+        self._folder = folder
+        self._events = events
+        self._terminals: list[Terminal] = []
+        self.report = Report()
+
+    def run(self) -> None:
+        """Raises DemoError; the report is filled as far as it went."""
+        began = time.monotonic()
+        try:
+            guest = self._boot()
+            self._which_boot(guest)
+            self._start_load(guest)
+            self._fleet(1)
+            self.report.seconds["until_load"] = round(time.monotonic() - began, 1)
+            for number in range(1, self._hops + 1):
+                guest = self._hop(number, guest)
+            self._check_load(guest)
+            self._power_off(guest)
+        finally:
+            self._count()
+            for terminal in reversed(self._terminals):
+                terminal.close()
+            self.report.sum_up()
+            self.report.seconds["all"] = round(time.monotonic() - began, 1)
+        self.report.ok = True
+
+    # Steps ---------------------------------------------------------------------------------------------------------
+
+    def _type(self, name: str, command: str) -> Terminal:
+        self._events.emit("command", name=name, text=command)
+        terminal = Terminal(name, command, self._folder, self._line)
+        self._terminals.append(terminal)
+        return terminal
+
+    def _line(self, name: str, line: str) -> None:
+        if name.startswith("vmm"):
+            self._events.emit("console", name=name, line=line)
+
+    def _step(self, text: str) -> None:
+        self._events.emit("step", text=text)
+
+    def _boot(self) -> Terminal:
+        if self._setting.disks > 2:
+            os.truncate(os.open(Path.home() / "workloads/written.img", os.O_CREAT | os.O_WRONLY, 0o644), WRITTEN_BYTES)
+        self._step("the source VMM boots Debian")
+        guest = self._type("vmm1", self._setting.source())
+        guest.await_match(r"root@focal:", BOOT, "shell prompt of the guest")
+        return guest
+
+    def _which_boot(self, guest: Terminal) -> None:
+        since = guest.mark()
+        guest.type(WHICH_BOOT)
+        match = guest.await_match(BOOT_PATTERN, ANSWER, "answer to the typed command", since)
+        self.report.boot_id.append(match[1])
+        self.report.uptime_s.append(float(match[2]))
+
+    def _start_load(self, guest: Terminal) -> None:
+        self._step("the guest checksums its second disk in a loop")
+        if self._setting.disks > 2:
+            guest.type("verify /dev/vdc &\n")
+            guest.await_match(r"verify: ok \d", ANSWER, "verified block of the third disk")
+        guest.type("./equal.sh /dev/vdb\n" if self._setting.disks > 1 else f"./equal.sh {READ_ONLY_FILE}\n")
+        guest.await_lines("equal", self._each, ANSWER)
+
+    def _fleet(self, number: int) -> None:
+        rows = vmm.ch_remote(example.api(number), "fleet")
+        self.report.processes = rows
+        self._events.emit("fleet", name=f"vmm{number}", rows=rows)
+
+    def _hop(self, number: int, source: Terminal) -> Terminal:
+        """Migration `number`: from the VMM of the same number to the next."""
+        before, after = example.api(number), example.api(number + 1)
+        hop = Hop(number)
+        self.report.hops.append(hop)
+        self._step(f"hop {number}: {before} to {after}")
+        target = self._type(f"vmm{number + 1}", example.destination(number + 1))
+        self._await_socket(after, target)
+        receive = self._type(f"receive{number}", example.receive(number + 1))
+        self._await_socket(example.SOCKET, receive)
+        ram = vmm.ram_identity(source.pid)
+        send = self._type(f"send{number}", example.send(number))
+        self._follow(hop, after, send)
+        hop.send, hop.receive = send.expect_end(MIGRATION), receive.expect_end(MIGRATION)
+        hop.source_exit = source.expect_end(MIGRATION)
+        target.await_lines("equal", self._each, ANSWER)
+        self._check_hop(hop, source, target, ram)
+        self._events.emit("migration", **asdict(hop), phase="completed")
+        self._fleet(number + 1)
+        return target
+
+    def _await_socket(self, path: str, owner: Terminal) -> None:
+        def there() -> bool:
+            if owner.process.poll() is not None:
+                raise DemoError(f"{owner.name} ends with {owner.await_end(1)}: {owner.command}\n{owner.tail()}")
+            return Path(path).is_socket()
+
+        vmm.await_true(f"socket {path} of {owner.name}", ANSWER, there)
+
+    def _follow(self, hop: Hop, api: str, send: Terminal) -> None:
+        """Phases of the receiving side, until the sender's command is done."""
+        phase = ""
+        while send.process.poll() is None:
+            report = vmm.progress(api)
+            if report and report.get("phase") != phase:
+                phase = str(report.get("phase"))
+                self._events.emit("migration", hop=hop.hop, phase=phase, total_ms=report.get("total_ms"))
+            with contextlib.suppress(Exception):
+                send.process.wait(0.2)
+
+    def _check_hop(self, hop: Hop, source: Terminal, target: Terminal, ram: set[str]) -> None:
+        """Everything that the document and we promise of one migration."""
+        before, after = example.api(hop.hop), example.api(hop.hop + 1)
+        progress = vmm.progress(after) or {}
+        hop.downtime_ms, hop.total_ms = progress.get("downtime_ms"), progress.get("total_ms")
+        hop.bytes_transferred = progress.get("bytes_transferred")
+        hop.breakdown = progress.get("breakdown") or {}
+        hop.ram_stayed = bool(ram) and ram == vmm.ram_identity(target.pid)
+        hop.gap_ms = _gap(source, target)
+        info = vmm.ch_remote(after, "info")
+        problems = {
+            f"the state of the destination's VM is {info.get('state')}, not Running": info.get("state") != "Running",
+            f"{before} of the source is still there": os.path.exists(before),
+            f"{example.SOCKET} is still there": os.path.exists(example.SOCKET),
+            "guest RAM is another file at the destination": not hop.ram_stayed,
+            f"{hop.bytes_transferred} bytes of RAM were copied": hop.bytes_transferred != 0,
+            "the progress has no downtime": hop.downtime_ms is None,
+        }
+        if found := [text for text, is_so in problems.items() if is_so]:
+            raise DemoError(f"hop {hop.hop}: {'; '.join(found)}\n{source.tail()}\n{target.tail()}")
+
+    def _check_load(self, guest: Terminal) -> None:
+        """End the loop with Ctrl-C and ask which boot this is."""
+        self._step("Ctrl-C into the console; is it the same boot?")
+        if self._setting.disks > 2:
+            guest.await_match(r"verify: ok \d", ANSWER, "verified block at the destination")
+        guest.type("\x03")
+        self._which_boot(guest)
+        self._count()
+        boots, uptimes = self.report.boot_id, self.report.uptime_s
+        if len(set(boots)) != 1 or uptimes != sorted(uptimes):
+            raise DemoError(f"the guest did not go on: boot_id {boots}, uptime {uptimes}\n{guest.tail()}")
+        if self.report.not_equal:
+            raise DemoError(f"a disk says something else than before:\n{guest.tail()}")
+
+    def _power_off(self, guest: Terminal) -> None:
+        self._step("poweroff in the guest ends its VMM")
+        guest.type("poweroff\n")
+        self.report.destination_exit = guest.expect_end(ANSWER)
+
+    def _count(self) -> None:
+        lines = [line for terminal in self._terminals for _, line in terminal.lines]
+        self.report.equal = sum(line == "equal" for line in lines)
+        self.report.not_equal = sum("not equal" in line or "verify: BAD" in line for line in lines)
+        self.report.verified = sum("verify: ok" in line for line in lines)
+
+
+def _gap(source: Terminal, target: Terminal) -> float | None:
+    """Milliseconds from the last line at the source to the first at the destination."""
+    if not source.lines or not target.lines:
+        return None
+    return round((target.lines[0][0] - source.lines[-1][0]) * 1000, 1)
+
+
+@contextlib.contextmanager
+def _output_folder() -> Iterator[Path]:
+    if "OUT" in os.environ:
+        yield Path(os.environ["OUT"])
+        return
+    with tempfile.TemporaryDirectory(prefix="flotilla-demo.") as folder:
+        yield Path(folder)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("inside", description="The document's local migration, step by step.")
+    parser.add_argument("--hops", type=int, default=1, metavar="N", help="migrations in a row (default 1)")
+    parser.add_argument("--equal", type=int, default=5, metavar="N", help='lines "equal" before and after each (5)')
+    parser.add_argument("--cpus", type=int, default=1)
+    parser.add_argument("--memory", default=DOCUMENT.memory, help=f"--memory size= (default {DOCUMENT.memory})")
+    parser.add_argument("--disks", type=int, choices=(1, 2, 3), default=DOCUMENT.disks, help="3: one is written, too")
+    parser.add_argument("--cmdline", default=DOCUMENT.cmdline)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    events = Events(os.environ.get("EVENTS"))
+    events.emit("start")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # every VMM ends with us
+    setting = Example(options.cpus, options.memory, options.disks, options.cmdline)
+    with _output_folder() as folder:
+        demo = Demo(setting, options.hops, options.equal, folder, events)
+        try:
+            demo.run()
+        except DemoError as error:
+            demo.report.failure = str(error).splitlines()[0]
+            events.emit("failure", text=str(error))
+            print(f"demo: {error}", file=sys.stderr)
+        report = asdict(demo.report)
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        events.emit("report", report=report)
+    return 0 if demo.report.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
