@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -82,6 +83,8 @@ def lab_memory(sizes: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
+    # So that a bench that is told to end takes its VMMs, or its lab, with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     processes.become_subreaper()
     try:
         answer = measure(options)

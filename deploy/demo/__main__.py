@@ -35,7 +35,8 @@ def choose(no_lab: bool) -> tuple[str, str]:
         why = missing
     else:
         names = sorted(path.name for path in Path("/sys/module").glob("kvm_*"))
-        why = f"/dev/kvm is a software KVM ({', '.join(names) or 'no kvm_intel, no kvm_amd'}): Linux does not boot on it"
+        kind = ", ".join(names) or "no kvm_intel, no kvm_amd"
+        why = f"/dev/kvm is a software KVM ({kind}): Linux does not boot on it"
     if no_lab:
         raise DebianError(f"{why}; without --no-lab the demo runs in the lab")
     if reason := floors.lab_missing():

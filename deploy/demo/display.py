@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections import deque
 from typing import Any, Protocol, TextIO
@@ -80,12 +81,13 @@ def summary(report: dict[str, Any]) -> list[str]:
     if not report["ok"]:
         return [f"FAILED: {report['failure']}"]
     first, last = report["uptime_s"][0], report["uptime_s"][-1]
+    source, destination = report["source_exit"], report["destination_exit"]
     return [
         "The guest runs on in another VMM; nothing of it was copied or restarted.",
         f"  downtime          {report['downtime_ms']:.0f} ms (whole migration {report['total_ms']:.0f} ms)",
         f"  checksum loop     {report['equal']} times equal, {report['not_equal']} times not equal",
         f"  same boot         boot_id {report['boot_id'][-1]}, uptime {first:.0f} s before and {last:.0f} s after",
-        f"  exit codes        source VMM {report['source_exit']}, destination after poweroff {report['destination_exit']}",
+        f"  exit codes        source VMM {source}, destination after poweroff {destination}",
         f"  processes         {len(report['processes'])} at the destination",
     ]
 
@@ -128,9 +130,10 @@ class Picture:
 
     def __init__(self) -> None:
         self._console = Console()
-        self._live = Live(console=self._console, get_renderable=self._draw, refresh_per_second=8, transient=False)
         self._began = time.monotonic()
+        self._lock = threading.Lock()  # rich draws in a thread of its own
         self._clear()
+        self._live = Live(console=self._console, get_renderable=self.draw, refresh_per_second=8)
 
     def _clear(self) -> None:
         self._step = ""
@@ -151,6 +154,10 @@ class Picture:
         self._console.print(text, markup=False, highlight=False)
 
     def show(self, event: dict[str, Any]) -> None:
+        with self._lock:
+            self._take(event)
+
+    def _take(self, event: dict[str, Any]) -> None:
         match event["event"]:
             case "start":
                 self._clear()
@@ -166,7 +173,11 @@ class Picture:
             case "migration":
                 self._migrations.setdefault(event["hop"], []).append(figures(event))
 
-    def _draw(self) -> RenderableType:
+    def draw(self) -> RenderableType:
+        with self._lock:
+            return self._drawn()
+
+    def _drawn(self) -> RenderableType:
         head = Text(f"{time.monotonic() - self._began:5.0f} s  {self._step}", style="bold")
         commands = Panel(Text("\n".join(self._commands), no_wrap=True), title="typed", title_align="left")
         console = Panel(

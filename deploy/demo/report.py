@@ -38,6 +38,11 @@ class Events:
             while line:
                 line = line[os.write(self._fd, line) :]
 
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
 
 @dataclass(slots=True)
 class Hop:

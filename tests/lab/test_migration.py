@@ -1,0 +1,75 @@
+"""The live-migration document's local example with stock Debian, as it stands and hop after hop.
+
+deploy/demo/inside.py goes through the steps and checks each; what it reports is checked here once more.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+import pytest
+
+from tests.lab.lab import Lab
+
+LIMIT = 600
+HOPS = 5
+# 20 hops in all: two vCPUs, a disk that is written and verified all the time, RAM of different kinds.
+ROWS = {
+    "1G": "1G,shared=on",
+    "4G": "4G,shared=on",
+    "without_shared": "1G",
+    "512M": "512M,shared=on",
+}
+
+
+def perform(lab: Lab, *options: str, memory: str = "4G") -> dict[str, Any]:
+    """The report of one run of the example. Fails the test, with consoles and stderr, unless all of it went well."""
+    script = f"exec python3 -m deploy.demo.inside {shlex.join(options)}"
+    done = lab.run(script, limit=LIMIT, memory=memory).must_succeed()
+    report: dict[str, Any] = json.loads((done.out / "report.json").read_text())
+    print(json.dumps(report, indent=1))
+    return report
+
+
+def check(report: dict[str, Any], hops: int) -> None:
+    assert report["ok"]
+    assert [hop["hop"] for hop in report["hops"]] == list(range(1, hops + 1))
+    for hop in report["hops"]:
+        assert (hop["send"], hop["receive"], hop["source_exit"]) == (0, 0, 0), hop
+        assert hop["ram_stayed"], hop
+        assert hop["bytes_transferred"] == 0, hop
+        assert hop["downtime_ms"] > 0, hop
+    assert report["equal"] > 0
+    assert report["not_equal"] == 0
+    assert len(set(report["boot_id"])) == 1
+    before, after = report["uptime_s"]
+    assert after > before
+    assert report["destination_exit"] == 0
+
+
+def kinds(report: dict[str, Any]) -> list[str]:
+    return sorted(row["kind"] for row in report["processes"])
+
+
+@pytest.mark.timeout(2 * LIMIT)
+def test_document_example(lab: Lab) -> None:
+    """Its four commands as they stand: one vCPU, 1G, one disk."""
+    report = perform(lab, "--disks", "1")
+    check(report, 1)
+    assert kinds(report).count("blk") == 1
+    assert {"vcpu", "console"} <= set(kinds(report))
+
+
+@pytest.mark.timeout(2 * LIMIT)
+@pytest.mark.parametrize("memory", ROWS.values(), ids=ROWS)
+def test_five_hops_under_verified_disk_load(lab: Lab, memory: str) -> None:
+    options = ["--hops", str(HOPS), "--equal", "2", "--cpus", "2", "--disks", "3", "--memory", memory]
+    options += ["--cmdline", "root=/dev/vda1 console=ttyS0 quiet"]
+    report = perform(lab, *options, memory="7G" if memory.startswith("4G") else "4G")
+    check(report, HOPS)
+    assert report["verified"] >= HOPS
+    assert kinds(report).count("blk") == 3
+    assert kinds(report).count("vcpu") == 2
+    assert len({row["pid"] for row in report["processes"] if row["kind"] == "blk"}) == 3
