@@ -156,6 +156,7 @@ class Services:
         if self._api_socket is not None:
             self._api_socket.close()
         if self._api is not None and self._channel is not None:
+            self._api.state = ProcessState.STOPPING
             self._channel.broadcast("goodbye")
             try:
                 await within(self._reactor, GOODBYE_SECONDS, self._api.ended.wait(), "the API process's end")

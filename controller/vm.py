@@ -141,11 +141,16 @@ class Vm:
         from controller.config.validate import validate
         from controller.machine.cpuid import check_compatible
 
-        vm_config = from_json(config, strict=False)
-        validate(vm_config)
-        memory = GuestMemory.attach(
-            (gpa, size, fd, offset, slot) for (gpa, size, offset, slot), fd in zip(parts, ram_fds, strict=True)
-        )
+        try:
+            vm_config = from_json(config, strict=False)
+            validate(vm_config)
+            memory = GuestMemory.attach(
+                (gpa, size, fd, offset, slot) for (gpa, size, offset, slot), fd in zip(parts, ram_fds, strict=True)
+            )
+        except BaseException:
+            for fd in (*ram_fds, *images.values()):
+                os.close(fd)
+            raise
         cpuid = [CpuidEntry(*entry) for entry in info["cpuid"]]
         vm = cls(context, vm_config, memory=memory, cpuid=cpuid)
         try:

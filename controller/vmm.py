@@ -30,7 +30,7 @@ from controller.spawn import Zygote
 from controller.vm import Vm, VmContext
 from shared import log
 from shared.errors import FlotillaError, GuestLost, NotFoundError, StateError
-from shared.reactor import Lock, Reactor, describe
+from shared.reactor import Lock, Reactor, describe, within
 
 if TYPE_CHECKING:
     from controller.migration.incoming import Incoming
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 
 END_SECONDS = 20.0
+MIGRATION_SECONDS = 5.0
 
 
 class VmState(StrEnum):
@@ -131,6 +132,7 @@ class Vmm:
         try:
             if self.migration is not None:
                 self.migration.cancel()
+                await within(self.reactor, MIGRATION_SECONDS, self.migration.ended.wait(), "the migration's end")
             if self.vm is not None:
                 await self.vm.destroy()
                 self.vm = None

@@ -57,7 +57,7 @@ def perform(where: str, view: display.Display, feed: display.Feed) -> tuple[int,
     with tempfile.TemporaryDirectory(prefix="flotilla-demo.") as folder:
         out = Path(folder)
         if where == "host":
-            return host.run(Path(sys.executable).parent, [], out, feed, LIMIT), ""
+            return host.run(Path(sys.executable).parent, out, feed, LIMIT)
         images.ready()
         view.say("starting the lab")
         sinks: dict[str, Any] = {"events": feed, "stdout": errors.extend, "stderr": errors.extend}

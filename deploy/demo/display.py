@@ -72,7 +72,7 @@ def figures(event: dict[str, Any]) -> str:
         return f"hop {event['hop']}: {event['phase']}"
     return (
         f"hop {event['hop']}: downtime {event['downtime_ms']:.0f} ms, whole migration {event['total_ms']:.0f} ms, "
-        f"{event['bytes_transferred']} bytes of RAM copied"
+        f"{event['bytes_transferred'] / 1024:.0f} KiB of state sent, no RAM"
     )
 
 

@@ -14,7 +14,7 @@ from deploy import install
 from deploy.lab import debian, images
 from deploy.lab.cache import digest, made
 
-END_SECONDS = 60.0
+END_SECONDS = 60
 
 
 def workloads() -> Path:
@@ -25,7 +25,7 @@ def workloads() -> Path:
         target.mkdir()
         debian.run(["debugfs", "-R", f"rdump / {target}", disk], "debugfs")
 
-    return made("workloads", digest("unpacked 1", disk.name), unpack, "the guest's kernels and disks, unpacked")
+    return made("home", digest("unpacked 1", disk.name), unpack, "the guest's kernels and disks, unpacked")
 
 
 @contextlib.contextmanager
@@ -38,8 +38,8 @@ def home() -> Iterator[Path]:
         yield Path(folder)
 
 
-def run(commands: Path, arguments: list[str], out: Path, sink: Callable[[bytes], object], limit: float) -> int:
-    """inside.py with its events going to `sink`; returns its exit code, 124 when its time was up.
+def run(commands: Path, out: Path, sink: Callable[[bytes], object], limit: int) -> tuple[int, str]:
+    """inside.py with its events going to `sink`; returns its exit code, 124 when its time was up, and its stderr.
 
     `commands` is the folder with cloud-hypervisor and ch-remote.
     """
@@ -49,13 +49,15 @@ def run(commands: Path, arguments: list[str], out: Path, sink: Callable[[bytes],
             **os.environ, "HOME": str(folder), "OUT": str(out), "EVENTS": f"/dev/fd/{writer}",
             "PATH": f"{commands}:{os.environ.get('PATH', os.defpath)}", "PYTHONPATH": str(install.CHECKOUT),
         }  # fmt: skip
-        words = ["timeout", "-k", str(END_SECONDS), str(limit), sys.executable, "-m", "deploy.demo.inside", *arguments]
+        words = ["timeout", "-k", str(END_SECONDS), str(limit), sys.executable, "-m", "deploy.demo.inside"]
         process = subprocess.Popen(words, env=environment, pass_fds=[writer], stdin=subprocess.DEVNULL, stderr=errors)
         os.close(writer)
         try:
             while data := os.read(reader, 65536):
                 sink(data)
-            return process.wait()
+            code = process.wait()
+            errors.seek(0)
+            return code, errors.read().decode(errors="replace")
         finally:
             os.close(reader)
             if process.poll() is None:

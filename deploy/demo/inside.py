@@ -29,6 +29,8 @@ BOOT, ANSWER, MIGRATION = 300.0, 120.0, 180.0
 # What a person types to learn which boot this is; the echo of the typed line does not match the pattern.
 WHICH_BOOT = "echo boot=$(cat /proc/sys/kernel/random/boot_id) up=$(cut -d' ' -f1 /proc/uptime)\n"
 BOOT_PATTERN = r"boot=([0-9a-f-]{36}) up=([0-9.]+)"
+# Bytes. Devices and vCPUs have some 20 KiB of state; this is less than the RAM that a guest touches in one second.
+MOST_STATE = 256 << 10
 READ_ONLY_FILE = "/usr/bin/bash"
 DOCUMENT = Example()
 
@@ -165,7 +167,7 @@ class Demo:
             f"{before} of the source is still there": os.path.exists(before),
             f"{example.SOCKET} is still there": os.path.exists(example.SOCKET),
             "guest RAM is another file at the destination": not hop.ram_stayed,
-            f"{hop.bytes_transferred} bytes of RAM were copied": hop.bytes_transferred != 0,
+            f"{hop.bytes_transferred} bytes were sent, which is more than state": not _state_alone(hop),
             "the progress has no downtime": hop.downtime_ms is None,
         }
         if found := [text for text, is_so in problems.items() if is_so]:
@@ -195,6 +197,10 @@ class Demo:
         self.report.equal = sum(line == "equal" for line in lines)
         self.report.not_equal = sum("not equal" in line or "verify: BAD" in line for line in lines)
         self.report.verified = sum("verify: ok" in line for line in lines)
+
+
+def _state_alone(hop: Hop) -> bool:
+    return hop.bytes_transferred is not None and hop.bytes_transferred < MOST_STATE
 
 
 def _gap(source: Terminal, target: Terminal) -> float | None:

@@ -78,6 +78,16 @@ def test_many_in_flight_on_two_queues(disk: Path, direct: bool) -> None:
         assert stats["read_latency_min"] <= stats["read_latency_avg"] <= stats["read_latency_max"]
 
 
+def test_reads_that_are_not_cached_go_to_the_io_threads(disk: Path) -> None:
+    with Rig(disk, indirect=True).start() as rig, disk.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        drive = rig.drive[0]
+        wanted = {drive.submit(IN, n, length=512): (OK, sector_bytes(n)) for n in range(0, SECTORS, SECTORS // 8)}
+        drive.kick()
+        assert drive.wait(len(wanted)) == wanted
+
+
 def test_o_direct_with_buffers_that_are_not_aligned(disk: Path) -> None:
     """The driver's split in seven puts the borders at odd addresses, so that the bounce buffer is needed."""
     with Rig(disk, indirect=True, direct=True).start() as rig:

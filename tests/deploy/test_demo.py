@@ -25,7 +25,7 @@ FLEET = [
     {"kind": "vcpu", "device": "vcpu0", "pid": 11, "state": "running", "restarts": 0, "pss_kib": 0},
 ]
 DONE: dict[str, Any] = {"event": "migration", "hop": 1, "phase": "completed", "downtime_ms": 21.4, "total_ms": 300.0}
-DONE["bytes_transferred"] = 0
+DONE["bytes_transferred"] = 21131
 REPORT: dict[str, Any] = {
     "ok": True, "downtime_ms": 21.4, "total_ms": 300.0, "equal": 12, "not_equal": 0, "source_exit": 0,
     "destination_exit": 0, "boot_id": ["b", "b"], "uptime_s": [10.0, 20.0], "processes": FLEET,
@@ -195,7 +195,7 @@ def test_plain_lines_tell_everything() -> None:
     said = out.getvalue()
     for text in ("boots Debian", "$ cloud-hypervisor", "vmm1 | equal", "_disk0", "2.0", "hop 1: building"):
         assert text in said
-    assert "hop 1: downtime 21 ms, whole migration 300 ms, 0 bytes of RAM copied" in said
+    assert "hop 1: downtime 21 ms, whole migration 300 ms, 21 KiB of state sent, no RAM" in said
 
 
 def test_picture_has_fleet_console_progress_and_downtime() -> None:

@@ -15,6 +15,7 @@ from tests.lab.lab import Lab
 
 LIMIT = 600
 HOPS = 5
+MOST_STATE = 256 << 10  # bytes: that of devices and vCPUs, without RAM
 # 20 hops in all: two vCPUs, a disk that is written and verified all the time, RAM of different kinds.
 ROWS = {
     "1G": "1G,shared=on",
@@ -39,7 +40,7 @@ def check(report: dict[str, Any], hops: int) -> None:
     for hop in report["hops"]:
         assert (hop["send"], hop["receive"], hop["source_exit"]) == (0, 0, 0), hop
         assert hop["ram_stayed"], hop
-        assert hop["bytes_transferred"] == 0, hop
+        assert 0 < hop["bytes_transferred"] < MOST_STATE, hop
         assert hop["downtime_ms"] > 0, hop
     assert report["equal"] > 0
     assert report["not_equal"] == 0
