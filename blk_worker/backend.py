@@ -24,6 +24,7 @@ from shared.vhost_backend import Ring
 IO_THREADS = 16
 REPORT_SECONDS = 1.0
 MAX_QUEUES = 256
+SUMS = ("inflight", "resubmitted", "syncs", "bounced", "errors", "unsupported", "malformed", "kicks", "calls")
 NEVER = (1 << 64) - 1  # a latency before the first request, as in Cloud Hypervisor's counters
 
 
@@ -221,7 +222,7 @@ class BlockBackend:
             result[f"{name}_latency_min"] = min(op.latency_min_us for op in ops)
             result[f"{name}_latency_max"] = max(op.latency_max_us for op in ops) if count else NEVER
             result[f"{name}_latency_avg"] = sum(op.latency_sum_us for op in ops) // count if count else NEVER
-        for name in ("inflight", "resubmitted", "syncs", "bounced", "errors", "unsupported", "malformed", "kicks", "calls"):
+        for name in SUMS:
             result[name] = sum(getattr(counters, name) for counters in self._counters)
         result["broken_queues"] = sum(bool(counters.broken) for counters in self._counters)
         return result

@@ -32,11 +32,9 @@ class RuntimeDir:
     def __init__(self) -> None:
         base = root()
         try:
-            self.path = _make(base)
-            self._lock_fd = os.open(f"{self.path}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self.path, self._lock_fd = _make(base)
         except OSError as error:
             raise HostError(f"runtime directory {base}: {error.strerror}", "set FLOTILLA_RUNTIME_DIR") from error
-        try_lock(self._lock_fd, exclusive=True)
 
     def close(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -45,15 +43,23 @@ class RuntimeDir:
         os.close(self._lock_fd)
 
 
-def _make(base: str) -> str:
-    """A directory of our own. The last VM to end removes `base`, perhaps just now: then it is made again."""
+def _make(base: str) -> tuple[str, int]:
+    """A directory of our own and its lock.
+
+    Another VM may remove `base` because it was the last to end, or take our directory for a stale one before it is
+    locked: then all is made again.
+    """
     while True:
         os.makedirs(base, 0o700, exist_ok=True)
         try:
             sweep(base)
-            return tempfile.mkdtemp(prefix=PREFIX, dir=base)
+            path = tempfile.mkdtemp(prefix=PREFIX, dir=base)
+            fd = os.open(f"{path}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:
             continue
+        if try_lock(fd, exclusive=True) and os.path.exists(path):
+            return path, fd
+        os.close(fd)
 
 
 def sweep(base: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import zmq
 
-from shared import messages
+from shared import log, messages
 from shared.errors import FlotillaError, ProtocolError, WorkerLost
 from shared.reactor import Future, Reactor, within
 
@@ -137,9 +137,9 @@ class Channel:
         except (FlotillaError, OSError) as error:
             self._answer(peer, {"id": number, "error": messages.error_to_wire(error)})
         except Exception as error:
-            # A bug in a handler is the requester's error too, and must not leave it waiting for ever.
+            # A bug in a handler is the requester's error: it must neither wait for ever nor take the process with it.
+            log.error(f"{message['verb']}: {type(error).__name__}: {error}")
             self._answer(peer, {"id": number, "error": messages.error_to_wire(error)})
-            raise
         else:
             self._answer(peer, {"id": number, "ok": result})
 

@@ -80,7 +80,7 @@ def decode(data: bytes) -> dict[str, Any]:
         raise ProtocolError(f"control message of {len(data)} bytes (limit {MAX_MESSAGE})")
     try:
         message = msgpack.unpackb(data, raw=False, strict_map_key=False)
-    except (ValueError, msgpack.exceptions.UnpackException) as error:
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:  # TypeError: a list as a key
         raise ProtocolError("control message is not msgpack") from error
     if not isinstance(message, dict) or message.get("v") != VERSION:
         raise ProtocolError(f"control message of version {message.get('v') if isinstance(message, dict) else '?'}")

@@ -15,10 +15,10 @@ def allocate(size: int) -> mmap.mmap:
 
     try:
         memory = posix_ipc.SharedMemory(None, posix_ipc.O_CREX, size=size, mode=0o600)
+        memory.unlink()
+        try:
+            return mmap.mmap(memory.fd, size)
+        finally:
+            os.close(memory.fd)
     except (OSError, posix_ipc.Error) as error:
         raise HostError(f"no shared memory for {size} bytes of state pages: {error}") from error
-    memory.unlink()
-    try:
-        return mmap.mmap(memory.fd, size)
-    finally:
-        os.close(memory.fd)

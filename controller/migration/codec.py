@@ -53,7 +53,7 @@ def decode(kind: Message, data: bytes) -> dict[str, Any]:
         body = msgpack.unpackb(
             data, raw=False, strict_map_key=False, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS
         )
-    except (ValueError, msgpack.exceptions.UnpackException) as error:
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
         raise ProtocolError(f"{kind.name} from the peer is not msgpack") from error
     if not isinstance(body, dict):
         raise ProtocolError(f"{kind.name} from the peer is not a map")

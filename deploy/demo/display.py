@@ -67,9 +67,9 @@ def fleet_rows(name: str, rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def figures(event: dict[str, Any]) -> str:
-    """One line about a migration."""
-    if event["phase"] != "completed":
-        return f"hop {event['hop']}: {event['phase']}"
+    """One line about a migration: the phase that it is in, or how it was."""
+    if event["event"] == "migration":
+        return f"hop {event['hop']}: {event['phase']} ({event['total_ms'] or 0:.0f} ms)"
     return (
         f"hop {event['hop']}: downtime {event['downtime_ms']:.0f} ms, whole migration {event['total_ms']:.0f} ms, "
         f"{event['bytes_transferred'] / 1024:.0f} KiB of state sent, no RAM"
@@ -118,7 +118,7 @@ class Lines:
                 self.say(f"{event['name']} $ {event['text']}")
             case "console" if event["line"]:
                 self.say(f"{event['name']} | {event['line']}")
-            case "migration":
+            case "migration" | "hop":
                 self.say(figures(event))
             case "fleet":
                 for cells in [list(FLEET_COLUMNS), *fleet_rows(event["name"], event["rows"])]:
@@ -170,7 +170,7 @@ class Picture:
                 self._lines.append(f"{event['name']}  {event['line']}")
             case "fleet":
                 self._fleets = {**dict(list(self._fleets.items())[-1:]), event["name"]: event["rows"]}
-            case "migration":
+            case "migration" | "hop":
                 self._migrations.setdefault(event["hop"], []).append(figures(event))
 
     def draw(self) -> RenderableType:

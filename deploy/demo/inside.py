@@ -129,7 +129,7 @@ class Demo:
         hop.source_exit = source.expect_end(MIGRATION)
         target.await_lines("equal", self._each, ANSWER)
         self._check_hop(hop, source, target, ram)
-        self._events.emit("migration", **asdict(hop), phase="completed")
+        self._events.emit("hop", **asdict(hop))
         self._fleet(number + 1)
         return target
 

@@ -5,7 +5,8 @@
     {"event": "command", "name": …, "text": …}          a command that is typed, as it is typed
     {"event": "console", "name": …, "line": …}          a line that a terminal shows; `name` is that of its command
     {"event": "fleet", "name": …, "rows": […]}          the answer of vmm.fleet
-    {"event": "migration", "hop": …, "phase": …, …}     the answer of vm.migration-progress
+    {"event": "migration", "hop": …, "phase": …, "total_ms": …}   the receiving side is in another phase
+    {"event": "hop", "hop": …, …}                       a migration is done; the fields of Hop
     {"event": "failure", "text": …}
     {"event": "report", "report": {…}}
 """

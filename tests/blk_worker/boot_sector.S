@@ -1,5 +1,5 @@
 # A boot sector that proves that the disk works: it reads the second sector by the BIOS (SeaBIOS drives virtio-blk
-# itself), prints its text to COM1, writes it back to the third sector, flushes nothing, and powers off by isa-debug-exit.
+# itself), prints its text to COM1, writes it to the third sector, and leaves through QEMU's isa-debug-exit.
         .code16
         .globl _start
 _start: cli

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from guest.lines import Bad, BlkOk
+from tests.guest.conftest import Machine
 
 HERE = Path(__file__).resolve().parent
 QEMU = "qemu-system-x86_64"
@@ -64,6 +69,59 @@ def test_bios_boots_from_our_disk_and_writes_to_it(disk: Path, backend: Path) ->
             assert file.read(512) == TEXT.ljust(512, b"\0")
             file.seek(1024)
             file.write(bytes(512))
+
+
+def ops(machine: Machine) -> int:
+    line = machine.line(BlkOk)
+    assert isinstance(line, BlkOk)
+    return line.ops
+
+
+def standstill(machine: Machine) -> int:
+    """How many requests were done in all, when five reports in a row say the same: the disk is gone."""
+    seen = [-1, ops(machine)]
+    while len(set(seen[-5:])) > 1:
+        seen.append(ops(machine))
+    return seen[-1]
+
+
+def spawn(sock: Path, disk: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "blk_worker", "--socket-path", sock, "--path", disk, "--num-queues", "2"],
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def test_probe_guest_verifies_its_blocks_across_kills(tmp_path: Path, runtime_folder: Path) -> None:
+    """A foreign front end, its inflight region, our device; the guest finds every stale, torn or lost block."""
+    disk = tmp_path / "load.raw"
+    disk.touch()
+    os.truncate(disk, 8 << 20)
+    sock = runtime_folder / "load.sock"
+    worker = spawn(sock, disk)
+    while not sock.exists():
+        time.sleep(0.005)  # QEMU does not wait for a socket that is not there yet
+    machine = Machine(
+        "tcg", "mode=blkload span=4m report_ms=20 queues=2",
+        "-object", "memory-backend-memfd,id=ram,size=128M,share=on", "-machine", "memory-backend=ram",
+        "-chardev", f"socket,id=disk,path={sock},reconnect=1",
+        "-device", "vhost-user-blk-pci,disable-legacy=on,chardev=disk,num-queues=2",
+    )  # fmt: skip
+    try:
+        done = 0
+        for life in range(4):
+            while ops(machine) < done + 200:
+                pass
+            if life < 3:
+                worker.send_signal(signal.SIGKILL)
+                worker.wait()
+                done = standstill(machine)
+                worker = spawn(sock, disk)
+        assert not [event for event in machine.events if isinstance(event, Bad)]
+    finally:
+        machine.close()
+        worker.terminate()
+        assert worker.wait(20) == 0
 
 
 def test_program_prints_its_capabilities() -> None:
