@@ -3,6 +3,7 @@
 #
 #   deploy/test.sh                      all floors
 #   deploy/test.sh unit|probe|lab ...   some of them
+#   deploy/test.sh soak                 the lab tests that take many minutes each; they are in no other floor
 #   deploy/test.sh FLOOR -- PYTEST-ARGUMENTS
 #
 # unit needs nothing; probe a /dev/kvm; lab builds and starts the lab (see deploy/lab/README.md).
@@ -12,13 +13,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 floors=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
   case $1 in
-    unit | probe | lab) floors+=("$1") ;;
-    *) echo "test: no floor is called $1; there are unit, probe and lab" >&2; exit 2 ;;
+    unit | probe | lab | soak) floors+=("$1") ;;
+    *) echo "test: no floor is called $1; there are unit, probe, lab and soak" >&2; exit 2 ;;
   esac
   shift
 done
 [ "${1:-}" = -- ] && shift
-[ ${#floors[@]} -gt 0 ] || floors=(unit probe lab)
+if [ ${#floors[@]} -eq 0 ]; then
+  floors=(unit probe lab)
+  echo "test: the soak floor is left out: many minutes of an emulated machine (bash deploy/test.sh soak)"
+fi
 
 python=$(bash deploy/setup.sh | tail -n 1)/python
 
@@ -28,12 +32,12 @@ for floor in "${floors[@]}"; do
     unit) selected+=("(not probe and not lab and not external)") ;;
     probe)
       if reason=$("$python" -m deploy.floors probe); then selected+=(probe); else echo "test: no probe floor: $reason"; fi ;;
-    lab)
+    lab | soak)
       if ! reason=$("$python" -m deploy.floors lab); then
-        echo "test: no lab floor: $reason"
+        echo "test: no $floor floor: $reason"
       else
         bash deploy/lab.sh build # before pytest, whose limits are for tests and not for debootstrap
-        selected+=(lab)
+        if [ "$floor" = soak ]; then selected+=(soak); else selected+=("(lab and not soak)"); fi
       fi ;;
   esac
 done

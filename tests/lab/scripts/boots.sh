@@ -46,6 +46,7 @@ vmm=$!
   ch-remote --api-socket /tmp/api.reboot ping > "$OUT/ping.2"
   ch-remote --api-socket /tmp/api.reboot power-button
   echo pressed > "$OUT/pressed"
+  await "$limit" eval "! kill -0 $vmm"
 )
 driven=$?
 [ $driven -eq 0 ] || kill $vmm
