@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 
+from controller.migration.arguments import MAX_PATH
 from shared.errors import ConfigError, HostError
 
 
@@ -22,8 +23,7 @@ class Listener:
         try:
             # A socket's own mode becomes its name's: nobody else's even before a chmod could come.
             os.fchmod(self.sock.fileno(), 0o600)
-            self.sock.bind(path)
-            self.sock.listen(1)
+            _listen_as(self.sock, self.path)
             self._identity: tuple[int, int] | None = _identity(self.path)
         except OSError as error:
             self.sock.close()
@@ -43,6 +43,21 @@ class Listener:
     def close(self) -> None:
         self.remove_name()
         self.sock.close()
+
+
+def _listen_as(sock: socket.socket, path: str) -> None:
+    """Listen first and appear second: whoever sees the name can connect, as scripts that wait for it do."""
+    hidden = os.path.join(os.path.dirname(path), f".{os.getpid()}")
+    if len(os.fsencode(hidden)) > MAX_PATH:
+        hidden = path  # so deep a folder leaves no room for a second name
+    sock.bind(hidden)
+    sock.listen(1)
+    if hidden != path:
+        try:
+            os.rename(hidden, path)
+        except OSError:
+            os.unlink(hidden)
+            raise
 
 
 def _identity(path: str) -> tuple[int, int]:
