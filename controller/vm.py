@@ -96,13 +96,17 @@ class Vm:
         self._backends: list[Backend] = []
         self._ends: list[HostEnd] = []
         self._disks: dict[str, Disk] = {}
-        serial_end = self._open_end(config.serial)
-        self.platform = Platform(self._reactor, config, self._guest_event, serial_end, memory, cpuid)
-        platform = self.platform
-        self.vcpus = Vcpus(self._reactor, platform.kvm_vm, platform.pages, platform.apic_ids, platform)
-        self.codec = VcpuCodec(platform.kvm_vm)
         self.functions: dict[str, VirtioPci] = {}
-        self._console_end = self._open_end(config.console)
+        try:
+            serial_end = self._open_end(config.serial)
+            self._console_end = self._open_end(config.console)
+            self.platform = Platform(self._reactor, config, self._guest_event, serial_end, memory, cpuid)
+            platform = self.platform
+            self.vcpus = Vcpus(self._reactor, platform.kvm_vm, platform.pages, platform.apic_ids, platform)
+            self.codec = VcpuCodec(platform.kvm_vm)
+        except BaseException:
+            self._close_ends()  # a user's terminal is raw by now, and nobody else knows how it was
+            raise
 
     # Making ------------------------------------------------------------------------------------------------------
 
@@ -478,6 +482,9 @@ class Vm:
             if disk.image is not None:
                 os.close(disk.image)
         self.platform.close()
+        self._close_ends()
+
+    def _close_ends(self) -> None:
         for end in self._ends:
             if end.termios is not None:
                 self._context.on_terminal(end.terminal, None)

@@ -6,10 +6,13 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
+import termios
 
 import pytest
 
-from tests.vmm import Vmm, poll
+from tests.vmm import PROGRAM, Vmm, environment, poll, probe
 
 pytestmark = pytest.mark.probe
 
@@ -145,8 +148,6 @@ def test_sigterm_ends_with_zero(tmp_path):
 
 
 def test_create_boot_delete_through_the_api(tmp_path):
-    from tests.vmm import probe
-
     with Vmm(tmp_path) as vmm:
         vmm.wait_api()
         config = tmp_path / "vm.json"
@@ -170,3 +171,22 @@ def test_create_boot_delete_through_the_api(tmp_path):
         vmm.ask("delete")
         assert vmm.remote("info").returncode == 1
         assert vmm.ask("ping")["version"]
+
+
+def test_terminal_is_as_it_was_when_the_vm_can_not_be_made(tmp_path):
+    """The terminal is made raw before /dev/kvm is opened; here /dev/kvm is a device that is no KVM."""
+    master, slave = os.openpty()
+    before = termios.tcgetattr(slave)
+    script = 'mount --bind /dev/null /dev/kvm && exec "$@"'
+    program = [sys.executable, "-c", PROGRAM, "--kernel", probe(), "--serial", "tty", "--console", "off"]
+    command = ["setsid", "--ctty", "--wait", "unshare", "--mount", "sh", "-c", script, "sh", *program]
+    try:
+        done = subprocess.run(
+            command, stdin=slave, stdout=slave, stderr=subprocess.PIPE, text=True, timeout=30, env=environment(),
+            cwd=tmp_path, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1 and "/dev/kvm" in done.stderr
+        assert termios.tcgetattr(slave) == before
+    finally:
+        os.close(master)
+        os.close(slave)
