@@ -70,7 +70,7 @@ def key_guest() -> str:
 
 
 def key_workloads() -> str:
-    files = [HERE / "init" / name for name in ("guest", "guest-off", "initrd")]
+    files = [HERE / "init" / name for name in ("guest", "guest-off", "guest-power-button", "initrd")]
     files += [*sorted((HERE / "guest").iterdir()), HERE / "kernel.py", HERE / "archive.py"]
     return digest("workloads 2", key_guest(), *(path.read_bytes() for path in files))
 
@@ -205,9 +205,7 @@ def make_guest_disk(disk: Path, tree: Path) -> None:
     for name in ("poweroff", "reboot", "halt"):
         _install(HERE / "init" / "guest-off", tree / "usr/local/sbin" / name)
     _install(result("kernel", key_kernel()) / "busybox", tree / "bin/busybox")
-    handler = tree / "etc/acpi/PWRF/00000080"
-    handler.parent.mkdir(parents=True)
-    handler.symlink_to("/usr/local/sbin/poweroff")
+    _install(HERE / "init" / "guest-power-button", tree / "etc/acpi/PWRF/00000080")
     _install(HERE / "guest" / "equal.sh", tree / "root/equal.sh")
     verify = tree / "usr/local/bin/verify"
     debian.run(["gcc", "-std=gnu11", "-O2", "-static", "-o", verify, HERE / "guest" / "verify.c"], "gcc on verify.c")
