@@ -142,7 +142,7 @@ def test_killed_controller_leaves_nothing_behind(tmp_path, disk):
 
 def test_sigterm_ends_with_zero(tmp_path):
     with Vmm.guest(tmp_path, "mode=tick") as vmm:
-        vmm.expect("tick 1")
+        vmm.expect("tick [01] ")
         vmm.process.send_signal(signal.SIGTERM)
         assert vmm.wait() == 0
 
@@ -164,10 +164,10 @@ def test_create_boot_delete_through_the_api(tmp_path):
         assert again.returncode == 1 and "already created" in again.stderr
         assert vmm.ask("info")["state"] == "Created"
         vmm.ask("boot")
-        vmm.expect("tick 1")
+        vmm.expect("tick [01] ")
         before = len(vmm.output)
         vmm.ask("reboot")
-        vmm.expect("tick 1 ", since=before)
+        vmm.expect("tick [01] ", since=before)
         vmm.ask("delete")
         assert vmm.remote("info").returncode == 1
         assert vmm.ask("ping")["version"]
