@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from controller.assembly import VmContext
 from controller.config.cli import Options
 from controller.config.identity import assign_ids
 from controller.config.model import VmConfig
@@ -27,7 +28,7 @@ from controller.fleet import Fleet
 from controller.runtime import RuntimeDir
 from controller.signals import Signals
 from controller.spawn import Zygote
-from controller.vm import Vm, VmContext
+from controller.vm import Vm
 from shared import log
 from shared.errors import FlotillaError, GuestLost, NotFoundError, StateError
 from shared.reactor import Lock, Reactor, describe, within

@@ -1,0 +1,319 @@
+"""What a VM consists of, made and unmade: machine, vCPUs, virtio functions, their workers, host ends of its consoles.
+
+    Assembly(context, config)     host ends, KVM VM, RAM, platform, vCPUs (no process yet)
+      make_functions()            one PCI function per device; images opened and locked, foreign back ends dialled
+      load_payload()              at boot: kernel, tables, the state at the first instruction
+      set_cpuid()                 of a VM that arrives
+      bring_up()                  the workers, side by side; `ready` is set when all are connected
+    close(), abandon()            everything of it is let go, whichever of the above were done
+
+Living (pause, save, load, leave) is vm.py's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from controller import disks
+from controller.backends import Backend
+from controller.config.cli import Seccomp
+from controller.config.identity import CONSOLE_ID, RNG_ID
+from controller.config.model import ConsoleMode, DiskConfig, VmConfig
+from controller.devices.events import GuestEvent
+from controller.early_device import console_device, disk_device, rng_device
+from controller.events import EventMonitor
+from controller.fleet import Fleet, WorkerSpec
+from controller.machine.acpi.description import Description
+from controller.machine.acpi.tables import write_tables
+from controller.machine.boot.loader import load
+from controller.machine.cpuid import CpuidEntry, vcpu_cpuid
+from controller.machine.regs import configure, tsc_khz, write_descriptor_tables
+from controller.pci.host import Plan, build
+from controller.pci.virtio_pci import VirtioPci
+from controller.platform import Platform
+from controller.vcpus import Vcpus
+from controller.vhost_frontend import Frontend, dial
+from controller.vhost_user_device import FOREIGN_BLOCK, VhostUserDevice
+from shared import log
+from shared.chardev import HostEnd, open_host_end
+from shared.errors import FlotillaError
+from shared.memory import GuestMemory
+from shared.reactor import Event, Reactor, describe, gather
+from vcpu_worker.state import set_cpuid
+
+REDIAL_SECONDS = 5.0
+CONSOLE_WORKER = "console"
+
+
+@dataclass(slots=True)
+class VmContext:
+    """What a VM needs of its VMM. The callbacks are the janitor's business: paths and terminals to tidy up."""
+
+    reactor: Reactor
+    fleet: Fleet
+    events: EventMonitor
+    on_guest_event: Callable[[GuestEvent], None]
+    seccomp: Seccomp
+    on_path: Callable[[str, bool], None] = lambda _path, _exists: None
+    on_terminal: Callable[[int, list[Any] | None], None] = lambda _fd, _termios: None
+
+
+@dataclass(slots=True)
+class Disk:
+    config: DiskConfig
+    image: int | None  # holds the lock; None for a vhost-user socket
+    frontend: Frontend
+    backend: Backend | None = None
+
+
+class Assembly:
+    """See the module."""
+
+    def __init__(
+        self,
+        context: VmContext,
+        config: VmConfig,
+        *,
+        memory: GuestMemory | None = None,
+        cpuid: list[CpuidEntry] | None = None,
+    ) -> None:
+        """`memory` and `cpuid` belong to a VM that arrives; it keeps what it was born with."""
+        self.config = config
+        self._context = context
+        self._reactor = context.reactor
+        self._closed = False
+        self.ready = Event()
+        self._backends: list[Backend] = []
+        self._ends: list[HostEnd] = []
+        self._disks: dict[str, Disk] = {}
+        self.functions: dict[str, VirtioPci] = {}
+        try:
+            serial_end = self._open_end(config.serial)
+            self._console_end = self._open_end(config.console)
+            self.platform = Platform(self._reactor, config, self._guest_event, serial_end, memory, cpuid)
+            platform = self.platform
+            self.vcpus = Vcpus(self._reactor, platform.kvm_vm, platform.pages, platform.apic_ids, platform)
+        except BaseException:
+            self._close_ends()  # a user's terminal is raw by now, and nobody else knows how it was
+            raise
+
+    def _open_end(self, device: Any) -> HostEnd | None:
+        if device.mode is ConsoleMode.OFF:
+            return None
+        end = open_host_end(device.mode.value, device.file or "", device.socket or "")
+        self._ends.append(end)
+        if end.termios is not None:
+            self._context.on_terminal(end.terminal, end.termios)
+        if end.unlink:
+            self._context.on_path(os.path.abspath(end.path), True)
+        return end
+
+    # Functions ---------------------------------------------------------------------------------------------------
+
+    async def make_functions(self, images: dict[str, int], tree: dict[str, Any] | None) -> None:
+        """Make the PCI functions. `images` are open descriptions of disks that came with a VM, `tree` its places."""
+        config, memory = self.config, self.platform.memory
+        plans = []
+        if self._console_end is not None:
+            frontend = Frontend(self._reactor, memory, CONSOLE_ID)
+            console = console_device(self._reactor, frontend, config.console.id or CONSOLE_ID, self.ready)
+            plans.append(self._plan("console", console, config.console.pci_device_id))
+        for number, disk in enumerate(config.disks):
+            device = await self._disk(disk, number == 0, images)
+            plans.append(self._plan("disk", device, disk.pci_device_id))
+        frontend = Frontend(self._reactor, memory, RNG_ID)
+        rng = rng_device(self._reactor, frontend, config.rng.id or RNG_ID, self.ready)
+        plans.append(self._plan("rng", rng, config.rng.pci_device_id))
+        build([self.platform.segment], plans, tree)
+
+    def _plan(self, kind: str, device: VhostUserDevice, slot: int | None) -> Plan:
+        platform = self.platform
+        function = VirtioPci(device, platform.kvm_vm, platform.routing, platform.memory)
+        device.on_config_changed = function.config_changed
+        self.functions[device.device_id] = function
+        return Plan(kind, function, slot=slot)
+
+    async def _disk(self, disk: DiskConfig, first: bool, images: dict[str, int]) -> VhostUserDevice:
+        assert disk.id is not None
+        frontend = Frontend(self._reactor, self.platform.memory, disk.id, own=not disk.vhost_user)
+        if disk.vhost_user:
+            assert disk.vhost_socket is not None
+            self._disks[disk.id] = Disk(disk, None, frontend)
+            frontend.on_lost = lambda error: self._foreign_lost(disk, frontend, error)
+            await frontend.connect(await dial(self._reactor, disk.vhost_socket))
+            sizes = (disk.queue_size,) * disk.num_queues
+            return await VhostUserDevice.attach(self._reactor, frontend, disk.id, FOREIGN_BLOCK, sizes)
+        image = images[disk.id] if disk.id in images else disks.open_image(disk, first)
+        self._disks[disk.id] = Disk(disk, image, frontend)
+        device = disk_device(self._reactor, frontend, disk, image, self.ready)
+        device.extra["disk_path"] = disk.path or ""
+        return device
+
+    def _foreign_lost(self, disk: DiskConfig, frontend: Frontend, error: Exception | None) -> None:
+        """Somebody else's back end went away. It may come back at the same socket, whenever; the guest waits."""
+        why = describe(error) if error else "closed"
+        log.error(f"{disk.id}: vhost-user back end at {disk.vhost_socket} lost: {why}")
+        self._reactor.spawn(self._redial(disk, frontend), f"reconnect {disk.id}")
+
+    async def _redial(self, disk: DiskConfig, frontend: Frontend) -> None:
+        assert disk.vhost_socket is not None
+        while not self._closed:
+            try:
+                await frontend.replay(await dial(self._reactor, disk.vhost_socket, REDIAL_SECONDS))
+                log.info(f"{disk.id}: vhost-user back end at {disk.vhost_socket} is back")
+                return
+            except FlotillaError as error:
+                log.debug(f"{disk.id}: {describe(error)}")
+
+    # Payload and vCPUs -------------------------------------------------------------------------------------------
+
+    def load_payload(self) -> None:
+        config, platform = self.config, self.platform
+        payload = config.payload
+        entry = load(
+            platform.memory, platform.layout, payload.kernel or "", payload.initramfs, payload.cmdline or ""
+        )
+        write_tables(
+            platform.memory,
+            platform.layout,
+            Description(
+                config.cpus.boot_vcpus,
+                config.cpus.max_vcpus,
+                config.cpus.topology,
+                config.serial.mode is not ConsoleMode.OFF,
+            ),
+        )
+        write_descriptor_tables(platform.memory)
+        for vcpu in self.vcpus.all:
+            nested = config.cpus.nested
+            configure(vcpu.fd, vcpu.index, platform.cpuid, platform.topology, entry, nested=nested)
+
+    def set_cpuid(self) -> None:
+        """Of a VM that arrives; configure() does it at boot."""
+        platform, nested = self.platform, self.config.cpus.nested
+        for vcpu in self.vcpus.all:
+            khz = tsc_khz(vcpu.fd)
+            entries = vcpu_cpuid(platform.cpuid, vcpu.index, platform.topology, tsc_khz=khz, nested=nested)
+            set_cpuid(vcpu.fd, entries)
+
+    # Workers -----------------------------------------------------------------------------------------------------
+
+    def start_workers(self) -> None:
+        """bring_up() beside a guest that runs already."""
+        self._reactor.spawn(self.bring_up(), "workers")
+
+    async def bring_up(self) -> None:
+        """Start every worker side by side. Devices that the driver activates earlier wait for `ready`."""
+        starts = [self._start_console()]
+        starts += [self._start_disk(disk) for disk in self._disks.values()]
+        await gather(self._reactor, *starts)
+        self.ready.set()
+
+    async def _start_disk(self, disk: Disk) -> None:
+        if disk.image is not None:
+            disk.backend = disks.backend(
+                self._reactor, self._context.fleet, disk.config, disk.frontend, disk.image
+            )
+            self._backends.append(disk.backend)
+            await disk.backend.start()
+
+    async def _start_console(self) -> None:
+        """virtio-console and virtio-rng share one process."""
+        frontends: dict[str, Frontend] = {"rng": self.frontend(self.config.rng.id or RNG_ID)}
+        fds: dict[str, int] = {}
+        spec: dict[str, Any] = {"rng": {"src": self.config.rng.src}}
+        end = self._console_end
+        if end is not None:
+            frontends["console"] = self.frontend(self.config.console.id or CONSOLE_ID)
+            spec["console"] = {"mode": end.mode.value, "path": end.path}
+            fds = {f"console.{role}": os.dup(fd) for role, fd in end.fds.items()}
+        worker = WorkerSpec("console", CONSOLE_WORKER, "console_worker.__main__", "worker", spec)
+        backend = Backend(self._reactor, self._context.fleet, worker, frontends, fds)
+        self._backends.append(backend)
+        await backend.start()
+
+    def frontend(self, device_id: str) -> Frontend:
+        device = self.functions[device_id].device
+        assert isinstance(device, VhostUserDevice)
+        return device.frontend
+
+    def _guest_event(self, event: GuestEvent) -> None:
+        if not self._closed:
+            self._context.on_guest_event(event)
+
+    # Asking ------------------------------------------------------------------------------------------------------
+
+    @property
+    def console(self) -> Backend | None:
+        """The worker that keeps the console's state; None for a VM without one."""
+        return self._worker(CONSOLE_WORKER) if self._console_end is not None else None
+
+    def _worker(self, name: str) -> Backend | None:
+        return next((backend for backend in self._backends if backend.name == name), None)
+
+    def terminal_resized(self) -> None:
+        """SIGWINCH: the console worker's terminal has another size."""
+        worker = self._worker(CONSOLE_WORKER)
+        if worker is not None:
+            worker.signal(signal.SIGWINCH)
+
+    def disk_fds(self) -> dict[str, int]:
+        """By disk id: the descriptions that hold the locks."""
+        return {name: disk.image for name, disk in self._disks.items() if disk.image is not None}
+
+    async def counters(self) -> dict[str, Any]:
+        """Counters of every disk of ours, by device id."""
+        answers: dict[str, Any] = {}
+        for name, disk in self._disks.items():
+            if disk.backend is not None and disk.backend.process is not None:
+                answers[name] = await disk.backend.process.call("stats")
+        return answers
+
+    # End ---------------------------------------------------------------------------------------------------------
+
+    def keep_names(self) -> None:
+        """The guest runs elsewhere, and its destination has bound the consoles' paths anew."""
+        for end in self._ends:
+            end.unlink = False
+
+    async def close(self) -> None:
+        """End vCPUs, then workers. Idempotent."""
+        if self._stop():
+            await gather(self._reactor, *(backend.close() for backend in self._backends))
+            self._let_go()
+
+    def abandon(self) -> None:
+        """The same without waiting: the process is about to end, or nothing but vCPUs has been started."""
+        if self._stop():
+            self._let_go()
+
+    def _stop(self) -> bool:
+        """False when that has been done before."""
+        if self._closed:
+            return False
+        self._closed = True
+        self.vcpus.close()
+        for name in self.functions:
+            self.frontend(name).close()
+        return True
+
+    def _let_go(self) -> None:
+        for function in self.functions.values():
+            function.close()
+        for disk in self._disks.values():
+            if disk.image is not None:
+                os.close(disk.image)
+        self.platform.close()
+        self._close_ends()
+
+    def _close_ends(self) -> None:
+        for end in self._ends:
+            if end.termios is not None:
+                self._context.on_terminal(end.terminal, None)
+            if end.unlink:
+                self._context.on_path(os.path.abspath(end.path), False)
+            end.close()
