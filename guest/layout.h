@@ -24,9 +24,10 @@
 #define SEL_CODE3 0x23
 #define SEL_TSS 0x30
 
-/* IOPL stays 0: a software KVM that runs ring 3 natively does not keep it, hence the bitmap. Interrupts stay off
- * until the first gate(). */
-#define RFLAGS_RING3 0x2
+/* IOPL 3, and the TSS's bitmap besides. A software KVM that runs ring 3 natively does not keep IOPL; QEMU's emulated
+ * SVM forgets the bitmap as soon as a VMM sets TR, for it wants its type "available" and KVM says "busy". Interrupts
+ * stay off until the first gate(). */
+#define RFLAGS_RING3 0x3002
 
 #define VECTOR_IRQ_FIRST 0x20
 #define VECTOR_IRQ_COUNT 0x60
