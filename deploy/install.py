@@ -41,6 +41,7 @@ PACKAGES = {
     "e2fsprogs": "mkfs.ext4",
     "iproute2": "ip",
     "socat": "socat",
+    "acpica-tools": "iasl",
 }
 
 # name -> (module, does `main` return the exit code of the program)
