@@ -40,24 +40,25 @@ for floor in "${floors[@]}"; do
 done
 [ ${#here[@]} -gt 0 ] || [ -n "$lab" ] || { echo "test: no floor can run here" >&2; exit 1; }
 
-# tests EXPRESSION PYTEST-ARGUMENT...
+chosen=("$@")
+# tests EXPRESSION OPTION...
 tests() {
   local code=0
-  "$python" -m pytest -q -m "$1" --durations=15 "${@:2}" || code=$?
+  "$python" -m pytest -q -m "$1" --durations=15 "${@:2}" "${chosen[@]}" || code=$?
   # Exit code 5: nothing was selected. With arguments of the user's own that may be meant.
-  [ "$code" -eq 5 ] && [ $# -gt 1 ] && code=0
+  [ "$code" -eq 5 ] && [ ${#chosen[@]} -gt 0 ] && code=0
   return "$code"
 }
 
 beside='' code=0
 if [ -n "$lab" ]; then
-  tests lab "$@" 2>&1 | sed -u 's/^/lab: /' &
+  tests lab -vv 2>&1 | sed -u 's/^/lab: /' &
   beside=$!
 fi
 if [ ${#here[@]} -gt 0 ]; then
   printf -v expression '%s or ' "${here[@]}"
   # By whole lines: two of these write here side by side.
-  tests "${expression% or }" "$@" 2>&1 | sed -u '' || code=$?
+  tests "${expression% or }" 2>&1 | sed -u '' || code=$?
 fi
 if [ -n "$beside" ]; then
   wait "$beside" || code=$?

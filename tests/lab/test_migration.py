@@ -6,13 +6,16 @@ deploy/demo/inside.py goes through the steps and checks each; what it reports is
 from __future__ import annotations
 
 import json
+import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.lab.lab import Lab
 
+DOCUMENT = Path(__file__).with_name("scripts") / "document.sh"
 LIMIT = 600
 HOPS = 5
 MOST_STATE = 256 << 10  # bytes: that of devices and vCPUs, without RAM
@@ -52,6 +55,18 @@ def check(report: dict[str, Any], hops: int) -> None:
 
 def kinds(report: dict[str, Any]) -> list[str]:
     return sorted(row["kind"] for row in report["processes"])
+
+
+@pytest.mark.timeout(2 * LIMIT)
+def test_the_documents_four_commands_in_a_script(lab: Lab) -> None:
+    """Nothing but the commands, a shell, and what it can see."""
+    done = lab.run(DOCUMENT.read_text(), limit=LIMIT).must_succeed()
+    assert done.stdout.splitlines() == ["send 0", "receive 0", "source 0", "state Running", "destination 0"]
+    source, destination = ((done.out / name).read_text(errors="replace") for name in ("source", "destination"))
+    assert "not equal" not in source + destination
+    first, second = (re.findall(r"boot=([0-9a-f-]{36})", said) for said in (source, destination))
+    assert len(first) == len(second) == 1
+    assert first == second
 
 
 @pytest.mark.timeout(2 * LIMIT)
