@@ -4,7 +4,7 @@
       make_functions()            one PCI function per device; images opened and locked, foreign back ends dialled
       load_payload()              at boot: kernel, tables, the state at the first instruction
       set_cpuid()                 of a VM that arrives
-      bring_up()                  the workers, side by side; `ready` is set when all are connected
+      start_workers(), bring_up() the workers, side by side: beside a guest that runs, or before it may run
     close(), abandon()            everything of it is let go, whichever of the above were done
 
 Living (pause, save, load, leave) is vm.py's.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from controller import disks
-from controller.backends import Backend
+from controller.backends import Backend, BackendState
 from controller.config.cli import Seccomp
 from controller.config.identity import CONSOLE_ID, RNG_ID
 from controller.config.model import ConsoleMode, DiskConfig, VmConfig
@@ -40,12 +40,13 @@ from controller.vhost_frontend import Frontend, dial
 from controller.vhost_user_device import FOREIGN_BLOCK, VhostUserDevice
 from shared import log
 from shared.chardev import HostEnd, open_host_end
-from shared.errors import FlotillaError
+from shared.errors import FlotillaError, WorkerError
 from shared.memory import GuestMemory
-from shared.reactor import Event, Reactor, describe, gather
+from shared.reactor import Reactor, describe, gather
 from vcpu_worker.state import set_cpuid
 
 REDIAL_SECONDS = 5.0
+WORKER_SECONDS = 30.0
 CONSOLE_WORKER = "console"
 
 
@@ -86,7 +87,6 @@ class Assembly:
         self._context = context
         self._reactor = context.reactor
         self._closed = False
-        self.ready = Event()
         self._backends: list[Backend] = []
         self._ends: list[HostEnd] = []
         self._disks: dict[str, Disk] = {}
@@ -120,15 +120,16 @@ class Assembly:
         plans = []
         if self._console_end is not None:
             frontend = Frontend(self._reactor, memory, CONSOLE_ID)
-            console = console_device(self._reactor, frontend, config.console.id or CONSOLE_ID, self.ready)
+            console = console_device(self._reactor, frontend, config.console.id or CONSOLE_ID)
             plans.append(self._plan("console", console, config.console.pci_device_id))
         for number, disk in enumerate(config.disks):
             device = await self._disk(disk, number == 0, images)
             plans.append(self._plan("disk", device, disk.pci_device_id))
         frontend = Frontend(self._reactor, memory, RNG_ID)
-        rng = rng_device(self._reactor, frontend, config.rng.id or RNG_ID, self.ready)
+        rng = rng_device(self._reactor, frontend, config.rng.id or RNG_ID)
         plans.append(self._plan("rng", rng, config.rng.pci_device_id))
         build([self.platform.segment], plans, tree)
+        self._make_backends()
 
     def _plan(self, kind: str, device: VhostUserDevice, slot: int | None) -> Plan:
         platform = self.platform
@@ -149,7 +150,7 @@ class Assembly:
             return await VhostUserDevice.attach(self._reactor, frontend, disk.id, FOREIGN_BLOCK, sizes)
         image = images[disk.id] if disk.id in images else disks.open_image(disk, first)
         self._disks[disk.id] = Disk(disk, image, frontend)
-        device = disk_device(self._reactor, frontend, disk, image, self.ready)
+        device = disk_device(self._reactor, frontend, disk, image)
         device.extra["disk_path"] = disk.path or ""
         return device
 
@@ -202,27 +203,14 @@ class Assembly:
 
     # Workers -----------------------------------------------------------------------------------------------------
 
-    def start_workers(self) -> None:
-        """bring_up() beside a guest that runs already."""
-        self._reactor.spawn(self.bring_up(), "workers")
-
-    async def bring_up(self) -> None:
-        """Start every worker side by side. Devices that the driver activates earlier wait for `ready`."""
-        starts = [self._start_console()]
-        starts += [self._start_disk(disk) for disk in self._disks.values()]
-        await gather(self._reactor, *starts)
-        self.ready.set()
-
-    async def _start_disk(self, disk: Disk) -> None:
-        if disk.image is not None:
-            disk.backend = disks.backend(
-                self._reactor, self._context.fleet, disk.config, disk.frontend, disk.image
-            )
-            self._backends.append(disk.backend)
-            await disk.backend.start()
-
-    async def _start_console(self) -> None:
-        """virtio-console and virtio-rng share one process."""
+    def _make_backends(self) -> None:
+        """One for each disk of ours, and one for console and rng, which share a process."""
+        for disk in self._disks.values():
+            if disk.image is not None:
+                disk.backend = disks.backend(
+                    self._reactor, self._context.fleet, disk.config, disk.frontend, disk.image
+                )
+                self._backends.append(disk.backend)
         frontends: dict[str, Frontend] = {"rng": self.frontend(self.config.rng.id or RNG_ID)}
         fds: dict[str, int] = {}
         spec: dict[str, Any] = {"rng": {"src": self.config.rng.src}}
@@ -232,9 +220,28 @@ class Assembly:
             spec["console"] = {"mode": end.mode.value, "path": end.path}
             fds = {f"console.{role}": os.dup(fd) for role, fd in end.fds.items()}
         worker = WorkerSpec("console", CONSOLE_WORKER, "console_worker.__main__", "worker", spec)
-        backend = Backend(self._reactor, self._context.fleet, worker, frontends, fds)
-        self._backends.append(backend)
-        await backend.start()
+        self._backends.append(Backend(self._reactor, self._context.fleet, worker, frontends, fds))
+
+    def start_workers(self) -> None:
+        """Beside a guest that runs already: a device whose worker can't start waits until it can."""
+        for backend in self._backends:
+            self._reactor.spawn(backend.start_for_good(), f"start {backend.name}")
+
+    async def bring_up(self) -> None:
+        """All workers, before anything runs. Raises FlotillaError when one can't start."""
+        await gather(self._reactor, *(backend.start() for backend in self._backends))
+
+    async def wait_serving(self) -> None:
+        """Until every device has its worker. Raises WorkerError that names device and reason, within WORKER_SECONDS."""
+        await gather(self._reactor, *(backend.wait_serving(WORKER_SECONDS) for backend in self._backends))
+
+    def absence(self) -> WorkerError | None:
+        """The error that names a worker which does not serve now."""
+        return next((b.absence() for b in self._backends if b.state is not BackendState.SERVING), None)
+
+    def describe_workers(self) -> list[dict[str, Any]]:
+        """Rows of `vmm.fleet` for workers that do not serve now."""
+        return [row for backend in self._backends if (row := backend.row()) is not None]
 
     def frontend(self, device_id: str) -> Frontend:
         device = self.functions[device_id].device
@@ -289,6 +296,8 @@ class Assembly:
     def abandon(self) -> None:
         """The same without waiting: the process is about to end, or nothing but vCPUs has been started."""
         if self._stop():
+            for backend in self._backends:
+                backend.abandon()
             self._let_go()
 
     def _stop(self) -> bool:

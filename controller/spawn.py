@@ -16,6 +16,9 @@ from shared.reactor import Lock, Reactor, readable
 
 MAX_ANSWER = 4096
 SPAWN_SECONDS = 30.0
+# The name of the descriptor on which a worker that can't go on says why, in at most so many bytes.
+LAST_WORDS = "last-words"
+LAST_WORDS_BYTES = 1024
 
 
 def interpreter(code: str, *arguments: str) -> list[str]:

@@ -22,17 +22,18 @@ from typing import Any
 
 from controller.assembly import Assembly, VmContext
 from controller.config.hostfiles import check_files, detect_image_types
-from controller.config.identity import assign_ids
+from controller.config.identity import CONSOLE_ID, assign_ids
 from controller.config.model import VmConfig
 from controller.machine.cpuid import CpuidEntry
 from shared import log
-from shared.errors import FlotillaError, ProtocolError
+from shared.errors import FlotillaError, ProtocolError, Timeout, WorkerLost
 from shared.memory import GuestMemory
-from shared.reactor import gather
+from shared.reactor import describe, gather, within
 from vcpu_worker.process import Vcpu
 from vcpu_worker.state import VcpuCodec, share_tsc_offset, tell_paused
 
 STATE_VERSION = 1
+RESUME_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +122,14 @@ class Vm:
 
     # Pause and resume --------------------------------------------------------------------------------------------
 
+    async def wait_serving(self) -> None:
+        """Until every device has its worker. Raises WorkerError that names device and reason, within a bounded time."""
+        await self._made.wait_serving()
+
     async def pause(self) -> dict[str, float]:
         """Stop the guest; milliseconds per step. Raises FlotillaError with the guest running again."""
         timings: dict[str, float] = {}
-        await self._made.ready.wait()
+        await self.wait_serving()
         began = time.monotonic()
         await self._vcpus.pause()
         timings["vcpus"] = _since(began)
@@ -135,8 +140,11 @@ class Vm:
             await gather(self._reactor, *(self._made.frontend(name).stop() for name in self._functions))
             if console := self._made.console:
                 await console.call("quiesce")  # rings are not all it has: it reads the terminal
-        except FlotillaError:
+        except FlotillaError as error:
+            absent = self._made.absence()
             await self.resume()
+            if absent is not None:
+                raise absent from error
             raise
         timings["workers"] = _since(began)
         return timings
@@ -144,9 +152,7 @@ class Vm:
     async def resume(self) -> None:
         """Go on after pause(). The clock first: a vCPU that sees it jump afterwards gets confused."""
         self._platform.kvm_vm.set_clock(self._still.clock)
-        await gather(self._reactor, *(self._made.frontend(name).resume() for name in self._functions))
-        if console := self._made.console:
-            await console.call("resume")
+        await gather(self._reactor, *(self._resume_device(name) for name in self._functions))
         self._platform.release_serial()
         for function in self._functions.values():
             function.signal_all()
@@ -154,6 +160,15 @@ class Vm:
             tell_paused(vcpu.fd)
         self._standstill = None
         self._vcpus.resume()
+
+    async def _resume_device(self, name: str) -> None:
+        """A worker that died meanwhile must not keep the guest: whenever its successor comes up, it runs."""
+        try:
+            await within(self._reactor, RESUME_SECONDS, self._made.frontend(name).resume(), f"{name}: its rings")
+            if (console := self._made.console) and name == (self.config.console.id or CONSOLE_ID):
+                await console.call("resume")
+        except (Timeout, WorkerLost) as error:
+            log.warn(f"{name}: {describe(error)}; the guest goes on and waits for its device")
 
     @property
     def _still(self) -> Standstill:
@@ -244,8 +259,9 @@ class Vm:
     def device_tree(self) -> dict[str, Any]:
         return self._platform.segment.device_tree()
 
-    def describe_vcpus(self) -> list[dict[str, Any]]:
-        return self._vcpus.describe()
+    def describe(self) -> list[dict[str, Any]]:
+        """Rows of `vmm.fleet` that the fleet does not know: vCPUs, and workers that do not serve."""
+        return self._vcpus.describe() + self._made.describe_workers()
 
     async def counters(self) -> dict[str, Any]:
         """Counters of every disk of ours, by device id."""

@@ -126,6 +126,11 @@ class Vmm:
     def remote(self, *words: str, timeout: float = SECONDS) -> subprocess.CompletedProcess[str]:
         return run_remote("--api-socket", str(self.api), *words, timeout=timeout)
 
+    def start_remote(self, *words: str) -> subprocess.Popen[bytes]:
+        """A request that takes its time; the caller waits for it."""
+        command = [sys.executable, "-c", REMOTE, "--api-socket", str(self.api), *words]
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment())
+
     def ask(self, *words: str) -> Any:
         """A request that must succeed; its JSON, if any."""
         done = self.remote(*words)

@@ -167,7 +167,7 @@ def test_create_boot_delete_through_the_api(tmp_path):
         vmm.expect("tick 1")
         before = len(vmm.output)
         vmm.ask("reboot")
-        vmm.expect("tick 1 ", since=before)
+        vmm.expect(r"probe: up(?s:.*)tick \d", since=before)
         vmm.ask("delete")
         assert vmm.remote("info").returncode == 1
         assert vmm.ask("ping")["version"]
