@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +82,11 @@ class Assembly:
         *,
         memory: GuestMemory | None = None,
         cpuid: list[CpuidEntry] | None = None,
+        images: dict[str, int] | None = None,
     ) -> None:
-        """`memory` and `cpuid` belong to a VM that arrives; it keeps what it was born with."""
+        """Of a VM that arrives: its RAM, the CPUID it was born with, and by disk id the open descriptions of its
+        images. Memory and images belong to the assembly from the call on. Raises FlotillaError; nothing is left then.
+        """
         self.config = config
         self._context = context
         self._reactor = context.reactor
@@ -90,16 +94,20 @@ class Assembly:
         self._backends: list[Backend] = []
         self._ends: list[HostEnd] = []
         self._disks: dict[str, Disk] = {}
+        self._images = images or {}  # those that have not become a disk yet
         self.functions: dict[str, VirtioPci] = {}
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._close_images)
+            undo.callback(self._close_ends)  # a user's terminal is raw by now, and nobody else knows how it was
+            if memory is not None:
+                undo.callback(memory.close)
             serial_end = self._open_end(config.serial)
             self._console_end = self._open_end(config.console)
             self.platform = Platform(self._reactor, config, self._guest_event, serial_end, memory, cpuid)
+            undo.callback(self.platform.close)
             platform = self.platform
             self.vcpus = Vcpus(self._reactor, platform.kvm_vm, platform.pages, platform.apic_ids, platform)
-        except BaseException:
-            self._close_ends()  # a user's terminal is raw by now, and nobody else knows how it was
-            raise
+            undo.pop_all()
 
     def _open_end(self, device: Any) -> HostEnd | None:
         if device.mode is ConsoleMode.OFF:
@@ -114,8 +122,11 @@ class Assembly:
 
     # Functions ---------------------------------------------------------------------------------------------------
 
-    async def make_functions(self, images: dict[str, int], tree: dict[str, Any] | None) -> None:
-        """Make the PCI functions. `images` are open descriptions of disks that came with a VM, `tree` its places."""
+    async def make_functions(self, tree: dict[str, Any] | None = None) -> None:
+        """Make the PCI functions and what starts their workers. `tree`: the places of a VM that arrives.
+
+        Raises FlotillaError, OSError; close() takes what has been made.
+        """
         config, memory = self.config, self.platform.memory
         plans = []
         if self._console_end is not None:
@@ -123,7 +134,7 @@ class Assembly:
             console = console_device(self._reactor, frontend, config.console.id or CONSOLE_ID)
             plans.append(self._plan("console", console, config.console.pci_device_id))
         for number, disk in enumerate(config.disks):
-            device = await self._disk(disk, number == 0, images)
+            device = await self._disk(disk, number == 0)
             plans.append(self._plan("disk", device, disk.pci_device_id))
         frontend = Frontend(self._reactor, memory, RNG_ID)
         rng = rng_device(self._reactor, frontend, config.rng.id or RNG_ID)
@@ -138,7 +149,7 @@ class Assembly:
         self.functions[device.device_id] = function
         return Plan(kind, function, slot=slot)
 
-    async def _disk(self, disk: DiskConfig, first: bool, images: dict[str, int]) -> VhostUserDevice:
+    async def _disk(self, disk: DiskConfig, first: bool) -> VhostUserDevice:
         assert disk.id is not None
         frontend = Frontend(self._reactor, self.platform.memory, disk.id, own=not disk.vhost_user)
         if disk.vhost_user:
@@ -148,7 +159,7 @@ class Assembly:
             await frontend.connect(await dial(self._reactor, disk.vhost_socket))
             sizes = (disk.queue_size,) * disk.num_queues
             return await VhostUserDevice.attach(self._reactor, frontend, disk.id, FOREIGN_BLOCK, sizes)
-        image = images[disk.id] if disk.id in images else disks.open_image(disk, first)
+        image = self._images.pop(disk.id) if disk.id in self._images else disks.open_image(disk, first)
         self._disks[disk.id] = Disk(disk, image, frontend)
         device = disk_device(self._reactor, frontend, disk, image)
         device.extra["disk_path"] = disk.path or ""
@@ -218,7 +229,7 @@ class Assembly:
         if end is not None:
             frontends["console"] = self.frontend(self.config.console.id or CONSOLE_ID)
             spec["console"] = {"mode": end.mode.value, "path": end.path}
-            fds = {f"console.{role}": os.dup(fd) for role, fd in end.fds.items()}
+            fds = {f"console.{role}": fd for role, fd in end.fds.items()}
         worker = WorkerSpec("console", CONSOLE_WORKER, "console_worker.__main__", "worker", spec)
         self._backends.append(Backend(self._reactor, self._context.fleet, worker, frontends, fds))
 
@@ -308,6 +319,8 @@ class Assembly:
         self.vcpus.close()
         for name in self.functions:
             self.frontend(name).close()
+        for disk in self._disks.values():  # a foreign back end may be connected and not a function yet
+            disk.frontend.close()
         return True
 
     def _let_go(self) -> None:
@@ -316,8 +329,14 @@ class Assembly:
         for disk in self._disks.values():
             if disk.image is not None:
                 os.close(disk.image)
+        self._close_images()
         self.platform.close()
         self._close_ends()
+
+    def _close_images(self) -> None:
+        for image in self._images.values():
+            os.close(image)
+        self._images = {}
 
     def _close_ends(self) -> None:
         for end in self._ends:

@@ -23,7 +23,7 @@ from typing import Any
 from controller.fleet import Fleet, Process, ProcessState, WorkerSpec
 from controller.vhost_frontend import Frontend
 from shared import log
-from shared.errors import FlotillaError, Timeout, WorkerError, WorkerLost
+from shared.errors import FlotillaError, HostError, Timeout, WorkerError, WorkerLost
 from shared.reactor import Event, Reactor, describe, sleep, within
 
 # A worker that lived this long has earned an immediate restart.
@@ -53,12 +53,12 @@ class Backend:
         frontends: Mapping[str, Frontend],
         fds: Mapping[str, int],
     ) -> None:
-        """`fds` are given to every incarnation and belong to this object from now on."""
+        """Duplicates of `fds` are kept and given to every incarnation. Raises HostError."""
         self._reactor = reactor
         self._fleet = fleet
         self._spec = spec
         self._frontends = dict(frontends)
-        self._fds = dict(fds)
+        self._fds: dict[str, int] = {}
         self._closing = False
         self._starting = False
         self._settled = Event()  # the state is SERVING or FAILED
@@ -70,6 +70,12 @@ class Backend:
         self.state = BackendState.STARTING
         self.reason = ""  # why the last attempt came to nothing
         self.process: Process | None = None
+        try:
+            for name, fd in fds.items():
+                self._fds[name] = os.dup(fd)
+        except OSError as error:
+            self._close_fds()
+            raise HostError(f"{self.name}: {error.strerror}") from error
         for frontend in self._frontends.values():
             frontend.on_lost = self._hung_up
 

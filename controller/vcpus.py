@@ -51,7 +51,15 @@ class Vcpus:
         self._reactor = reactor
         self._machine = machine
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.all = [Vcpu(vm, pages, index, apic_id, self._event_fd) for index, apic_id in enumerate(apic_ids)]
+        self.all: list[Vcpu] = []
+        try:
+            for index, apic_id in enumerate(apic_ids):
+                self.all.append(Vcpu(vm, pages, index, apic_id, self._event_fd))
+        except BaseException:
+            for vcpu in self.all:
+                vcpu.close()
+            os.close(self._event_fd)
+            raise
         self._spawned = [0.0] * len(self.all)
         self._parking: Future[None] | None = None
         self._closing = False

@@ -71,7 +71,7 @@ class Vm:
         config = detect_image_types(assign_ids(config))
         made = Assembly(context, config)
         try:
-            await made.make_functions({}, None)
+            await made.make_functions()
             made.load_payload()
             vm = cls(context, made)
             made.vcpus.start()
@@ -91,7 +91,10 @@ class Vm:
         images: dict[str, int],
         info: dict[str, Any],
     ) -> Vm:
-        """A VM that arrives: RAM from the peer's memfds, workers up and connected, vCPU processes parked."""
+        """A VM that arrives: RAM from the peer's memfds, workers up and connected, vCPU processes parked.
+
+        The descriptors belong to this call, also if it raises (FlotillaError): nothing is left behind then.
+        """
         from controller.config.codec import from_json
         from controller.config.validate import validate
         from controller.machine.cpuid import check_compatible
@@ -99,6 +102,7 @@ class Vm:
         try:
             vm_config = from_json(config, strict=False)
             validate(vm_config)
+            cpuid, tree = _build_info(info)
             memory = GuestMemory.attach(
                 (gpa, size, fd, offset, slot) for (gpa, size, offset, slot), fd in zip(parts, ram_fds, strict=True)
             )
@@ -106,10 +110,9 @@ class Vm:
             for fd in (*ram_fds, *images.values()):
                 os.close(fd)
             raise
-        cpuid = [CpuidEntry(*entry) for entry in info["cpuid"]]
-        made = Assembly(context, vm_config, memory=memory, cpuid=cpuid)
+        made = Assembly(context, vm_config, memory=memory, cpuid=cpuid, images=images)
         try:
-            await made.make_functions(images, info["device_tree"])
+            await made.make_functions(tree)
             check_compatible(cpuid, made.platform.host_cpuid())
             made.set_cpuid()
             vm = cls(context, made)
@@ -281,6 +284,18 @@ class Vm:
     def abandon(self) -> None:
         """destroy() without waiting: the process is about to end."""
         self._made.abandon()
+
+
+def _build_info(info: dict[str, Any]) -> tuple[list[CpuidEntry], dict[str, Any]]:
+    """What a peer's build_info() says. Raises ProtocolError."""
+    cpuid, tree = info.get("cpuid"), info.get("device_tree")
+    width = len(CpuidEntry._fields)
+    if not isinstance(tree, dict) or not isinstance(cpuid, list):
+        raise ProtocolError("build info: cpuid and device_tree are needed")
+    for entry in cpuid:
+        if not isinstance(entry, list) or len(entry) != width or not all(type(word) is int for word in entry):
+            raise ProtocolError(f"build info: cpuid: an entry is {width} numbers")
+    return [CpuidEntry(*entry) for entry in cpuid], tree
 
 
 def _since(began: float) -> float:

@@ -63,13 +63,20 @@ class Exit(NamedTuple):
 
 
 class Vcpu:
-    """`index` is the vCPU's number, `apic_id` its KVM id. Owns the vCPU fd and the kvm_run mapping."""
+    """`index` is the vCPU's number, `apic_id` its KVM id. Owns vCPU fd and kvm_run mapping. Raises HostError."""
 
     def __init__(self, vm: kvm.KvmVm, pages: StatePages, index: int, apic_id: int, event_fd: int) -> None:
         self.index = index
-        self.fd = vm.create_vcpu(apic_id)
         self.page: VcpuPage = pages.vcpu(index)
-        self._run_map = mmap.mmap(self.fd, vm.kvm.vcpu_mmap_size())
+        try:
+            self.fd = vm.create_vcpu(apic_id)
+        except OSError as error:
+            raise HostError(f"vcpu{index}: KVM made no vCPU: {error.strerror}") from error
+        try:
+            self._run_map = mmap.mmap(self.fd, vm.kvm.vcpu_mmap_size())
+        except OSError as error:
+            os.close(self.fd)
+            raise HostError(f"vcpu{index}: its state page can't be mapped: {error.strerror}") from error
         self._run_view = memoryview(self._run_map)
         self.run = kvm.kvm_run.from_buffer(self._run_map)
         # Nothing is pending in a vCPU that has never run.

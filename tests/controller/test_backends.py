@@ -76,6 +76,7 @@ def test_worker_that_can_not_start_fails_after_a_few_tries_with_its_reason(rig: 
 def test_who_needs_a_worker_that_can_not_start_is_told_device_and_reason(rig: Rig, tmp_path: Path) -> None:
     image = os.open(tmp_path, os.O_RDONLY)  # a folder is no disk
     backend = rig.disk(image)
+    os.close(image)
     task = rig.reactor.spawn(backend.start_for_good())
     with pytest.raises(WorkerError, match=r"_disk0: no worker serves it: .*neither a file nor a block device"):
         rig.run(backend.wait_serving(SECONDS))
@@ -85,7 +86,9 @@ def test_who_needs_a_worker_that_can_not_start_is_told_device_and_reason(rig: Ri
 def test_worker_that_can_not_start_is_tried_again_until_it_can(rig: Rig, tmp_path: Path) -> None:
     path = tmp_path / "disk.raw"
     path.write_bytes(b"")  # not one sector
-    backend = rig.disk(os.open(path, os.O_RDWR))
+    image = os.open(path, os.O_RDWR)
+    backend = rig.disk(image)
+    os.close(image)
     task = rig.reactor.spawn(backend.start_for_good())
     rig.until(lambda: backend.state is BackendState.FAILED)
     path.write_bytes(bytes(4096))
