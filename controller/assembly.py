@@ -106,7 +106,9 @@ class Assembly:
             self.platform = Platform(self._reactor, config, self._guest_event, serial_end, memory, cpuid)
             undo.callback(self.platform.close)
             platform = self.platform
-            self.vcpus = Vcpus(self._reactor, platform.kvm_vm, platform.pages, platform.apic_ids, platform)
+            self.vcpus = Vcpus(
+                self._reactor, platform.kvm_vm, platform.pages, platform.apic_ids, platform, context.seccomp
+            )
             undo.pop_all()
 
     def _open_end(self, device: Any) -> HostEnd | None:

@@ -32,7 +32,7 @@ from vcpu_worker.layout import (
     VcpuStart,
     library,
 )
-from vcpu_worker.seccomp import vcpu_filter
+from vcpu_worker.seccomp import Forbidden, vcpu_filter
 
 STACK_SIZE = 64 << 10
 KICK_SIGNAL = signal.SIGRTMIN
@@ -65,7 +65,16 @@ class Exit(NamedTuple):
 class Vcpu:
     """`index` is the vCPU's number, `apic_id` its KVM id. Owns vCPU fd and kvm_run mapping. Raises HostError."""
 
-    def __init__(self, vm: kvm.KvmVm, pages: StatePages, index: int, apic_id: int, event_fd: int) -> None:
+    def __init__(
+        self,
+        vm: kvm.KvmVm,
+        pages: StatePages,
+        index: int,
+        apic_id: int,
+        event_fd: int,
+        forbidden: Forbidden | None = Forbidden.KILL,
+    ) -> None:
+        """`forbidden`: of its seccomp filter; None leaves the process without one."""
         self.index = index
         self.page: VcpuPage = pages.vcpu(index)
         try:
@@ -85,12 +94,12 @@ class Vcpu:
         stack = ctypes.addressof(ctypes.c_char.from_buffer(self._stack))
         # Its lowest page is a guard: an overflow is a SIGSEGV of this process, not a change in the controller's heap.
         check(libc.mprotect(ctypes.c_void_p(stack), mmap.PAGESIZE, 0), "mprotect")
-        self._seccomp = vcpu_filter()
+        self._seccomp = vcpu_filter(forbidden) if forbidden is not None else None
         self._start = VcpuStart(
             page=ctypes.addressof(self.page),
             run=ctypes.addressof(self.run),
             machine=ctypes.addressof(pages.machine),
-            seccomp=ctypes.addressof(self._seccomp),
+            seccomp=ctypes.addressof(self._seccomp) if self._seccomp is not None else 0,
             stack=stack,
             stack_size=STACK_SIZE,
             vcpu_fd=self.fd,
