@@ -389,5 +389,7 @@ class Vmm:
         if self.migration is None or self.migration.progress()["state"] != "ongoing":
             raise StateError("No migration is under way")
         self.migration.cancel()
+        if waits_for := self.migration.progress().get("waits_for"):
+            raise StateError(f"Too late to cancel: {waits_for}")
 
 
