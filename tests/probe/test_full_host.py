@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,37 @@ def test_destination_with_a_full_dev_shm_refuses_and_can_receive_again(tmp_path:
         assert receive.wait(30) == 1
         source.more("rng ok ")
         os.unlink(shm / "filler")
+        receive = destination.start_remote("receive-migration", f"unix:{path}")
+        poll(path.exists)
+        source.ask("send-migration", "--local", f"unix:{path}")
+        assert receive.wait(30) == 0
+        destination.expect("rng ok ")
+
+
+@pytest.mark.parametrize("room", [1, 5, 9, 14, 20])
+def test_destination_that_runs_out_of_descriptors_refuses_and_can_receive_again(tmp_path: Path, room: int) -> None:
+    """At different steps: its agent, the peer's descriptors, a device's image, memory, vCPUs, workers."""
+    path, disk = tmp_path / "sock", tmp_path / "disk.raw"
+    disk.write_bytes(bytes(MIB))
+    with (
+        Vmm.guest(tmp_path, "mode=rng", "--disk", f"path={disk}", name="one") as source,
+        Vmm(tmp_path, name="two") as destination,
+    ):
+        source.expect("rng ok 1")
+        source.wait_api()
+        destination.wait_api()
+        receive = destination.start_remote("receive-migration", f"unix:{path}", stderr=subprocess.PIPE)
+        poll(path.exists)
+        pid = destination.process.pid
+        highest = max(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (highest + room, hard))
+        assert source.remote("send-migration", "--local", f"unix:{path}").returncode == 1
+        _, reason = receive.communicate(timeout=30)
+        assert receive.returncode == 1
+        assert b"Too many open files" in reason or b"descriptors were lost" in reason, reason
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        source.more("rng ok ")
         receive = destination.start_remote("receive-migration", f"unix:{path}")
         poll(path.exists)
         source.ask("send-migration", "--local", f"unix:{path}")
