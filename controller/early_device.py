@@ -12,6 +12,7 @@ from controller.vhost_frontend import Frontend
 from controller.vhost_user_device import BLOCK as BLOCK_KIND
 from controller.vhost_user_device import CONSOLE, CONSOLE_CONFIG, RNG, DeviceKind, VhostUserDevice
 from shared import virtio_blk
+from shared.disk_geometry import measure
 from shared.errors import HostError
 from shared.reactor import Reactor
 
@@ -47,15 +48,15 @@ def disk_device(reactor: Reactor, frontend: Frontend, disk: DiskConfig, image: i
     """A disk of ours. Raises HostError when the image can't be asked for its size."""
     assert disk.id is not None
     try:
-        geometry = virtio_blk.geometry(image)
+        geometry = measure(image, readonly=disk.readonly, direct=disk.direct)
     except OSError as error:
         raise HostError(f"--disk path={disk.path}: {error.strerror}") from error
-    features = virtio_blk.features(geometry, readonly=disk.readonly, sparse=disk.sparse, num_queues=disk.num_queues)
+    features = virtio_blk.features(geometry, num_queues=disk.num_queues, sparse=disk.sparse)
     config = virtio_blk.config_space(
-        geometry, features, num_queues=disk.num_queues, queue_size=disk.queue_size
+        geometry, num_queues=disk.num_queues, queue_size=disk.queue_size, sparse=disk.sparse
     )
     sizes = (disk.queue_size,) * disk.num_queues
-    return EarlyDevice(reactor, frontend, disk.id, BLOCK_KIND, sizes, features, config)
+    return EarlyDevice(reactor, frontend, disk.id, BLOCK_KIND, sizes, features, config.pack())
 
 
 def console_device(reactor: Reactor, frontend: Frontend, device_id: str) -> EarlyDevice:
