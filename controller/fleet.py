@@ -98,6 +98,18 @@ def pss_kib(pid: int) -> int:
     return 0
 
 
+def row(kind: str, device: str, pid: int, state: str, restarts: int) -> dict[str, Any]:
+    """Of `vmm.fleet`. PSS in KiB."""
+    return {
+        "kind": kind,
+        "device": device,
+        "pid": pid,
+        "state": str(state),
+        "restarts": restarts,
+        "pss_kib": pss_kib(pid),
+    }
+
+
 class Fleet:
     """Starts, lists and watches processes. Restarting is policy and belongs to whoever started them."""
 
@@ -226,15 +238,11 @@ class Fleet:
             signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
 
     def describe(self) -> list[dict[str, Any]]:
-        """Rows for `vmm.fleet`: kind, device, pid, state, restarts, PSS in KiB."""
-        return [
-            {
-                "kind": process.kind,
-                "device": process.name,
-                "pid": process.pid,
-                "state": str(process.state),
-                "restarts": process.restarts,
-                "pss_kib": pss_kib(process.pid),
-            }
-            for process in self.processes
-        ]
+        """Rows for `vmm.fleet`: this process, its zygote, and every other process but the vCPUs.
+
+        The controller's PSS is that of the address space which the vCPU processes share; their rows say 0.
+        """
+        rows = [row("controller", "controller", os.getpid(), ProcessState.RUNNING, 0)]
+        if self.zygote.running:
+            rows.append(row("zygote", "zygote", self.zygote.pid, ProcessState.RUNNING, self.zygote.starts - 1))
+        return rows + [row(p.kind, p.name, p.pid, p.state, p.restarts) for p in self.processes]

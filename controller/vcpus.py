@@ -220,7 +220,7 @@ class Vcpus:
         os.close(self._event_fd)
 
     def describe(self) -> list[dict[str, Any]]:
-        """Rows for `vmm.fleet`. A vCPU shares the controller's address space: its own PSS is 0."""
+        """Rows for `vmm.fleet`. A vCPU shares the controller's address space, whose PSS is in the controller's row."""
         return [
             {
                 "kind": "vcpu",

@@ -57,8 +57,12 @@ def test_one_process_for_each_vcpu_disk_and_console(tmp_path, disk):
         vmm.wait_api()
         rows = vmm.fleet()
         kinds = sorted(row["kind"] for row in rows.values())
-        assert kinds == ["api", "blk", "console", "janitor", "vcpu", "vcpu"]
+        assert kinds == ["api", "blk", "console", "controller", "janitor", "vcpu", "vcpu", "zygote"]
         assert len({row["pid"] for row in rows.values()}) == len(rows)
+        assert rows["controller"]["pid"] == vmm.process.pid
+        # One address space, shown once: the vCPU processes are the controller's.
+        assert rows["controller"]["pss_kib"] > 0 and rows["zygote"]["pss_kib"] > 0
+        assert [rows[f"vcpu{n}"]["pss_kib"] for n in range(2)] == [0, 0]
 
 
 def test_exits_are_carried_out_exactly_once(tmp_path):
@@ -116,6 +120,18 @@ def test_a_hundred_random_kills_of_vcpu_and_blk_processes_lose_nothing(tmp_path,
         rows = vmm.fleet()
         assert rows["vcpu0"]["restarts"] + rows["_disk0"]["restarts"] >= 80
         assert b"BAD" not in vmm.output
+
+
+def test_killed_zygote_is_replaced_when_it_is_needed(tmp_path):
+    with Vmm.guest(tmp_path, "mode=rng") as vmm:
+        vmm.expect("rng ok 1")
+        vmm.wait_api()
+        zygote, console = vmm.pid_of("zygote"), vmm.pid_of("console")
+        os.kill(zygote, signal.SIGKILL)
+        os.kill(console, signal.SIGKILL)
+        row = poll(lambda: (now := vmm.fleet().get("zygote")) and now["pid"] != zygote and now)
+        assert row["restarts"] == 1
+        vmm.more("rng ok ")
 
 
 @pytest.mark.parametrize("device", ["console", "janitor", "api"])
