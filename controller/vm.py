@@ -41,6 +41,7 @@ class Standstill:
     """Of a VM whose vCPUs are out: what is to be put back before they go on."""
 
     clock: bytes  # kvm_clock_data at the moment in which the last vCPU had left
+    loaded: bool = False  # it stands still since load(): its rings have never run here
 
 
 class Vm:
@@ -153,7 +154,11 @@ class Vm:
         return timings
 
     async def resume(self) -> None:
-        """Go on after pause(). The clock first: a vCPU that sees it jump afterwards gets confused."""
+        """Go on after pause(), or after a load() that was left paused. The clock first: a vCPU that sees it jump
+        afterwards gets confused."""
+        if self._still.loaded:
+            await self.start_loaded()
+            return
         self._platform.kvm_vm.set_clock(self._still.clock)
         await gather(self._reactor, *(self._resume_device(name) for name in self._functions))
         self._platform.release_serial()
@@ -241,7 +246,7 @@ class Vm:
         platform.load_ioapic(state["platform"])
         if (console := self._made.console) and state.get("console_worker"):
             await console.call("load", **state["console_worker"])
-        self._standstill = Standstill(bytes(state["clock"]))
+        self._standstill = Standstill(bytes(state["clock"]), loaded=True)
 
     def _load_vcpu(self, vcpu: Vcpu, saved: dict[str, Any]) -> None:
         refused = self._codec.load(vcpu.fd, saved)
