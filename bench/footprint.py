@@ -28,7 +28,7 @@ CMDLINE: Final = "mode=equal,equal passes=2"
 # QEMU's microvm has no MCFG table and assigns no BARs.
 MICROVM_WORDS: Final = "ecam=0xe0000000 bars=0xc0000000"
 GOAL_KIB: Final = 45 << 10
-FLEET: Final = {"api", "blk", "console", "janitor", "vcpu"}
+FLEET: Final = {"api", "blk", "console", "controller", "janitor", "vcpu", "zygote"}
 IDLE_SECONDS: Final = 1.0
 
 
@@ -105,7 +105,7 @@ def sample(folder: Path, row: report.Row, patience: float) -> list[processes.Foo
                 recorder.until(lambda heard: isinstance(heard.event, Done), patience, "end of the passes")
             except BenchError as error:
                 raise BenchError(f"{error}; stderr: {child.errors or 'empty'}") from error
-            names = {child.pid: "controller", **fleet(folder, patience)} if row.peer == "flotilla" else {}
+            names = fleet(folder, patience) if row.peer == "flotilla" else {}
             time.sleep(IDLE_SECONDS)
             return processes.footprints(child.pid, names)
     finally:

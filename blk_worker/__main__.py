@@ -13,27 +13,21 @@ import socket
 from blk_worker.backend import BlockBackend
 from blk_worker.disk import open_disk
 from blk_worker.worker import BlockWorker
-from shared import log
-from shared.errors import FlotillaError
-from shared.reactor import Reactor, describe
+from shared.reactor import Reactor
 from shared.worker import Start, serve
 
 
 def main(start: Start) -> int:
     spec = start.spec
     reactor = Reactor()
-    try:
-        disk = open_disk(
-            spec["path"], fd=start.fds.get("disk", -1), readonly=bool(spec.get("readonly")),
-            direct=bool(spec.get("direct")), serial=spec.get("serial") or "",
-        )  # fmt: skip
-        backend = BlockBackend(
-            reactor, disk, num_queues=spec.get("num_queues", 1), queue_size=spec.get("queue_size", 128),
-            sparse=bool(spec.get("sparse", True)),
-        )  # fmt: skip
-    except (FlotillaError, OSError) as error:
-        log.error(describe(error))
-        return 1
+    disk = open_disk(
+        spec["path"], fd=start.fds.get("disk", -1), readonly=bool(spec.get("readonly")),
+        direct=bool(spec.get("direct")), serial=spec.get("serial") or "",
+    )  # fmt: skip
+    backend = BlockBackend(
+        reactor, disk, num_queues=spec.get("num_queues", 1), queue_size=spec.get("queue_size", 128),
+        sparse=bool(spec.get("sparse", True)),
+    )  # fmt: skip
     worker = BlockWorker(backend)
     worker.attach(reactor, socket.socket(fileno=start.fds["vhost"]))
     try:

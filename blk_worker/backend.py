@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from blk_worker import native
-from blk_worker.config import CONFIG_SIZE, WRITEBACK_OFFSET, BlkConfig, Feature, config_of, features_of
 from blk_worker.disk import Disk
 from blk_worker.native import Flag, Kind, Step, VringError, check
 from shared import log
@@ -20,6 +19,7 @@ from shared.errors import ConfigError, ProtocolError
 from shared.reactor import Reactor, drain_eventfd
 from shared.vhost_backend import Mapping as MemoryMapping
 from shared.vhost_backend import Ring
+from shared.virtio_blk import CONFIG_SIZE, WRITEBACK_OFFSET, BlkConfig, Feature, config_space, features
 
 IO_THREADS = 16
 REPORT_SECONDS = 1.0
@@ -48,8 +48,8 @@ class BlockBackend:
         if not 2 < queue_size <= 32768 or queue_size & (queue_size - 1):
             raise ConfigError(f"disk path={disk.path}: queue_size={queue_size} is no power of two above 2")
         self.num_queues = num_queues
-        self.features = int(features_of(disk, num_queues, sparse))
-        self.config = config_of(disk, num_queues, queue_size, sparse)
+        self.features = int(features(disk.geometry, num_queues=num_queues, sparse=sparse))
+        self.config = config_space(disk.geometry, num_queues=num_queues, queue_size=queue_size, sparse=sparse)
         self.disk = disk
         self.on_broken: Callable[[int], None] = lambda index: None
         self._reactor = reactor
@@ -69,12 +69,12 @@ class BlockBackend:
     # The native device ------------------------------------------------------------------------------------------
 
     def _create(self) -> int:
-        disk, flags = self.disk, Flag(0)
-        if disk.readonly:
+        disk, image, flags = self.disk, self.disk.geometry, Flag(0)
+        if image.readonly:
             flags |= Flag.READONLY
         if disk.direct:
             flags |= Flag.DIRECT
-        if disk.block_device:
+        if image.block_device:
             flags |= Flag.BLOCK_DEVICE
         if self.features & Feature.DISCARD:
             flags |= Flag.CAN_DISCARD
@@ -82,7 +82,7 @@ class BlockBackend:
             flags |= Flag.CAN_ZERO
         config = native.blk_config(
             sectors=self.config.capacity, fd=disk.fd, flags=flags, num_queues=self.num_queues,
-            io_threads=self._io_threads, memory_align=disk.memory_align, offset_align=disk.offset_align,
+            io_threads=self._io_threads, memory_align=image.memory_align, offset_align=image.offset_align,
             id=disk.identity, writeback=self._writeback(),
         )  # fmt: skip
         device: int | None = self._native.blk_create(ctypes.byref(config))
@@ -251,10 +251,10 @@ class BlockBackend:
             config = BlkConfig.load(state["config"])
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"block device state can't be read: {error}") from error
-        if config.capacity > self.disk.sectors:
-            raise ConfigError(f"disk path={self.disk.path} has {self.disk.sectors} sectors, the guest's disk "
+        if config.capacity > self.disk.geometry.sectors:
+            raise ConfigError(f"disk path={self.disk.path} has {self.disk.geometry.sectors} sectors, the guest's disk "
                               f"{config.capacity}")  # fmt: skip
-        if self.disk.readonly and not features & Feature.RO:
+        if self.disk.geometry.readonly and not features & Feature.RO:
             raise ConfigError(f"disk path={self.disk.path} is read-only, the guest's disk is not")
         if max(1, config.num_queues) > self.num_queues:
             raise ConfigError(f"disk path={self.disk.path}: num_queues={self.num_queues}, the guest's disk has "

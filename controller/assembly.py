@@ -4,7 +4,7 @@
       make_functions()            one PCI function per device; images opened and locked, foreign back ends dialled
       load_payload()              at boot: kernel, tables, the state at the first instruction
       set_cpuid()                 of a VM that arrives
-      bring_up()                  the workers, side by side; `ready` is set when all are connected
+      start_workers(), bring_up() the workers, side by side: beside a guest that runs, or before it may run
     close(), abandon()            everything of it is let go, whichever of the above were done
 
 Living (pause, save, load, leave) is vm.py's.
@@ -15,11 +15,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from controller import disks
-from controller.backends import Backend
+from controller.backends import Backend, BackendState
 from controller.config.cli import Seccomp
 from controller.config.identity import CONSOLE_ID, RNG_ID
 from controller.config.model import ConsoleMode, DiskConfig, VmConfig
@@ -40,12 +41,13 @@ from controller.vhost_frontend import Frontend, dial
 from controller.vhost_user_device import FOREIGN_BLOCK, VhostUserDevice
 from shared import log
 from shared.chardev import HostEnd, open_host_end
-from shared.errors import FlotillaError
+from shared.errors import FlotillaError, WorkerError
 from shared.memory import GuestMemory
-from shared.reactor import Event, Reactor, describe, gather
+from shared.reactor import Reactor, describe, gather
 from vcpu_worker.state import set_cpuid
 
 REDIAL_SECONDS = 5.0
+WORKER_SECONDS = 30.0
 CONSOLE_WORKER = "console"
 
 
@@ -80,26 +82,34 @@ class Assembly:
         *,
         memory: GuestMemory | None = None,
         cpuid: list[CpuidEntry] | None = None,
+        images: dict[str, int] | None = None,
     ) -> None:
-        """`memory` and `cpuid` belong to a VM that arrives; it keeps what it was born with."""
+        """Of a VM that arrives: its RAM, the CPUID it was born with, and by disk id the open descriptions of its
+        images. Memory and images belong to the assembly from the call on. Raises FlotillaError; nothing is left then.
+        """
         self.config = config
         self._context = context
         self._reactor = context.reactor
         self._closed = False
-        self.ready = Event()
         self._backends: list[Backend] = []
         self._ends: list[HostEnd] = []
         self._disks: dict[str, Disk] = {}
+        self._images = images or {}  # those that have not become a disk yet
         self.functions: dict[str, VirtioPci] = {}
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._close_images)
+            undo.callback(self._close_ends)  # a user's terminal is raw by now, and nobody else knows how it was
+            if memory is not None:
+                undo.callback(memory.close)
             serial_end = self._open_end(config.serial)
             self._console_end = self._open_end(config.console)
             self.platform = Platform(self._reactor, config, self._guest_event, serial_end, memory, cpuid)
+            undo.callback(self.platform.close)
             platform = self.platform
-            self.vcpus = Vcpus(self._reactor, platform.kvm_vm, platform.pages, platform.apic_ids, platform)
-        except BaseException:
-            self._close_ends()  # a user's terminal is raw by now, and nobody else knows how it was
-            raise
+            self.vcpus = Vcpus(
+                self._reactor, platform.kvm_vm, platform.pages, platform.apic_ids, platform, context.seccomp
+            )
+            undo.pop_all()
 
     def _open_end(self, device: Any) -> HostEnd | None:
         if device.mode is ConsoleMode.OFF:
@@ -114,21 +124,25 @@ class Assembly:
 
     # Functions ---------------------------------------------------------------------------------------------------
 
-    async def make_functions(self, images: dict[str, int], tree: dict[str, Any] | None) -> None:
-        """Make the PCI functions. `images` are open descriptions of disks that came with a VM, `tree` its places."""
+    async def make_functions(self, tree: dict[str, Any] | None = None) -> None:
+        """Make the PCI functions and what starts their workers. `tree`: the places of a VM that arrives.
+
+        Raises FlotillaError, OSError; close() takes what has been made.
+        """
         config, memory = self.config, self.platform.memory
         plans = []
         if self._console_end is not None:
             frontend = Frontend(self._reactor, memory, CONSOLE_ID)
-            console = console_device(self._reactor, frontend, config.console.id or CONSOLE_ID, self.ready)
+            console = console_device(self._reactor, frontend, config.console.id or CONSOLE_ID)
             plans.append(self._plan("console", console, config.console.pci_device_id))
         for number, disk in enumerate(config.disks):
-            device = await self._disk(disk, number == 0, images)
+            device = await self._disk(disk, number == 0)
             plans.append(self._plan("disk", device, disk.pci_device_id))
         frontend = Frontend(self._reactor, memory, RNG_ID)
-        rng = rng_device(self._reactor, frontend, config.rng.id or RNG_ID, self.ready)
+        rng = rng_device(self._reactor, frontend, config.rng.id or RNG_ID)
         plans.append(self._plan("rng", rng, config.rng.pci_device_id))
         build([self.platform.segment], plans, tree)
+        self._make_backends()
 
     def _plan(self, kind: str, device: VhostUserDevice, slot: int | None) -> Plan:
         platform = self.platform
@@ -137,7 +151,7 @@ class Assembly:
         self.functions[device.device_id] = function
         return Plan(kind, function, slot=slot)
 
-    async def _disk(self, disk: DiskConfig, first: bool, images: dict[str, int]) -> VhostUserDevice:
+    async def _disk(self, disk: DiskConfig, first: bool) -> VhostUserDevice:
         assert disk.id is not None
         frontend = Frontend(self._reactor, self.platform.memory, disk.id, own=not disk.vhost_user)
         if disk.vhost_user:
@@ -147,9 +161,9 @@ class Assembly:
             await frontend.connect(await dial(self._reactor, disk.vhost_socket))
             sizes = (disk.queue_size,) * disk.num_queues
             return await VhostUserDevice.attach(self._reactor, frontend, disk.id, FOREIGN_BLOCK, sizes)
-        image = images[disk.id] if disk.id in images else disks.open_image(disk, first)
+        image = self._images.pop(disk.id) if disk.id in self._images else disks.open_image(disk, first)
         self._disks[disk.id] = Disk(disk, image, frontend)
-        device = disk_device(self._reactor, frontend, disk, image, self.ready)
+        device = disk_device(self._reactor, frontend, disk, image)
         device.extra["disk_path"] = disk.path or ""
         return device
 
@@ -202,27 +216,14 @@ class Assembly:
 
     # Workers -----------------------------------------------------------------------------------------------------
 
-    def start_workers(self) -> None:
-        """bring_up() beside a guest that runs already."""
-        self._reactor.spawn(self.bring_up(), "workers")
-
-    async def bring_up(self) -> None:
-        """Start every worker side by side. Devices that the driver activates earlier wait for `ready`."""
-        starts = [self._start_console()]
-        starts += [self._start_disk(disk) for disk in self._disks.values()]
-        await gather(self._reactor, *starts)
-        self.ready.set()
-
-    async def _start_disk(self, disk: Disk) -> None:
-        if disk.image is not None:
-            disk.backend = disks.backend(
-                self._reactor, self._context.fleet, disk.config, disk.frontend, disk.image
-            )
-            self._backends.append(disk.backend)
-            await disk.backend.start()
-
-    async def _start_console(self) -> None:
-        """virtio-console and virtio-rng share one process."""
+    def _make_backends(self) -> None:
+        """One for each disk of ours, and one for console and rng, which share a process."""
+        for disk in self._disks.values():
+            if disk.image is not None:
+                disk.backend = disks.backend(
+                    self._reactor, self._context.fleet, disk.config, disk.frontend, disk.image
+                )
+                self._backends.append(disk.backend)
         frontends: dict[str, Frontend] = {"rng": self.frontend(self.config.rng.id or RNG_ID)}
         fds: dict[str, int] = {}
         spec: dict[str, Any] = {"rng": {"src": self.config.rng.src}}
@@ -230,11 +231,30 @@ class Assembly:
         if end is not None:
             frontends["console"] = self.frontend(self.config.console.id or CONSOLE_ID)
             spec["console"] = {"mode": end.mode.value, "path": end.path}
-            fds = {f"console.{role}": os.dup(fd) for role, fd in end.fds.items()}
+            fds = {f"console.{role}": fd for role, fd in end.fds.items()}
         worker = WorkerSpec("console", CONSOLE_WORKER, "console_worker.__main__", "worker", spec)
-        backend = Backend(self._reactor, self._context.fleet, worker, frontends, fds)
-        self._backends.append(backend)
-        await backend.start()
+        self._backends.append(Backend(self._reactor, self._context.fleet, worker, frontends, fds))
+
+    def start_workers(self) -> None:
+        """Beside a guest that runs already: a device whose worker can't start waits until it can."""
+        for backend in self._backends:
+            self._reactor.spawn(backend.start_for_good(), f"start {backend.name}")
+
+    async def bring_up(self) -> None:
+        """All workers, before anything runs. Raises FlotillaError when one can't start."""
+        await gather(self._reactor, *(backend.start() for backend in self._backends))
+
+    async def wait_serving(self) -> None:
+        """Until every device has its worker. Raises WorkerError that names device and reason, within WORKER_SECONDS."""
+        await gather(self._reactor, *(backend.wait_serving(WORKER_SECONDS) for backend in self._backends))
+
+    def absence(self) -> WorkerError | None:
+        """The error that names a worker which does not serve now."""
+        return next((b.absence() for b in self._backends if b.state is not BackendState.SERVING), None)
+
+    def describe_workers(self) -> list[dict[str, Any]]:
+        """Rows of `vmm.fleet` for workers that do not serve now."""
+        return [row for backend in self._backends if (row := backend.row()) is not None]
 
     def frontend(self, device_id: str) -> Frontend:
         device = self.functions[device_id].device
@@ -289,6 +309,8 @@ class Assembly:
     def abandon(self) -> None:
         """The same without waiting: the process is about to end, or nothing but vCPUs has been started."""
         if self._stop():
+            for backend in self._backends:
+                backend.abandon()
             self._let_go()
 
     def _stop(self) -> bool:
@@ -299,6 +321,8 @@ class Assembly:
         self.vcpus.close()
         for name in self.functions:
             self.frontend(name).close()
+        for disk in self._disks.values():  # a foreign back end may be connected and not a function yet
+            disk.frontend.close()
         return True
 
     def _let_go(self) -> None:
@@ -307,8 +331,14 @@ class Assembly:
         for disk in self._disks.values():
             if disk.image is not None:
                 os.close(disk.image)
+        self._close_images()
         self.platform.close()
         self._close_ends()
+
+    def _close_images(self) -> None:
+        for image in self._images.values():
+            os.close(image)
+        self._images = {}
 
     def _close_ends(self) -> None:
         for end in self._ends:

@@ -1,8 +1,10 @@
 """A worker that serves one or more vhost-user devices, and its successors.
 
-    start ──▶ serving ──(killed, crashed, hung up)──▶ waiting ──fork──▶ replaying ──▶ serving
-                                                         ▲                 │ fails
-                                                         └──── back-off ◀──┘
+    start ──▶ STARTING ──▶ SERVING ──(killed, crashed, hung up)──▶ RESTARTING
+                  │         ▲   ▲                                    │  │
+                  │         │   └────────────── replayed ────────────┘  │
+                  └───── START_DELAYS are used up ──▶ FAILED ◀──────────┘
+                            └─────────── replayed ──────┘ tried again every LAST_DELAY, as long as the VM lives
 
 The guest sees nothing of it: kicks stay in the eventfds, requests that were in flight are in the inflight region. The
 pidfd has been waited for before a successor is forked, so nothing of the dead process can still write (DESIGN, fence).
@@ -15,19 +17,29 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Any
 
-from controller.fleet import Fleet, Process, WorkerSpec
+from controller.fleet import Fleet, Process, ProcessState, WorkerSpec
 from controller.vhost_frontend import Frontend
 from shared import log
-from shared.errors import FlotillaError, WorkerLost
-from shared.reactor import Reactor, describe, sleep
+from shared.errors import FlotillaError, HostError, Timeout, WorkerError, WorkerLost
+from shared.reactor import Event, Reactor, describe, sleep, within
 
 # A worker that lived this long has earned an immediate restart.
 STEADY_SECONDS = 1.0
 FIRST_DELAY, LAST_DELAY = 0.02, 2.0
 CALL_ATTEMPTS = 200
 START_DELAYS = (0.02, 0.1, 0.5)
+
+
+class BackendState(StrEnum):
+    """As `vmm.fleet` tells it."""
+
+    STARTING = "starting"
+    SERVING = "running"
+    RESTARTING = "restarting"
+    FAILED = "failed"
 
 
 class Backend:
@@ -41,18 +53,29 @@ class Backend:
         frontends: Mapping[str, Frontend],
         fds: Mapping[str, int],
     ) -> None:
-        """`fds` are given to every incarnation and belong to this object from now on."""
+        """Duplicates of `fds` are kept and given to every incarnation. Raises HostError."""
         self._reactor = reactor
         self._fleet = fleet
         self._spec = spec
         self._frontends = dict(frontends)
-        self._fds = dict(fds)
+        self._fds: dict[str, int] = {}
         self._closing = False
         self._starting = False
+        self._settled = Event()  # the state is SERVING or FAILED
+        self._idle = Event()  # no process is on its way up
+        self._idle.set()
         self._restarts = 0
         self._delay = 0.0
         self._began = 0.0
+        self.state = BackendState.STARTING
+        self.reason = ""  # why the last attempt came to nothing
         self.process: Process | None = None
+        try:
+            for name, fd in fds.items():
+                self._fds[name] = os.dup(fd)
+        except OSError as error:
+            self._close_fds()
+            raise HostError(f"{self.name}: {error.strerror}") from error
         for frontend in self._frontends.values():
             frontend.on_lost = self._hung_up
 
@@ -60,37 +83,94 @@ class Backend:
     def name(self) -> str:
         return self._spec.name
 
+    @property
+    def devices(self) -> str:
+        """Who suffers when there is no worker."""
+        return ", ".join(frontend.name for frontend in self._frontends.values()) or self.name
+
+    def _to(self, state: BackendState) -> None:
+        self.state = state
+        if state in (BackendState.SERVING, BackendState.FAILED):
+            self._settled.set()
+        else:
+            self._settled.clear()
+
+    # Coming up ---------------------------------------------------------------------------------------------------
+
     async def start(self) -> None:
         """Fork the worker and connect every front end, several times if it dies meanwhile. Raises FlotillaError."""
         self._starting = True
         try:
             for delay in (*START_DELAYS, None):
                 try:
-                    return await self._start_once()
+                    await self._attempt()
+                    self._to(BackendState.SERVING)
+                    return
                 except FlotillaError as error:
-                    await self._clear()
-                    if delay is None or self._closing:
+                    self.reason = describe(error)
+                    if self._closing:
                         raise
-                    log.warn(f"{self.name}: {describe(error)}; trying again")
+                    if delay is None:
+                        self._to(BackendState.FAILED)
+                        raise self.absence() from None
+                    log.warn(f"{self.absence()}; trying again")
                     await sleep(self._reactor, delay)
                     self._restarts += 1
         finally:
             self._starting = False
 
-    async def _start_once(self) -> None:
-        self._began = time.monotonic()
-        pairs = {name: socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for name in self._frontends}
+    async def start_for_good(self) -> None:
+        """start(), again and again until it succeeds: the guest runs, and waits for its devices."""
+        while not self._closing:
+            try:
+                await self.start()
+                return
+            except FlotillaError as error:
+                if not self._closing:
+                    log.error(f"{describe(error)}; trying again every {LAST_DELAY:g} s")
+                    await sleep(self._reactor, LAST_DELAY)
+                    self._restarts += 1
+
+    async def _attempt(self) -> None:
+        self._idle.clear()
         try:
+            await self._start_once()
+        except FlotillaError:
+            await self._clear()
+            raise
+        finally:
+            self._idle.set()
+
+    async def _start_once(self) -> None:
+        if self._closing:
+            raise WorkerLost(f"{self.devices}: the VM has ended")
+        self._began = time.monotonic()
+        pairs: dict[str, tuple[socket.socket, socket.socket]] = {}
+        try:
+            for name in self._frontends:
+                pairs[name] = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             fds = {**self._fds, **{name: theirs.fileno() for name, (_, theirs) in pairs.items()}}
-            self.process = await self._fleet.start(self._spec, fds, self._ended, self._restarts)
-            for name, frontend in self._frontends.items():
-                ours = pairs[name][0].dup()
-                ours.setblocking(False)
-                await frontend.replay(ours)
+            process = await self._fleet.fork(self._spec, fds, self._ended, self._restarts)
+            self.process = process
+            await self._connect(process, {name: ours for name, (ours, _) in pairs.items()})
+        except OSError as error:
+            raise WorkerError(f"{self.name}: {error.strerror}") from error
         finally:
             for ours, theirs in pairs.values():
                 ours.close()
                 theirs.close()
+
+    async def _connect(self, process: Process, sockets: Mapping[str, socket.socket]) -> None:
+        if not self._closing:
+            await self._fleet.greet(process)
+        for name, frontend in self._frontends.items():
+            if self._closing:
+                raise WorkerLost(f"{self.devices}: the VM has ended")
+            ours = sockets[name].dup()
+            ours.setblocking(False)
+            await frontend.replay(ours)
+        if process.state is ProcessState.ENDED:  # _ended() has left this to us
+            raise WorkerLost(process.obituary)
 
     async def _clear(self) -> None:
         """A worker that did not get as far as serving must be gone before its successor is forked."""
@@ -98,6 +178,37 @@ class Backend:
         if process is not None:
             self._fleet.kill(process)
             await process.ended.wait()
+
+    # Serving -----------------------------------------------------------------------------------------------------
+
+    async def wait_serving(self, seconds: float) -> None:
+        """Until the worker is up. Raises WorkerError, which names devices and reason: at once if it has failed for
+        now, after `seconds` if it neither comes up nor fails."""
+        try:
+            await within(self._reactor, seconds, self._settled.wait(), f"{self.devices}: a worker")
+        except Timeout as error:
+            raise self.absence() from error
+        if self.state is BackendState.FAILED:
+            raise self.absence()
+
+    def absence(self) -> WorkerError:
+        """What to tell who needs the worker while there is none."""
+        reason = self.reason or f"{self.name} is still {self.state}"
+        return WorkerError(f"{self.devices}: no worker serves it: {reason}")
+
+    def row(self) -> dict[str, Any] | None:
+        """A row of `vmm.fleet` while the worker is not serving; None while its process's own row tells everything."""
+        if self.state is BackendState.SERVING:
+            return None
+        return {
+            "kind": self._spec.kind,
+            "device": self.name,
+            "pid": self.process.pid if self.process is not None else 0,
+            "state": str(self.state),
+            "restarts": self._restarts,
+            "pss_kib": 0,
+            "reason": self.reason,
+        }
 
     async def call(self, verb: str, **arguments: Any) -> dict[str, Any]:
         """A control request; if the worker dies under it, its successor is asked. Raises WorkerError, Timeout."""
@@ -109,7 +220,7 @@ class Backend:
                 except WorkerLost:
                     log.warn(f"{self.name} died before it answered {verb}; asking its successor")
             await sleep(self._reactor, FIRST_DELAY)
-        raise WorkerLost(f"{self.name}: no worker lives long enough to answer {verb}")
+        raise WorkerLost(f"{self.name}: no worker lives long enough to answer {verb}") from self.absence()
 
     def signal(self, number: int) -> None:
         """Tell the worker something that has no verb (SIGWINCH)."""
@@ -126,6 +237,8 @@ class Backend:
         if self._closing or self._starting or process is not self.process:
             return  # start() sees to it itself
         self.process = None
+        self.reason = process.obituary
+        self._to(BackendState.RESTARTING)
         lived = time.monotonic() - self._began
         self._delay = 0.0 if lived > STEADY_SECONDS else min(max(self._delay * 2, FIRST_DELAY), LAST_DELAY)
         self._restarts += 1
@@ -134,21 +247,30 @@ class Backend:
     async def _restart(self) -> None:
         if self._delay:
             await sleep(self._reactor, self._delay)
-        while not self._closing:
-            try:
-                await self.start()
-                return
-            except FlotillaError as error:
-                log.error(f"{self.name}: no successor yet: {describe(error)}")
-                await sleep(self._reactor, LAST_DELAY)
+        await self.start_for_good()
+
+    # End ---------------------------------------------------------------------------------------------------------
 
     async def close(self) -> None:
-        """End the worker and wait for it."""
+        """End the worker and wait for it, also if it is only coming up."""
         self._closing = True
         for frontend in self._frontends.values():
             frontend.close()
-        if self.process is not None:
-            await self._fleet.stop(self.process)
+        process = self.process
+        if process is not None and process.state is ProcessState.STARTING:
+            self._fleet.kill(process)  # it answers nothing yet, and has nothing to put in order
+        elif process is not None:
+            await self._fleet.stop(process)
+        await self._idle.wait()
+        await self._clear()
+        self._close_fds()
+
+    def abandon(self) -> None:
+        """close() without waiting: no worker was started, or the fleet ends it with everything else."""
+        self._closing = True
+        self._close_fds()
+
+    def _close_fds(self) -> None:
         for fd in self._fds.values():
             os.close(fd)
         self._fds = {}

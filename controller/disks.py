@@ -54,5 +54,5 @@ def worker_spec(disk: DiskConfig) -> WorkerSpec:
 
 
 def backend(reactor: Reactor, fleet: Fleet, disk: DiskConfig, frontend: Frontend, image: int) -> Backend:
-    """The worker of a disk. `image` stays the caller's: the lock outlives every worker."""
-    return Backend(reactor, fleet, worker_spec(disk), {"vhost": frontend}, {"disk": os.dup(image)})
+    """The worker of a disk. `image` stays the caller's: the lock outlives every worker. Raises HostError."""
+    return Backend(reactor, fleet, worker_spec(disk), {"vhost": frontend}, {"disk": image})

@@ -12,15 +12,16 @@ from controller.vhost_frontend import Frontend
 from controller.vhost_user_device import BLOCK as BLOCK_KIND
 from controller.vhost_user_device import CONSOLE, CONSOLE_CONFIG, RNG, DeviceKind, VhostUserDevice
 from shared import virtio_blk
+from shared.disk_geometry import measure
 from shared.errors import HostError
-from shared.reactor import Event, Reactor
+from shared.reactor import Reactor
 
 CONSOLE_QUEUES, RNG_QUEUES = (256, 256), (256,)
 CONSOLE_PORTS = 1
 
 
 class EarlyDevice(VhostUserDevice):
-    """`ready` is set when the back end is connected for the first time."""
+    """Its features are what its worker will have."""
 
     def __init__(
         self,
@@ -29,41 +30,39 @@ class EarlyDevice(VhostUserDevice):
         device_id: str,
         kind: DeviceKind,
         queue_sizes: tuple[int, ...],
-        ready: Event,
         features: int,
         config: bytes = b"",
     ) -> None:
         super().__init__(reactor, frontend, device_id, kind, queue_sizes, config)
         self.features = features
-        self._ready = ready
 
     async def activate(self, acked_features: int, queues: tuple[Virtqueue, ...]) -> None:
-        await self._ready.wait()
+        await self.frontend.wait_connected()
         lacking = acked_features & ~self.frontend.features
         if lacking:
             raise HostError(f"{self.device_id}: its worker lacks features {lacking:#x} that the guest was offered")
         await super().activate(acked_features, queues)
 
 
-def disk_device(reactor: Reactor, frontend: Frontend, disk: DiskConfig, image: int, ready: Event) -> EarlyDevice:
+def disk_device(reactor: Reactor, frontend: Frontend, disk: DiskConfig, image: int) -> EarlyDevice:
     """A disk of ours. Raises HostError when the image can't be asked for its size."""
     assert disk.id is not None
     try:
-        geometry = virtio_blk.geometry(image)
+        geometry = measure(image, readonly=disk.readonly, direct=disk.direct)
     except OSError as error:
         raise HostError(f"--disk path={disk.path}: {error.strerror}") from error
-    features = virtio_blk.features(geometry, readonly=disk.readonly, sparse=disk.sparse, num_queues=disk.num_queues)
+    features = virtio_blk.features(geometry, num_queues=disk.num_queues, sparse=disk.sparse)
     config = virtio_blk.config_space(
-        geometry, features, num_queues=disk.num_queues, queue_size=disk.queue_size
+        geometry, num_queues=disk.num_queues, queue_size=disk.queue_size, sparse=disk.sparse
     )
     sizes = (disk.queue_size,) * disk.num_queues
-    return EarlyDevice(reactor, frontend, disk.id, BLOCK_KIND, sizes, ready, features, config)
+    return EarlyDevice(reactor, frontend, disk.id, BLOCK_KIND, sizes, features, config.pack())
 
 
-def console_device(reactor: Reactor, frontend: Frontend, device_id: str, ready: Event) -> EarlyDevice:
+def console_device(reactor: Reactor, frontend: Frontend, device_id: str) -> EarlyDevice:
     config = CONSOLE_CONFIG.replace(bytes(CONSOLE_CONFIG.size), "max_nr_ports", CONSOLE_PORTS)
-    return EarlyDevice(reactor, frontend, device_id, CONSOLE, CONSOLE_QUEUES, ready, CONSOLE.features, config)
+    return EarlyDevice(reactor, frontend, device_id, CONSOLE, CONSOLE_QUEUES, CONSOLE.features, config)
 
 
-def rng_device(reactor: Reactor, frontend: Frontend, device_id: str, ready: Event) -> EarlyDevice:
-    return EarlyDevice(reactor, frontend, device_id, RNG, RNG_QUEUES, ready, VIRTIO_F_VERSION_1)
+def rng_device(reactor: Reactor, frontend: Frontend, device_id: str) -> EarlyDevice:
+    return EarlyDevice(reactor, frontend, device_id, RNG, RNG_QUEUES, VIRTIO_F_VERSION_1)

@@ -15,15 +15,16 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from controller.spawn import Zygote
+from controller.spawn import LAST_WORDS, LAST_WORDS_BYTES, Zygote
 from shared import log
-from shared.errors import FlotillaError, WorkerLost
+from shared.errors import FlotillaError, WorkerError, WorkerLost
 from shared.reactor import Event, Reactor
 
 if TYPE_CHECKING:
     from shared.control import Channel
 
 STOP_SECONDS = 5.0
+HELLO_SECONDS = 30.0
 
 
 class ProcessState(StrEnum):
@@ -57,14 +58,32 @@ class Process:
         self.restarts = restarts
         self.state = ProcessState.STARTING
         self.exit_status: int | None = None
+        self.reason = ""  # its last words, once it has ended
+        self.last_words = -1  # where they come from
         self.channel: Channel | None = None
+        self.endpoint = ""
         self.ended = Event()
+
+    @property
+    def obituary(self) -> str:
+        """How it ended, for a message."""
+        said = f": {self.reason}" if self.reason else ""
+        return f"{self.name} (pid {self.pid}) ended with {self.exit_status}{said}"
 
     async def call(self, verb: str, timeout: float | None = 10.0, **arguments: Any) -> dict[str, Any]:
         """One request to the worker. Raises WorkerLost when it is dead or dies meanwhile."""
         if self.channel is None:
             raise WorkerLost(f"{self.name} (pid {self.pid}) has ended")
         return await self.channel.call(verb, timeout, **arguments)
+
+
+def _read_words(fd: int) -> str:
+    """One line, whatever the worker wrote: it may have been taken over."""
+    try:
+        words = os.read(fd, LAST_WORDS_BYTES)
+    except OSError:  # EAGAIN: it said nothing, and somebody else still holds the other end
+        return ""
+    return "".join(letter if letter.isprintable() else " " for letter in words.decode(errors="replace")).strip()
 
 
 def pss_kib(pid: int) -> int:
@@ -77,6 +96,18 @@ def pss_kib(pid: int) -> int:
     except OSError:
         pass
     return 0
+
+
+def row(kind: str, device: str, pid: int, state: str, restarts: int) -> dict[str, Any]:
+    """Of `vmm.fleet`. PSS in KiB."""
+    return {
+        "kind": kind,
+        "device": device,
+        "pid": pid,
+        "state": str(state),
+        "restarts": restarts,
+        "pss_kib": pss_kib(pid),
+    }
 
 
 class Fleet:
@@ -99,7 +130,15 @@ class Fleet:
     async def start(
         self, spec: WorkerSpec, fds: Mapping[str, int], on_end: Callable[[Process], None], restarts: int = 0
     ) -> Process:
-        """Fork a worker and wait for its hello. The fds stay the caller's. Raises WorkerError."""
+        """fork() and greet()."""
+        process = await self.fork(spec, fds, on_end, restarts)
+        await self.greet(process)
+        return process
+
+    async def fork(
+        self, spec: WorkerSpec, fds: Mapping[str, int], on_end: Callable[[Process], None], restarts: int = 0
+    ) -> Process:
+        """A worker that is on its way up. The fds stay the caller's. Raises WorkerError."""
         self._incarnation += 1
         endpoint = f"ipc://{self._runtime_dir}/{spec.name}.{self._incarnation}" if spec.control else ""
         request = {
@@ -111,26 +150,49 @@ class Fleet:
             "endpoint": endpoint,
             "orphan": spec.orphan,
         }
-        pid = await self.zygote.fork(self._reactor, request, fds)
+        try:
+            last_words, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise WorkerError(f"{spec.name}: {error.strerror}") from error
+        try:
+            pid = await self.zygote.fork(self._reactor, request, {**fds, LAST_WORDS: theirs})
+        except BaseException:
+            os.close(last_words)
+            raise
+        finally:
+            os.close(theirs)
         process = self.adopt(spec.kind, spec.name, pid, on_end, restarts)
-        if spec.control:
-            await self._greet(process, endpoint)
-        if process.state is ProcessState.STARTING:
-            process.state = ProcessState.RUNNING
-        log.info(f"{spec.kind} {spec.name} runs as pid {pid}")
+        process.last_words, process.endpoint = last_words, endpoint
         return process
 
-    async def _greet(self, process: Process, endpoint: str) -> None:
+    async def greet(self, process: Process) -> None:
+        """Wait for its hello. Raises WorkerLost; the process has been waited for then."""
+        if process.endpoint and process.state is not ProcessState.ENDED:
+            await self._hello(process)
+        if process.state is ProcessState.STARTING:
+            process.state = ProcessState.RUNNING
+        log.info(f"{process.kind} {process.name} runs as pid {process.pid}")
+
+    async def _hello(self, process: Process) -> None:
         from shared.control import Channel, unlink_endpoint
 
-        process.channel = Channel(self._reactor, endpoint, bind=False)
+        process.channel = Channel(self._reactor, process.endpoint, bind=False)
         try:
-            await process.call("hello", 30.0)
+            await process.call("hello", HELLO_SECONDS)
         except FlotillaError as error:
-            raise WorkerLost(f"{process.name} (pid {process.pid}) did not come up") from error
+            # A second one may only be started when nothing of this one can still write.
+            self.kill(process)
+            await process.ended.wait()
+            what = f"{process.name} (pid {process.pid}) did not come up"
+            if process.reason:
+                raise WorkerLost(f"{what}: {process.reason}") from None
+            raise WorkerLost(f"{what}: {error}") from error
+        except BaseException:
+            self.kill(process)
+            raise
         finally:
             # Both ends hold the socket now (or never will): a killed VM then leaves no name behind.
-            unlink_endpoint(endpoint)
+            unlink_endpoint(process.endpoint)
 
     def _reap(self, process: Process, on_end: Callable[[Process], None]) -> None:
         self._reactor.remove_reader(process.pidfd)
@@ -140,14 +202,17 @@ class Fleet:
         except ChildProcessError:
             process.exit_status = None
         os.close(process.pidfd)
+        if process.last_words >= 0:
+            process.reason = _read_words(process.last_words)
+            os.close(process.last_words)
         wanted = process.state is ProcessState.STOPPING
         process.state = ProcessState.ENDED
         self.processes.remove(process)
         if process.channel is not None:
-            process.channel.close(f"{process.name} (pid {process.pid}) ended with {process.exit_status}")
+            process.channel.close(process.obituary)
             process.channel = None
         level = log.info if wanted else log.warn
-        level(f"{process.kind} {process.name} (pid {process.pid}) ended with {process.exit_status}")
+        level(f"{process.kind} {process.obituary}")
         process.ended.set()
         on_end(process)
 
@@ -173,15 +238,11 @@ class Fleet:
             signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
 
     def describe(self) -> list[dict[str, Any]]:
-        """Rows for `vmm.fleet`: kind, device, pid, state, restarts, PSS in KiB."""
-        return [
-            {
-                "kind": process.kind,
-                "device": process.name,
-                "pid": process.pid,
-                "state": str(process.state),
-                "restarts": process.restarts,
-                "pss_kib": pss_kib(process.pid),
-            }
-            for process in self.processes
-        ]
+        """Rows for `vmm.fleet`: this process, its zygote, and every other process but the vCPUs.
+
+        The controller's PSS is that of the address space which the vCPU processes share; their rows say 0.
+        """
+        rows = [row("controller", "controller", os.getpid(), ProcessState.RUNNING, 0)]
+        if self.zygote.running:
+            rows.append(row("zygote", "zygote", self.zygote.pid, ProcessState.RUNNING, self.zygote.starts - 1))
+        return rows + [row(p.kind, p.name, p.pid, p.state, p.restarts) for p in self.processes]

@@ -1,12 +1,14 @@
 """The machine: KVM VM, guest RAM, buses and every device that is not a worker's, wired as Cloud Hypervisor wires them.
 
 Made by `Platform(config, …)`, at boot and for a VM that arrives alike; `save()` and `load()` carry everything but vCPUs
-and virtio devices (vm.py does those). Nothing here waits.
+and virtio devices (vm.py does those). Nothing here waits. What has been made goes onto a stack of things to close, so
+that a machine that could not be finished leaves as little behind as one that was closed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from controller.bus import Bus
@@ -35,8 +37,8 @@ from vcpu_worker.layout import StatePages, state_size
 
 
 class Platform:
-    """`cpuid` is the common list of a VM that arrives; None takes the host's. Raises KvmError, HostError,
-    ConfigError.
+    """`cpuid` is the common list of a VM that arrives; None takes the host's. `memory` belongs to the platform once
+    it is made. Raises KvmError, HostError, ConfigError; nothing that was made here is left then.
     """
 
     def __init__(
@@ -52,17 +54,32 @@ class Platform:
         self.stopped = False  # the guest has ended itself: none of its vCPUs goes on
         self._reactor = reactor
         self._tell = on_event
+        self._open = ExitStack()
+        try:
+            self._make(memory, cpuid, serial_end)
+        except BaseException:
+            self._open.close()
+            raise
+
+    def _make(
+        self, memory: GuestMemory | None, cpuid: Sequence[CpuidEntry] | None, serial_end: HostEnd | None
+    ) -> None:
+        config = self.config
         self.kvm = kvm.Kvm()
+        self._open.callback(self.kvm.close)
         self.kvm_vm = self.kvm.create_vm()
+        self._open.callback(self.kvm_vm.close)
         bits = host_phys_bits() if cpuid is None else phys_bits(cpuid) or lo.DEFAULT_MAX_PHYS_BITS
         self.layout = lo.compute(config.memory.size, bits, config.cpus.max_phys_bits)
         self.cpuid = list(cpuid) if cpuid is not None else self.host_cpuid()
         self.memory = memory if memory is not None else GuestMemory.create(config.memory.size)
+        self._open.callback(self.memory.close)
         self._set_up_kvm()
         self._pages_map = allocate(state_size(config.cpus.boot_vcpus))
         self.pages = StatePages(self._pages_map, config.cpus.boot_vcpus)
         self.routing = IrqRouting(self.kvm_vm)
         self.ioapic = Ioapic(self.routing)
+        self._open.callback(self.ioapic.close)
         self.pio, self.mmio = Bus("port"), Bus("memory")
         self.serial: Serial | None = None
         self.chardev: CharDev | None = None
@@ -101,6 +118,7 @@ class Platform:
         if self.config.serial.mode is ConsoleMode.OFF or serial_end is None:
             return
         chardev = CharDev(self._reactor, serial_end)
+        self._open.callback(chardev.close)
         serial = Serial(
             self.pages.uart,
             self.ioapic.eventfd(lo.COM1_GSI),
@@ -109,9 +127,11 @@ class Platform:
             is_full=lambda: chardev.full,
             hold_input=chardev.pause_input,
         )
+        self._open.callback(serial.close)
         chardev.on_input = serial.push_input
         chardev.on_drain = serial.output_drained
         self._reactor.add_reader(serial.tx_fd, serial.on_tx)
+        self._open.callback(self._reactor.remove_reader, serial.tx_fd)
         self.pio.register(lo.COM1_PORT, lo.COM1_SIZE, serial)
         self.serial, self.chardev = serial, chardev
 
@@ -196,13 +216,5 @@ class Platform:
         self.ioapic.load(state.get("__ioapic"))
 
     def close(self) -> None:
-        """vCPUs and workers are gone. Idempotent only once."""
-        if self.serial is not None:
-            self._reactor.remove_reader(self.serial.tx_fd)
-            self.serial.close()
-        if self.chardev is not None:
-            self.chardev.close()
-        self.ioapic.close()
-        self.kvm_vm.close()
-        self.kvm.close()
-        self.memory.close()
+        """vCPUs and workers are gone. Idempotent."""
+        self._open.close()

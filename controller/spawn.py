@@ -16,6 +16,9 @@ from shared.reactor import Lock, Reactor, readable
 
 MAX_ANSWER = 4096
 SPAWN_SECONDS = 30.0
+# The name of the descriptor on which a worker that can't go on says why, in at most so many bytes.
+LAST_WORDS = "last-words"
+LAST_WORDS_BYTES = 1024
 
 
 def interpreter(code: str, *arguments: str) -> list[str]:
@@ -44,6 +47,7 @@ class Zygote:
 
     def __init__(self) -> None:
         self.pid = 0
+        self.starts = 0
         self._lock = Lock()
         self._socket: socket.socket | None = None
 
@@ -52,9 +56,15 @@ class Zygote:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         code = "import sys; from controller.zygote import main; sys.exit(main(3, int(sys.argv[1])))"
         self.pid = exec_python(code, [str(os.getpid())], {3: theirs.fileno()})
+        self.starts += 1
         theirs.close()
         ours.setblocking(False)
         self._socket = ours
+
+    @property
+    def running(self) -> bool:
+        """As far as is known: its death is noticed at the next request."""
+        return self._socket is not None
 
     def stop(self) -> None:
         """End the zygote and reap it. It holds nothing that a SIGKILL could harm."""

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from controller.bus import Bus, Effect
+from controller.config.cli import Seccomp
 from shared import kvm, log
 from shared.errors import FlotillaError, HostError
 from shared.reactor import Future, Reactor, describe, drain_eventfd, within
 from vcpu_worker.layout import StatePages
 from vcpu_worker.process import Exit, ExitKind, Vcpu
+from vcpu_worker.seccomp import Forbidden
 
 PAUSE_SECONDS = 10.0
 # A vCPU that is killed again and again is started again and again, but not in a busy loop.
@@ -25,6 +27,12 @@ RESTART_DELAY = 0.02
 # Exit codes of vcpu.c for a process that never came as far as the guest.
 BIRTH_FAILURES = {125: "its parent thread is gone", 126: "no signals", 127: "its seccomp filter is refused"}
 MAX_STILLBORN = 5
+SECCOMP = {
+    Seccomp.TRAP: Forbidden.KILL,
+    Seccomp.ERRNO: Forbidden.ERRNO,
+    Seccomp.LOG: Forbidden.LOG,
+    Seccomp.OFF: None,
+}
 # KVM_SYSTEM_EVENT_*: 1 shutdown, 2 reset, 3 crash
 SYSTEM_EVENT_SHUTDOWN = 1
 
@@ -46,12 +54,26 @@ class Vcpus:
     """Made with the vCPU fds; start() lets them run."""
 
     def __init__(
-        self, reactor: Reactor, vm: kvm.KvmVm, pages: StatePages, apic_ids: list[int], machine: Machine
+        self,
+        reactor: Reactor,
+        vm: kvm.KvmVm,
+        pages: StatePages,
+        apic_ids: list[int],
+        machine: Machine,
+        seccomp: Seccomp,
     ) -> None:
         self._reactor = reactor
         self._machine = machine
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.all = [Vcpu(vm, pages, index, apic_id, self._event_fd) for index, apic_id in enumerate(apic_ids)]
+        self.all: list[Vcpu] = []
+        try:
+            for index, apic_id in enumerate(apic_ids):
+                self.all.append(Vcpu(vm, pages, index, apic_id, self._event_fd, SECCOMP[seccomp]))
+        except BaseException:
+            for vcpu in self.all:
+                vcpu.close()
+            os.close(self._event_fd)
+            raise
         self._spawned = [0.0] * len(self.all)
         self._parking: Future[None] | None = None
         self._closing = False
@@ -198,7 +220,7 @@ class Vcpus:
         os.close(self._event_fd)
 
     def describe(self) -> list[dict[str, Any]]:
-        """Rows for `vmm.fleet`. A vCPU shares the controller's address space: its own PSS is 0."""
+        """Rows for `vmm.fleet`. A vCPU shares the controller's address space, whose PSS is in the controller's row."""
         return [
             {
                 "kind": "vcpu",

@@ -57,7 +57,7 @@ class Frontend:
         """`own`: the back end is a worker of ours. A stranger allocates the inflight region itself."""
         self._reactor = reactor
         self._memory = memory
-        self._name = name
+        self.name = name
         self._own = own
         self._link: Link | None = None
         self._events: vu.Connection | None = None
@@ -87,6 +87,12 @@ class Frontend:
         """Whether the driver has activated the device, its rings running or stopped."""
         return self._session is not None
 
+    async def wait_connected(self) -> None:
+        """Until a back end is there for the first time, or again. Raises what give_up() was told."""
+        await self._live.wait()
+        if self._given_up is not None:
+            raise self._given_up
+
     # Connections ------------------------------------------------------------------------------------------------
 
     async def connect(self, sock: socket.socket) -> None:
@@ -101,7 +107,7 @@ class Frontend:
         """
         async with self._lock:
             self._drop()
-            link = Link(self._reactor, sock, self._name, self._lost)
+            link = Link(self._reactor, sock, self.name, self._lost)
             self._link = link
             try:
                 await self._negotiate(link)
@@ -123,7 +129,7 @@ class Frontend:
 
     def close(self) -> None:
         """Hang up and let go of everything. on_lost is not called. Idempotent."""
-        self.give_up(WorkerLost(f"{self._name}: the device was closed"))
+        self.give_up(WorkerLost(f"{self.name}: the device was closed"))
         if self._session is not None:
             self._session.close()
             self._session = None
@@ -156,7 +162,7 @@ class Frontend:
         lacking = self._session.features & ~features if self._session is not None else 0
         if lacking:
             raise HostError(
-                f"{self._name}: the new back end lacks features {lacking:#x} that the guest uses",
+                f"{self.name}: the new back end lacks features {lacking:#x} that the guest uses",
                 "start it with the options of the one before it",
             )
         queues = await self._ask_u64(link, Request.GET_QUEUE_NUM) if ProtocolFeature.MQ in protocol else 1
@@ -190,10 +196,10 @@ class Frontend:
     async def _within(self, link: Link, awaitable: Awaitable[T], what: str) -> T:
         """A back end that does not answer in time is as good as dead: the supervisor is to replace it."""
         try:
-            return await within(self._reactor, SECONDS, awaitable, f"{self._name}: vhost-user {what}")
+            return await within(self._reactor, SECONDS, awaitable, f"{self.name}: vhost-user {what}")
         except Timeout as error:
             link.fail(error)
-            raise WorkerLost(f"{self._name}: the back end does not answer") from error
+            raise WorkerLost(f"{self.name}: the back end does not answer") from error
 
     async def _on_back_end(self, action: Callable[[Link], Awaitable[T]]) -> T:
         """Carry an action out; when the back end dies under it, on its successor."""
@@ -273,7 +279,7 @@ class Frontend:
         if session is None:
             return {}
         if session.running:
-            what = f"{self._name}: stopping the rings"
+            what = f"{self.name}: stopping the rings"
             session.bases = await within(self._reactor, seconds, self._on_back_end(self._halt), what)
             session.running = False
             session.link = None
@@ -291,7 +297,7 @@ class Frontend:
             message.close_fds()
             state = VringState.unpack(message.payload)
             if state.queue != queue.index:
-                raise ProtocolError(f"{self._name}: asked for queue {queue.index}, told of {state.queue}")
+                raise ProtocolError(f"{self.name}: asked for queue {queue.index}, told of {state.queue}")
             bases[state.queue] = state.num & 0xFFFF
         return bases
 
@@ -348,7 +354,7 @@ class Frontend:
         regions = [(vu.MemoryRegion(r.gpa, r.size, r.address, r.offset), r.fd) for r in self._memory.regions]
         table, rest = regions[: vu.MAX_REGIONS], regions[vu.MAX_REGIONS :]
         if rest and ProtocolFeature.CONFIGURE_MEM_SLOTS not in self.protocol_features:
-            raise HostError(f"{self._name}: the back end takes {vu.MAX_REGIONS} memory regions, not {len(regions)}")
+            raise HostError(f"{self.name}: the back end takes {vu.MAX_REGIONS} memory regions, not {len(regions)}")
         payload = vu.pack_regions([region for region, _ in table])
         batch.add(link.tell(Request.SET_MEM_TABLE, payload, tuple(fd for _, fd in table)))
         for region, fd in rest:
@@ -411,7 +417,7 @@ class Frontend:
         caller's; one bit per 4 KiB of guest address, to be harvested by atomic exchange. Raises HostError."""
         if not self.can_log:
             raise HostError(
-                f"{self._name}: its vhost-user back end keeps no dirty log", "the VM can't migrate while it runs"
+                f"{self.name}: its vhost-user back end keeps no dirty log", "the VM can't migrate while it runs"
             )
         self._forget_log()
         self._log = DirtyLog(os.dup(fd), size)
@@ -455,12 +461,12 @@ class Frontend:
 
         async def ask(link: Link) -> bytes:
             if ProtocolFeature.CONFIG not in self.protocol_features:
-                raise ProtocolError(f"{self._name}: the back end offers no configuration space")
+                raise ProtocolError(f"{self.name}: the back end offers no configuration space")
             wanted = vu.ConfigSpan(0, 0, bytes(size)).pack()
             message: Message = await self._within(link, link.call(Request.GET_CONFIG, wanted), "GET_CONFIG")
             message.close_fds()
             if not message.payload:
-                raise ProtocolError(f"{self._name}: the back end refuses to read {size} bytes of configuration")
+                raise ProtocolError(f"{self.name}: the back end refuses to read {size} bytes of configuration")
             return vu.ConfigSpan.unpack(message.payload).data.ljust(size, b"\0")
 
         return await self._on_back_end(ask)

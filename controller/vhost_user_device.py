@@ -268,8 +268,9 @@ class VhostUserDevice:
                 "vu_num_queues": len(self.queue_sizes),
                 "backend_req_support": False,
             }
-        if self.frontend.bases:
-            state[PRIVATE] = {"bases": [list(pair) for pair in sorted(self.frontend.bases.items())]}
+        bases = self.frontend.bases or self._bases  # the latter: loaded and not activated yet
+        if bases:
+            state[PRIVATE] = {"bases": [list(pair) for pair in sorted(bases.items())]}
         return state | self.extra
 
     def load(self, state: Mapping[str, object]) -> None:

@@ -22,17 +22,18 @@ from typing import Any
 
 from controller.assembly import Assembly, VmContext
 from controller.config.hostfiles import check_files, detect_image_types
-from controller.config.identity import assign_ids
+from controller.config.identity import CONSOLE_ID, assign_ids
 from controller.config.model import VmConfig
 from controller.machine.cpuid import CpuidEntry
 from shared import log
-from shared.errors import FlotillaError, ProtocolError
+from shared.errors import FlotillaError, ProtocolError, Timeout, WorkerLost
 from shared.memory import GuestMemory
-from shared.reactor import gather
+from shared.reactor import describe, gather, within
 from vcpu_worker.process import Vcpu
 from vcpu_worker.state import VcpuCodec, share_tsc_offset, tell_paused
 
 STATE_VERSION = 1
+RESUME_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Standstill:
     """Of a VM whose vCPUs are out: what is to be put back before they go on."""
 
     clock: bytes  # kvm_clock_data at the moment in which the last vCPU had left
+    loaded: bool = False  # it stands still since load(): its rings have never run here
 
 
 class Vm:
@@ -70,7 +72,7 @@ class Vm:
         config = detect_image_types(assign_ids(config))
         made = Assembly(context, config)
         try:
-            await made.make_functions({}, None)
+            await made.make_functions()
             made.load_payload()
             vm = cls(context, made)
             made.vcpus.start()
@@ -90,7 +92,10 @@ class Vm:
         images: dict[str, int],
         info: dict[str, Any],
     ) -> Vm:
-        """A VM that arrives: RAM from the peer's memfds, workers up and connected, vCPU processes parked."""
+        """A VM that arrives: RAM from the peer's memfds, workers up and connected, vCPU processes parked.
+
+        The descriptors belong to this call, also if it raises (FlotillaError): nothing is left behind then.
+        """
         from controller.config.codec import from_json
         from controller.config.validate import validate
         from controller.machine.cpuid import check_compatible
@@ -98,6 +103,7 @@ class Vm:
         try:
             vm_config = from_json(config, strict=False)
             validate(vm_config)
+            cpuid, tree = _build_info(info)
             memory = GuestMemory.attach(
                 (gpa, size, fd, offset, slot) for (gpa, size, offset, slot), fd in zip(parts, ram_fds, strict=True)
             )
@@ -105,10 +111,9 @@ class Vm:
             for fd in (*ram_fds, *images.values()):
                 os.close(fd)
             raise
-        cpuid = [CpuidEntry(*entry) for entry in info["cpuid"]]
-        made = Assembly(context, vm_config, memory=memory, cpuid=cpuid)
+        made = Assembly(context, vm_config, memory=memory, cpuid=cpuid, images=images)
         try:
-            await made.make_functions(images, info["device_tree"])
+            await made.make_functions(tree)
             check_compatible(cpuid, made.platform.host_cpuid())
             made.set_cpuid()
             vm = cls(context, made)
@@ -121,10 +126,14 @@ class Vm:
 
     # Pause and resume --------------------------------------------------------------------------------------------
 
+    async def wait_serving(self) -> None:
+        """Until every device has its worker. Raises WorkerError that names device and reason, within a bounded time."""
+        await self._made.wait_serving()
+
     async def pause(self) -> dict[str, float]:
         """Stop the guest; milliseconds per step. Raises FlotillaError with the guest running again."""
         timings: dict[str, float] = {}
-        await self._made.ready.wait()
+        await self.wait_serving()
         began = time.monotonic()
         await self._vcpus.pause()
         timings["vcpus"] = _since(began)
@@ -135,18 +144,23 @@ class Vm:
             await gather(self._reactor, *(self._made.frontend(name).stop() for name in self._functions))
             if console := self._made.console:
                 await console.call("quiesce")  # rings are not all it has: it reads the terminal
-        except FlotillaError:
+        except FlotillaError as error:
+            absent = self._made.absence()
             await self.resume()
+            if absent is not None:
+                raise absent from error
             raise
         timings["workers"] = _since(began)
         return timings
 
     async def resume(self) -> None:
-        """Go on after pause(). The clock first: a vCPU that sees it jump afterwards gets confused."""
+        """Go on after pause(), or after a load() that was left paused. The clock first: a vCPU that sees it jump
+        afterwards gets confused."""
+        if self._still.loaded:
+            await self.start_loaded()
+            return
         self._platform.kvm_vm.set_clock(self._still.clock)
-        await gather(self._reactor, *(self._made.frontend(name).resume() for name in self._functions))
-        if console := self._made.console:
-            await console.call("resume")
+        await gather(self._reactor, *(self._resume_device(name) for name in self._functions))
         self._platform.release_serial()
         for function in self._functions.values():
             function.signal_all()
@@ -154,6 +168,15 @@ class Vm:
             tell_paused(vcpu.fd)
         self._standstill = None
         self._vcpus.resume()
+
+    async def _resume_device(self, name: str) -> None:
+        """A worker that died meanwhile must not keep the guest: whenever its successor comes up, it runs."""
+        try:
+            await within(self._reactor, RESUME_SECONDS, self._made.frontend(name).resume(), f"{name}: its rings")
+            if (console := self._made.console) and name == (self.config.console.id or CONSOLE_ID):
+                await console.call("resume")
+        except (Timeout, WorkerLost) as error:
+            log.warn(f"{name}: {describe(error)}; the guest goes on and waits for its device")
 
     @property
     def _still(self) -> Standstill:
@@ -223,7 +246,7 @@ class Vm:
         platform.load_ioapic(state["platform"])
         if (console := self._made.console) and state.get("console_worker"):
             await console.call("load", **state["console_worker"])
-        self._standstill = Standstill(bytes(state["clock"]))
+        self._standstill = Standstill(bytes(state["clock"]), loaded=True)
 
     def _load_vcpu(self, vcpu: Vcpu, saved: dict[str, Any]) -> None:
         refused = self._codec.load(vcpu.fd, saved)
@@ -244,8 +267,9 @@ class Vm:
     def device_tree(self) -> dict[str, Any]:
         return self._platform.segment.device_tree()
 
-    def describe_vcpus(self) -> list[dict[str, Any]]:
-        return self._vcpus.describe()
+    def describe(self) -> list[dict[str, Any]]:
+        """Rows of `vmm.fleet` that the fleet does not know: vCPUs, and workers that do not serve."""
+        return self._vcpus.describe() + self._made.describe_workers()
 
     async def counters(self) -> dict[str, Any]:
         """Counters of every disk of ours, by device id."""
@@ -265,6 +289,18 @@ class Vm:
     def abandon(self) -> None:
         """destroy() without waiting: the process is about to end."""
         self._made.abandon()
+
+
+def _build_info(info: dict[str, Any]) -> tuple[list[CpuidEntry], dict[str, Any]]:
+    """What a peer's build_info() says. Raises ProtocolError."""
+    cpuid, tree = info.get("cpuid"), info.get("device_tree")
+    width = len(CpuidEntry._fields)
+    if not isinstance(tree, dict) or not isinstance(cpuid, list):
+        raise ProtocolError("build info: cpuid and device_tree are needed")
+    for entry in cpuid:
+        if not isinstance(entry, list) or len(entry) != width or not all(type(word) is int for word in entry):
+            raise ProtocolError(f"build info: cpuid: an entry is {width} numbers")
+    return [CpuidEntry(*entry) for entry in cpuid], tree
 
 
 def _since(began: float) -> float:

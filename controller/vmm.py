@@ -204,8 +204,10 @@ class Vmm:
     async def describe_fleet(self, _: None) -> list[dict[str, Any]]:
         rows = self.fleet.describe()
         if self.vm is not None:
-            rows += self.vm.describe_vcpus()
-        return sorted(rows, key=lambda row: (row["kind"], row["device"]))
+            rows += self.vm.describe()
+        # The VM's rows come last: of a worker that is being started again, what is wrong counts more than its pid.
+        by_name = {(row["kind"], row["device"]): row for row in rows}
+        return [by_name[name] for name in sorted(by_name)]
 
     async def info(self, _: None) -> dict[str, Any]:
         from controller.config.codec import to_json
@@ -341,6 +343,7 @@ class Vmm:
         arguments = parse_send(body)
         async with self._change():
             vm = self._need_vm()
+            await vm.wait_serving()  # it can't be paused before; the destination need not build for nothing
             outgoing = Outgoing(self.reactor, self.fleet, self.events, vm, was_running=self.state is VmState.RUNNING)
             self.migration = outgoing
             code = 0
@@ -386,5 +389,7 @@ class Vmm:
         if self.migration is None or self.migration.progress()["state"] != "ongoing":
             raise StateError("No migration is under way")
         self.migration.cancel()
+        if waits_for := self.migration.progress().get("waits_for"):
+            raise StateError(f"Too late to cancel: {waits_for}")
 
 

@@ -18,7 +18,11 @@ import socket
 import sys
 from typing import Any
 
+from controller.spawn import LAST_WORDS, LAST_WORDS_BYTES
+from shared import log
+from shared.errors import FlotillaError
 from shared.linux import die_with_parent, recv_fds, set_name
+from shared.reactor import describe
 
 MAX_REQUEST = 256 << 10
 SYS_CLONE = 56
@@ -76,11 +80,13 @@ def _fork_for_parent() -> int:
 
 def _become(request: dict[str, Any], fds: list[int], controller: int) -> None:
     """In the child: run the worker and exit with its code. Never returns."""
-    code = 70
+    code, last_words = 70, -1
     try:
+        named = dict(zip(request["fds"], fds, strict=True))
+        last_words = named.pop(LAST_WORDS)
         from importlib import import_module
 
-        from shared import log, sandbox
+        from shared import sandbox
         from shared.worker import Start
 
         orphan = bool(request["orphan"])
@@ -89,17 +95,21 @@ def _become(request: dict[str, Any], fds: list[int], controller: int) -> None:
         set_name(request["name"].lstrip("_") or request["kind"])
         settings = request["log"]
         log.configure(log.Level(settings["level"]), settings["fd"], request["name"], settings["began"])
-        named = dict(zip(request["fds"], fds, strict=True))
         sandbox.confine(request["sandbox"])
         if not orphan:
             # Confining may change credentials, and that clears PDEATHSIG.
             die_with_parent(controller)
         module = import_module(request["module"])
         code = module.main(Start(request["kind"], request["name"], request["spec"], named, request["endpoint"]))
-    except BaseException:
-        import traceback
+    except BaseException as error:
+        code = 1
+        if not isinstance(error, (FlotillaError, OSError)):  # a bug: where it is counts
+            import traceback
 
-        traceback.print_exc()
+            code = 70
+            traceback.print_exc()
+        # The controller logs it, under the worker's name.
+        os.write(last_words, describe(error).encode()[:LAST_WORDS_BYTES])
     finally:
         try:
             sys.stderr.flush()

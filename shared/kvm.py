@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 from collections.abc import Iterable, Sequence
 from ctypes import c_int32, c_uint8, c_uint16, c_uint32, c_uint64
@@ -337,6 +338,16 @@ def msr_list(count: int) -> Any:
     return kvm_msrs(count)
 
 
+@functools.cache
+def _irq_routing(room: int) -> Any:
+    """The type kvm_irq_routing with room for so many entries; a guest changes routes often, so types are kept."""
+
+    class kvm_irq_routing(ctypes.Structure):
+        _fields_ = (("nr", c_uint32), ("flags", c_uint32), ("entries", kvm_irq_routing_entry * room))
+
+    return kvm_irq_routing
+
+
 class Kvm:
     """/dev/kvm itself. Raises KvmError when it can't serve."""
 
@@ -439,12 +450,8 @@ class KvmVm:
     def set_gsi_routing(self, routes: Iterable[tuple[int, int, int, int]]) -> None:
         """Replace the table: (gsi, address_lo, address_hi, data) each."""
         entries = list(routes)
-
-        class kvm_irq_routing(ctypes.Structure):
-            _fields_ = (("nr", c_uint32), ("flags", c_uint32), ("entries", kvm_irq_routing_entry * len(entries)))
-
-        table = kvm_irq_routing(len(entries))
-        for entry, (gsi, low, high, data) in zip(table.entries, entries, strict=True):
+        table = _irq_routing(1 << max(len(entries) - 1, 0).bit_length())(len(entries))
+        for entry, (gsi, low, high, data) in zip(table.entries, entries, strict=False):
             entry.gsi, entry.type = gsi, KVM_IRQ_ROUTING_MSI
             entry.u.msi.address_lo, entry.u.msi.address_hi, entry.u.msi.data = low, high, data
         ioctl(self.fd, KVM_SET_GSI_ROUTING, table)

@@ -105,7 +105,8 @@ def recv_fds(sock: socket.socket, size: int, max_fds: int = SCM_MAX_FDS) -> tupl
     if flags & socket.MSG_CTRUNC:
         for fd in fds:
             os.close(fd)
-        raise OSError(f"more than {max_fds} file descriptors in one message")
+        # The kernel does not say which: that many were sent, or there is no room for them here.
+        raise OSError(f"descriptors were lost: more than {max_fds} in one message, or too many open files")
     return data, fds
 
 
@@ -121,7 +122,11 @@ def memfd(name: str, size: int, *, seal: bool = True) -> int:
     import fcntl
 
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, size)
-    if seal:
-        fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)
+    try:
+        os.ftruncate(fd, size)
+        if seal:
+            fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd

@@ -48,23 +48,35 @@ class GuestMemory:
         spans = [(0, min(size, LOW_RAM_END))]
         if size > LOW_RAM_END:
             spans.append((HIGH_RAM_START, size - LOW_RAM_END))
+        fds: list[int] = []
         try:
-            parts = [(gpa, length, memfd(MEMFD_NAME, length), 0, slot) for slot, (gpa, length) in enumerate(spans)]
-            return cls.attach(parts)
+            for _, length in spans:
+                fds.append(memfd(MEMFD_NAME, length))
+            return cls.attach([(gpa, length, fds[slot], 0, slot) for slot, (gpa, length) in enumerate(spans)])
         except OSError as error:
-            raise HostError(f"--memory size={size}: the host refused {size} bytes of guest RAM") from error
+            for fd in fds:
+                os.close(fd)
+            what = f"--memory size={size}: the host refused {size} bytes of guest RAM"
+            raise HostError(f"{what}: {error.strerror}") from error
 
     @classmethod
     def attach(cls, parts: Iterable[tuple[int, int, int, int, int]]) -> GuestMemory:
-        """Map regions that exist: (gpa, size, fd, offset, slot) each. The fds stay open and belong to the memory."""
-        regions = []
-        for gpa, size, fd, offset, slot in parts:
-            if os.fstat(fd).st_size < offset + size:
-                raise HostError(f"guest RAM region {slot}: the file has less than {offset + size} bytes")
-            address = mmap_fd(fd, size, offset)
-            madvise(address, size, MADV_DONTDUMP)
-            regions.append(Region(gpa, size, fd, offset, slot, address))
-        return cls(regions)
+        """Map regions that exist: (gpa, size, fd, offset, slot) each. The fds stay open and belong to the memory.
+
+        When it raises, HostError or OSError, nothing is mapped and the fds are the caller's.
+        """
+        regions: list[Region] = []
+        try:
+            for gpa, size, fd, offset, slot in parts:
+                if os.fstat(fd).st_size < offset + size:
+                    raise HostError(f"guest RAM region {slot}: the file has less than {offset + size} bytes")
+                regions.append(Region(gpa, size, fd, offset, slot, mmap_fd(fd, size, offset)))
+                madvise(regions[-1].address, size, MADV_DONTDUMP)
+            return cls(regions)
+        except BaseException:
+            for region in regions:
+                munmap(region.address, region.size)
+            raise
 
     @property
     def size(self) -> int:

@@ -17,8 +17,11 @@ def allocate(size: int) -> mmap.mmap:
         memory = posix_ipc.SharedMemory(None, posix_ipc.O_CREX, size=size, mode=0o600)
         memory.unlink()
         try:
+            # A tmpfs promises nothing: without this, the first touch of a full one is a SIGBUS for whoever does it.
+            os.posix_fallocate(memory.fd, 0, size)
             return mmap.mmap(memory.fd, size)
         finally:
             os.close(memory.fd)
     except (OSError, posix_ipc.Error) as error:
-        raise HostError(f"no shared memory for {size} bytes of state pages: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise HostError(f"/dev/shm has no room for {size} bytes of state pages: {why}", "make it larger") from error

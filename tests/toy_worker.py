@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
+from shared.errors import HostError
 from shared.reactor import Reactor
 from shared.worker import Start, serve
 
@@ -42,4 +45,8 @@ class Toy:
 def main(start: Start) -> int:
     if start.spec.get("refuse"):
         return 3
+    if start.spec.get("lacks"):
+        raise HostError(f"this host has no {start.spec['lacks']}")
+    if start.spec.get("hang"):
+        os.kill(os.getpid(), signal.SIGSTOP)
     return serve(start, Toy(start.spec.get("count", 0)), Reactor())

@@ -43,10 +43,12 @@ def probe() -> str:
 class Vmm:
     """One VMM. `output` is what the guest has printed so far, `errors` standard error."""
 
-    def __init__(self, folder: Path, *arguments: str, name: str = "vmm", api: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, name: str = "vmm", api: bool = True, program: str = PROGRAM
+    ) -> None:
         self.api = folder / f"{name}.api" if api else None
         self._errors = folder / f"{name}.err"
-        command = [sys.executable, "-c", PROGRAM, *arguments]
+        command = [sys.executable, "-c", program, *arguments]
         if self.api is not None:
             command += ["--api-socket", str(self.api)]
         with open(self._errors, "wb") as errors:
@@ -125,6 +127,11 @@ class Vmm:
 
     def remote(self, *words: str, timeout: float = SECONDS) -> subprocess.CompletedProcess[str]:
         return run_remote("--api-socket", str(self.api), *words, timeout=timeout)
+
+    def start_remote(self, *words: str, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+        """A request that takes its time; the caller waits for it."""
+        command = [sys.executable, "-c", REMOTE, "--api-socket", str(self.api), *words]
+        return subprocess.Popen(command, stderr=stderr, env=environment())
 
     def ask(self, *words: str) -> Any:
         """A request that must succeed; its JSON, if any."""

@@ -32,7 +32,7 @@ from vcpu_worker.layout import (
     VcpuStart,
     library,
 )
-from vcpu_worker.seccomp import vcpu_filter
+from vcpu_worker.seccomp import Forbidden, vcpu_filter
 
 STACK_SIZE = 64 << 10
 KICK_SIGNAL = signal.SIGRTMIN
@@ -63,13 +63,29 @@ class Exit(NamedTuple):
 
 
 class Vcpu:
-    """`index` is the vCPU's number, `apic_id` its KVM id. Owns the vCPU fd and the kvm_run mapping."""
+    """`index` is the vCPU's number, `apic_id` its KVM id. Owns vCPU fd and kvm_run mapping. Raises HostError."""
 
-    def __init__(self, vm: kvm.KvmVm, pages: StatePages, index: int, apic_id: int, event_fd: int) -> None:
+    def __init__(
+        self,
+        vm: kvm.KvmVm,
+        pages: StatePages,
+        index: int,
+        apic_id: int,
+        event_fd: int,
+        forbidden: Forbidden | None = Forbidden.KILL,
+    ) -> None:
+        """`forbidden`: of its seccomp filter; None leaves the process without one."""
         self.index = index
-        self.fd = vm.create_vcpu(apic_id)
         self.page: VcpuPage = pages.vcpu(index)
-        self._run_map = mmap.mmap(self.fd, vm.kvm.vcpu_mmap_size())
+        try:
+            self.fd = vm.create_vcpu(apic_id)
+        except OSError as error:
+            raise HostError(f"vcpu{index}: KVM made no vCPU: {error.strerror}") from error
+        try:
+            self._run_map = mmap.mmap(self.fd, vm.kvm.vcpu_mmap_size())
+        except OSError as error:
+            os.close(self.fd)
+            raise HostError(f"vcpu{index}: its state page can't be mapped: {error.strerror}") from error
         self._run_view = memoryview(self._run_map)
         self.run = kvm.kvm_run.from_buffer(self._run_map)
         # Nothing is pending in a vCPU that has never run.
@@ -78,12 +94,12 @@ class Vcpu:
         stack = ctypes.addressof(ctypes.c_char.from_buffer(self._stack))
         # Its lowest page is a guard: an overflow is a SIGSEGV of this process, not a change in the controller's heap.
         check(libc.mprotect(ctypes.c_void_p(stack), mmap.PAGESIZE, 0), "mprotect")
-        self._seccomp = vcpu_filter()
+        self._seccomp = vcpu_filter(forbidden) if forbidden is not None else None
         self._start = VcpuStart(
             page=ctypes.addressof(self.page),
             run=ctypes.addressof(self.run),
             machine=ctypes.addressof(pages.machine),
-            seccomp=ctypes.addressof(self._seccomp),
+            seccomp=ctypes.addressof(self._seccomp) if self._seccomp is not None else 0,
             stack=stack,
             stack_size=STACK_SIZE,
             vcpu_fd=self.fd,

@@ -40,7 +40,7 @@ _TABLE = (
     Flag("--memory", "MEMORY", options.MEMORY_SYNTAX, "Guest memory [default: size=512M]", vm=True),
     Flag("--no-shutdown", "", "", "Keep the VMM when the guest powers off"),
     Flag("--rng", "RNG", options.RNG_SYNTAX, "Entropy source [default: src=/dev/urandom]", vm=True),
-    Flag("--seccomp", "MODE", "true|false|log|errno", "Seccomp filters of all processes [default: true]"),
+    Flag("--seccomp", "MODE", "true|false|log|errno", "Seccomp filter of the vCPU processes [default: true]"),
     Flag("--serial", "SERIAL", options.SERIAL_SYNTAX, "First serial port, ttyS0 [default: null]", vm=True),
 )
 FLAGS = {flag.name: flag for flag in _TABLE}

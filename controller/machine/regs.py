@@ -18,6 +18,7 @@ from shared import kvm
 from shared.errors import KvmError
 from shared.kvm import kvm_dtable, kvm_fpu, kvm_lapic_state, kvm_regs, kvm_segment, kvm_sregs
 from shared.memory import GuestMemory
+from vcpu_worker.state import set_msrs
 
 # Null, code (selector 0x08), data (0x10) and a busy 32-bit TSS (0x18).
 BOOT_GDT = (0, 0x00CF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0x0000_8B00_0000_0067)
@@ -152,10 +153,5 @@ def configure(
 
 
 def _set_boot_msrs(fd: int) -> None:
-    """KVM_SET_MSRS stops at the first MSR that it refuses and answers how many it has set."""
-    buffer = kvm.msr_list(len(BOOT_MSRS))
-    for slot, (index, value) in zip(buffer.entries, BOOT_MSRS, strict=True):
-        slot.index, slot.data = index, value
-    done = kvm.ioctl(fd, kvm.KVM_SET_MSRS, buffer)
-    if done < len(BOOT_MSRS):
-        raise KvmError(f"KVM refuses to set MSR {BOOT_MSRS[done][0]:#x}")
+    if refused := set_msrs(fd, BOOT_MSRS):
+        raise KvmError(f"KVM refuses to set MSR {refused[0]:#x}")

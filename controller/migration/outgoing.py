@@ -70,7 +70,22 @@ class Outgoing:
         self.ended = Event()
 
     def progress(self) -> dict[str, Any]:
-        return self._progress.report()
+        """`waits_for`: what nobody here can decide, and what to do about it; empty otherwise."""
+        return {**self._progress.report(), "waits_for": self._waits_for()}
+
+    def _waits_for(self) -> str:
+        """A destination that has claimed the guest: it may run it at any moment, so neither time nor a cancel makes
+        the guest ours again. Only its next step does, or its death."""
+        if self._ownership is None or self._peer < 0:
+            return ""
+        ended = process_ended(self._peer)
+        if source_action(self._ownership.word, ended) is not Action.WAIT:
+            return ""
+        pid = self._peer_pid
+        return (
+            f"the destination (pid {pid}) has claimed the guest and does not go on; the guest stays paused here until"
+            f" it does or ends (if it is stopped: kill -CONT {pid}; to have the guest run on here: kill -KILL {pid})"
+        )
 
     def cancel(self) -> None:
         """Ask for the guest back. Once the destination has claimed it this changes nothing; run() tells the outcome."""
@@ -223,6 +238,7 @@ class Outgoing:
                 if self._ownership.move(word, Owner.SOURCE):
                     return Fate.HERE
                 continue
+            log.warn(f"migration: {self._waits_for() or 'the destination goes on'}")
             await self._changed.wait()
 
     async def _go_on(self, url: str, problem: Exception) -> None:

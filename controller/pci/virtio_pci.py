@@ -332,7 +332,8 @@ class VirtioPci(PciFunction):
         # Cloud Hypervisor keeps the access capability's fields beside the space.
         registers[first + 1 : first + 5] = [0] * 4
         return {
-            "device_activated": self.activated,
+            # A VM that was loaded paused may leave again without ever having run here.
+            "device_activated": self.activated or self._was_active,
             "queues": self.common.save_queues(),
             "interrupt_status": 0,
             "cap_pci_cfg_offset": self._cfg_cap + 2,

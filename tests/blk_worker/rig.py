@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from blk_worker.backend import BlockBackend
-from blk_worker.config import Feature
 from blk_worker.disk import open_disk
 from shared.reactor import Reactor
 from shared.vhost_backend import Mapping, Ring
+from shared.virtio_blk import Feature
 from tests.blk_worker.driver import GPA, Driver, Memory, memory_for
 
 

@@ -7,19 +7,19 @@ import os
 import random
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from blk_worker import native
 from blk_worker.backend import BlockBackend
-from blk_worker.config import BlkConfig, Feature, config_of
-from blk_worker.disk import Topology, open_disk
+from blk_worker.disk import open_disk
 from blk_worker.worker import BlockWorker
+from shared.disk_geometry import Topology
 from shared.errors import ConfigError, FlotillaError, ProtocolError
 from shared.reactor import Reactor
 from shared.vhost_backend import Mapping
+from shared.virtio_blk import BlkConfig, Feature, config_space
 from tests.blk_worker.driver import GPA, IN, OK, OUT, Memory, memory_for, pages
 from tests.blk_worker.rig import Rig, image, sector_bytes
 
@@ -74,13 +74,14 @@ def test_configuration_space_is_cloud_hypervisor_s(disk_64m: Path) -> None:
         "ffffffff 01000000 01000000 ffffffff 01000000 01000000"
     )
     disk = open_disk(str(disk_64m))
-    assert config_of(disk, 1, 128, True).pack() == wanted
+    assert config_space(disk.geometry, num_queues=1, queue_size=128, sparse=True).pack() == wanted
     disk.close()
 
 
 def test_configuration_space_of_a_4k_disk_with_queues(disk_64m: Path) -> None:
     disk = open_disk(str(disk_64m))
-    config = config_of(replace(disk, topology=Topology(4096, 16384, 65536, 1 << 20)), 4, 256, False)
+    geometry = disk.geometry._replace(topology=Topology(4096, 16384, 65536, 1 << 20))
+    config = config_space(geometry, num_queues=4, queue_size=256, sparse=False)
     assert (config.blk_size, config.physical_block_exp, config.min_io_size, config.opt_io_size) == (4096, 2, 16, 256)
     assert (config.num_queues, config.seg_max, config.discard_sector_alignment) == (4, 254, 8)
     assert config.write_zeroes_may_unmap == 0

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blk_worker.config import Feature
 from blk_worker.native import VringError
 from shared.linux import bytes_at, memfd, mmap_fd
 from shared.vhost_backend import Mapping
+from shared.virtio_blk import Feature
 from tests.blk_worker.driver import GPA, IN, INDIRECT, NEXT, OK, OUT, WRITE, Driver, Memory
 from tests.blk_worker.rig import Rig, image, sector_bytes
 

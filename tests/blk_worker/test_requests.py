@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blk_worker.config import WRITEBACK_OFFSET, Feature
+from shared.virtio_blk import WRITEBACK_OFFSET, Feature
 from tests.blk_worker.driver import (
     DISCARD,
     FLUSH,

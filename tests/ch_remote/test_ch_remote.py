@@ -1,15 +1,10 @@
-"""ch_remote against a real server on a unix socket: requests as sent, output, exit codes, Ctrl-C."""
+"""ch_remote against a real server on a unix socket: requests as sent, output, exit codes."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,90 +13,7 @@ from ch_remote import arguments, http
 from ch_remote.main import main
 from ch_remote.verbs import MIGRATIONS, REFUSED, VERBS
 from controller.config import version
-
-ROOT = Path(__file__).resolve().parents[2]
-DEADLINE = 20.0
-OK = b"HTTP/1.1 200 OK\r\nServer: Cloud Hypervisor API\r\nConnection: keep-alive\r\n"
-NO_CONTENT = b"HTTP/1.1 204 No Content\r\nServer: Cloud Hypervisor API\r\nConnection: keep-alive\r\n\r\n"
-
-
-def reply(body: bytes, status: str = "200 OK") -> bytes:
-    return (
-        f"HTTP/1.1 {status}\r\nConnection: keep-alive\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-    )
-
-
-class Server:
-    """Answers each request by `handler(head, body)`: bytes to send as they are; connections stay open until closed.
-
-    `heads` and `bodies` hold what came in, in order; `arrived` is set by every request.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.heads: list[str] = []
-        self.bodies: list[bytes] = []
-        self.arrived = threading.Event()
-        self.handler: Callable[[str, bytes], bytes] = lambda head, body: NO_CONTENT
-        self.close_after = False
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(path))
-        self._listener.listen()
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            connection.settimeout(DEADLINE)
-            thread = threading.Thread(target=self._serve, args=(connection,))
-            self._threads.append(thread)
-            thread.start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        with connection:
-            data = b""
-            while b"\r\n\r\n" not in data:
-                if not (piece := connection.recv(65536)):
-                    return
-                data += piece
-            head, _, body = data.partition(b"\r\n\r\n")
-            text = head.decode()
-            fields = dict(line.lower().split(": ", 1) for line in text.split("\r\n")[1:])
-            while len(body) < int(fields.get("content-length", "0")):
-                body += connection.recv(65536)
-            self.heads.append(text)
-            self.bodies.append(body)
-            self.arrived.set()
-            try:
-                connection.sendall(self.handler(text, body))
-                if not self.close_after:
-                    connection.recv(1)  # keep-alive: it is the client that ends the connection
-            except OSError:
-                return  # the client left first, which some tests are about
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for thread in self._threads:
-            thread.join(DEADLINE)
-            assert not thread.is_alive()
-        self.path.unlink()
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path / "api")
-    yield server
-    server.close()
-
-
-def run(server: Server, *words: str) -> int:
-    return main([f"--api-socket={server.path}", *words])
-
+from tests.ch_remote.server import DEADLINE, OK, Server, reply, run
 
 WITHOUT_ARGUMENT = sorted(name for name, verb in VERBS.items() if not verb.argument)
 
@@ -179,12 +91,6 @@ def test_create_sends_a_file(server: Server, tmp_path: Path) -> None:
     assert server.bodies == [body]
     assert "Content-Type: application/json" in server.heads[0]
     assert f"Content-Length: {len(body)}" in server.heads[0]
-
-
-@pytest.mark.parametrize("words", [["create"], ["create", "-"]])
-def test_create_reads_stdin(server: Server, words: list[str]) -> None:
-    done = program(server, *words, stdin=b'{"payload": {}}')
-    assert done.returncode == 0 and server.bodies == [b'{"payload": {}}']
 
 
 def test_create_with_a_missing_file_names_it(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
@@ -430,152 +336,3 @@ def test_an_answer_is_taken_though_the_server_did_not_read_the_body(server: Serv
         thread.join(DEADLINE)
     (tmp_path / "early").unlink()
     assert answer == http.Response(400, b'["too large"]')
-
-
-# Programs of their own: signals, stdin and a closed stdout.
-
-
-def program(server: Server, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "ch_remote", f"--api-socket={server.path}", *words]
-    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, timeout=DEADLINE, check=False)
-
-
-def start(server: Server, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "ch_remote", f"--api-socket={server.path}", *words]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-class Migration:
-    """Server side of a migration that ends when it is cancelled (or at once, when `finishes`)."""
-
-    def __init__(self, server: Server, answer: bytes, cancel_answer: bytes = NO_CONTENT) -> None:
-        self.cancelled = threading.Event()
-        self.cancel_answer = cancel_answer
-        self.answer = answer
-        server.handler = self.handle
-
-    def handle(self, head: str, body: bytes) -> bytes:
-        if "cancel-migration" in head:
-            self.cancelled.set()
-            return self.cancel_answer
-        assert self.cancelled.wait(DEADLINE)
-        return self.answer
-
-
-CANCELLED = reply(b'["Error from API","The migration was cancelled"]', "500 Internal Server Error")
-
-
-@pytest.mark.parametrize(
-    "words", [("send-migration", "--local", "unix:/s"), ("receive-migration", "unix:/s")]
-)
-def test_ctrl_c_cancels_a_migration_and_waits_for_its_end(server: Server, words: tuple[str, ...]) -> None:
-    Migration(server, CANCELLED)
-    with start(server, *words) as process:
-        assert server.arrived.wait(DEADLINE)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 130
-    assert [head.split(" ")[1] for head in server.heads] == [
-        f"/api/v1/vm.{words[0]}",
-        "/api/v1/vm.cancel-migration",
-    ]
-    assert server.heads[1].startswith("PUT ") and server.bodies[1] == b""
-    assert out == "" and "  3: The migration was cancelled\n" in err
-
-
-def test_ctrl_c_too_late_says_that_the_migration_was_completed(server: Server) -> None:
-    refusal = reply(b'["Error from API","no migration to cancel"]', "500 Internal Server Error")
-    Migration(server, NO_CONTENT, refusal)
-    with start(server, "send-migration", "unix:/s") as process:
-        assert server.arrived.wait(DEADLINE)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 130
-    assert "no migration to cancel" in err and "completed before it could be cancelled" in err
-
-
-def test_a_second_ctrl_c_gives_up_waiting(server: Server) -> None:
-    """The server takes the cancel and then says nothing more."""
-    cancelling, release = threading.Event(), threading.Event()
-
-    def handle(head: str, body: bytes) -> bytes:
-        if "cancel-migration" in head:
-            cancelling.set()
-        assert release.wait(DEADLINE)
-        return NO_CONTENT
-
-    server.handler = handle
-    with start(server, "send-migration", "unix:/s") as process:
-        assert server.arrived.wait(DEADLINE)
-        process.send_signal(signal.SIGINT)
-        assert cancelling.wait(DEADLINE)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=DEADLINE)
-    release.set()
-    assert process.returncode == 130
-
-
-def test_ctrl_c_elsewhere_just_ends(server: Server) -> None:
-    release = threading.Event()
-
-    def handle(head: str, body: bytes) -> bytes:
-        assert release.wait(DEADLINE)
-        return NO_CONTENT
-
-    server.handler = handle
-    with start(server, "info") as process:
-        assert server.arrived.wait(DEADLINE)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=DEADLINE)
-    release.set()
-    assert (process.returncode, out, err) == (130, "", "")
-    assert len(server.heads) == 1
-
-
-def test_an_ignored_sigint_stays_ignored(server: Server) -> None:
-    """As a shell script's background jobs have it: a Ctrl-C meant for the script cancels nothing."""
-    release = threading.Event()
-
-    def handle(head: str, body: bytes) -> bytes:
-        assert release.wait(DEADLINE)
-        return NO_CONTENT
-
-    server.handler = handle
-    command = f"trap '' INT; exec {sys.executable} -m ch_remote --api-socket={server.path} receive-migration unix:/s"
-    with subprocess.Popen(["sh", "-c", command], cwd=ROOT) as process:
-        assert server.arrived.wait(DEADLINE)
-        process.send_signal(signal.SIGINT)
-        release.set()
-        assert process.wait(DEADLINE) == 0
-    assert len(server.heads) == 1
-
-
-def test_a_reader_that_is_gone_makes_no_noise(server: Server) -> None:
-    server.handler = lambda head, body: reply(b"x" * 200_000)
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-m", "ch_remote", f"--api-socket={server.path}", "info"]
-    done = subprocess.run(
-        command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=DEADLINE, check=False
-    )
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (1, b"")
-
-
-def test_the_import_needs_the_standard_library_only_and_little_of_it() -> None:
-    code = "import sys; before = set(sys.modules); import ch_remote.main; print(*sorted(set(sys.modules) - before))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE, check=True
-    )
-    loaded = {name.partition(".")[0] for name in done.stdout.split()}
-    assert not loaded & {
-        "argparse",
-        "asyncio",
-        "json",
-        "logging",
-        "subprocess",
-        "http",
-        "zmq",
-        "msgpack",
-    }
-    assert loaded - {"ch_remote", "shared"} <= sys.stdlib_module_names

@@ -93,6 +93,18 @@ def test_worker_that_exits_at_once_is_an_error_that_names_it(reactor, fleet):
         reactor.run_until(fleet.start(toy(refuse=True), {}, ignore), SECONDS)
 
 
+def test_worker_that_says_why_it_can_not_start_is_quoted(reactor, fleet):
+    with pytest.raises(WorkerLost, match=r"_toy0 \(pid \d+\) did not come up: this host has no moon"):
+        reactor.run_until(fleet.start(toy(lacks="moon"), {}, ignore), SECONDS)
+
+
+def test_worker_that_never_says_hello_has_been_waited_for_when_that_is_an_error(reactor, fleet, monkeypatch):
+    monkeypatch.setattr("controller.fleet.HELLO_SECONDS", 0.5)
+    with pytest.raises(WorkerLost, match="did not come up: no answer within"):
+        reactor.run_until(fleet.start(toy(hang=True), {}, ignore), SECONDS)
+    assert fleet.processes == []
+
+
 def test_unknown_verb_missing_field_and_wrong_type_are_typed_errors(reactor, fleet):
     process = reactor.run_until(fleet.start(toy(), {}, ignore), SECONDS)
     with pytest.raises(ProtocolError, match="unknown verb 'dance'"):

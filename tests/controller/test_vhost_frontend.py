@@ -1,95 +1,22 @@
-"""The front end against our own server, with deaths of the back end, and against qemu-storage-daemon."""
+"""The front end against our own server, with deaths of the back end."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import socket
-import struct
-import subprocess
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from controller.pci.virtio import Virtqueue
-from controller.vhost_frontend import Frontend, dial
+from controller.vhost_frontend import dial
 from shared import vhost_user as vu
 from shared.errors import BadGuestAddress, HostError, ProtocolError, Timeout, WorkerLost
 from shared.linux import memfd
-from shared.memory import GuestMemory
-from shared.reactor import Future, Reactor
-from shared.vhost_backend import Server
+from tests.controller.vhost_rig import RAM, Rig, pages
 from tests.echo_backend import CONFIG, FEATURES, Echo, drained
-from tests.virtqueue import Driver
-
-RAM = 4 << 20
-
-
-class Rig:
-    """A front end, guest memory and as many back ends, one after the other, as a test wants."""
-
-    def __init__(self) -> None:
-        self.reactor = Reactor()
-        self.memory = GuestMemory.create(RAM)
-        self.frontend = Frontend(self.reactor, self.memory, "_disk0")
-        self.lost: list[Exception | None] = []
-        self.frontend.on_lost = self.lost.append
-        self.drivers = [Driver(self.memory, 0x10000 + 0x10000 * n, n) for n in range(2)]
-        self.servers: list[Server] = []
-        self.echo = Echo(self.reactor)
-
-    def queues(self) -> tuple[Virtqueue, ...]:
-        return tuple(
-            Virtqueue(d.index, d.size, d.desc, d.avail, d.used, d.kick_fd, d.call_fd) for d in self.drivers
-        )
-
-    def back_end(self, echo: Echo | None = None) -> socket.socket:
-        """A new back end; the front end's end of its socket."""
-        self.echo = echo or Echo(self.reactor)
-        ours, theirs = socket.socketpair()
-        self.servers.append(Server(self.reactor, theirs, self.echo))
-        return ours
-
-    def run(self, *awaitables: Awaitable[object]) -> list[object]:
-        return [self.reactor.run_until(awaitable, 10.0) for awaitable in awaitables]
-
-    def up(self) -> None:
-        self.run(self.frontend.connect(self.back_end()), self.frontend.activate(FEATURES, self.queues()))
-
-    def kill(self) -> None:
-        """The back end dies without a word."""
-        self.servers.pop().close()
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        done: Future[None] = Future()
-
-        def check() -> None:
-            if condition():
-                done.set_result(None)
-            else:
-                self.reactor.call_later(0.001, check)
-
-        check()
-        self.reactor.run_until(done, 10.0)
-
-    def echo_once(self, text: bytes, queue: int = 0) -> bytes:
-        d = self.drivers[queue]
-        _, (target,) = d.add([text], [len(text)])
-        d.kick()
-        self.until(lambda: d.used_index != d.used_idx())
-        ((_, written),) = d.completed()
-        return self.memory.read(target, written)
-
-    def close(self) -> None:
-        self.frontend.close()
-        for server in self.servers:
-            server.close()
-        for d in self.drivers:
-            d.close()
-        self.memory.close()
-        self.reactor.close()
 
 
 @pytest.fixture
@@ -399,11 +326,6 @@ def test_a_configuration_change_is_reported(rig: Rig) -> None:
 # Dirty log ------------------------------------------------------------------------------------------------------
 
 
-def pages(log: int) -> set[int]:
-    bits = int.from_bytes(os.pread(log, RAM // 4096 // 8, 0), "little")
-    return {n for n in range(RAM // 4096) if bits >> n & 1}
-
-
 def test_logging_covers_exactly_what_the_back_end_writes_and_survives_its_death(rig: Rig) -> None:
     log = memfd("log", RAM // 4096 // 8)
     d = rig.drivers[0]
@@ -450,122 +372,3 @@ def test_dial_waits_for_the_socket_and_names_it_when_it_never_comes(rig: Rig, tm
         os.unlink(path)
     with pytest.raises(WorkerLost, match=r"never\.sock"):
         rig.run(dial(rig.reactor, str(tmp_path / "never.sock"), 0.0))
-
-
-# A stranger: qemu-storage-daemon --------------------------------------------------------------------------------
-
-QSD = shutil.which("qemu-storage-daemon")
-IMAGE_SIZE = 1 << 20
-QSD_FEATURES = 1 << 32 | 1 << 9  # VERSION_1, FLUSH
-
-
-class Daemon:
-    """qemu-storage-daemon with one raw image, on a socket that it listens on."""
-
-    def __init__(self, folder: Path) -> None:
-        assert QSD is not None
-        self.image = folder / "disk.img"
-        self.image.write_bytes(bytes(n % 251 for n in range(IMAGE_SIZE)))
-        self.socket = str(folder / "blk.sock")
-        export = f"type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={self.socket}"
-        self.process = subprocess.Popen(
-            [
-                QSD,
-                *("--blockdev", f"driver=file,node-name=disk,filename={self.image}"),
-                *("--export", f"{export},writable=on,num-queues=1"),
-            ]
-        )
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        Path(self.socket).unlink(missing_ok=True)
-
-
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Daemon]:
-    if QSD is None:
-        pytest.skip("qemu-storage-daemon is not installed")
-    made = Daemon(tmp_path)
-    yield made
-    made.close()
-
-
-class Disk(Rig):
-    """The front end of a foreign disk, and its driver."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frontend.close()
-        self.frontend = Frontend(self.reactor, self.memory, "_disk0", own=False)
-        self.frontend.on_lost = self.lost.append
-
-    def queues(self) -> tuple[Virtqueue, ...]:
-        return super().queues()[:1]
-
-    def up_on(self, daemon: Daemon) -> None:
-        (sock,) = self.run(dial(self.reactor, daemon.socket))
-        assert isinstance(sock, socket.socket)
-        self.run(self.frontend.connect(sock), self.frontend.activate(QSD_FEATURES, self.queues()))
-
-    def request(self, kind: int, sector: int, readable: list[bytes], writable: list[int]) -> tuple[int, bytes]:
-        """(status, what the disk wrote)"""
-        d = self.drivers[0]
-        head = struct.pack("<IIQ", kind, 0, sector)
-        _, targets = d.add([head, *readable], [*writable, 1])
-        d.kick()
-        d.wait()
-        data = b"".join(self.memory.read(gpa, n) for gpa, n in zip(targets, writable, strict=False))
-        return self.memory.read(targets[-1], 1)[0], data
-
-
-@pytest.fixture
-def disk() -> Iterator[Disk]:
-    made = Disk()
-    yield made
-    made.close()
-
-
-def test_qsd_disk_is_read_written_and_flushed(disk: Disk, daemon: Daemon) -> None:
-    disk.up_on(daemon)
-    (config,) = disk.run(disk.frontend.get_config(60))
-    assert isinstance(config, bytes)
-    assert struct.unpack_from("<Q", config) == (IMAGE_SIZE // 512,)
-    content = daemon.image.read_bytes()
-    assert disk.request(0, 3, [], [1024]) == (0, content[3 * 512 : 5 * 512])
-    assert disk.request(1, 7, [b"\xa5" * 512], []) == (0, b"")
-    assert disk.request(4, 0, [], []) == (0, b"")
-    assert daemon.image.read_bytes()[7 * 512 : 8 * 512] == b"\xa5" * 512
-
-
-def test_qsd_stops_resumes_and_is_replaced(disk: Disk, daemon: Daemon, tmp_path: Path) -> None:
-    disk.up_on(daemon)
-    disk.request(0, 0, [], [512])
-    assert disk.run(disk.frontend.stop()) == [{0: 1}]
-    disk.run(disk.frontend.resume())
-    assert disk.request(0, 1, [], [512])[0] == 0
-    daemon.close()
-    disk.until(lambda: bool(disk.lost))
-    second = tmp_path / "second"
-    second.mkdir()
-    successor = Daemon(second)
-    try:
-        (sock,) = disk.run(dial(disk.reactor, successor.socket))
-        assert isinstance(sock, socket.socket)
-        disk.run(disk.frontend.replay(sock))
-        assert disk.request(0, 2, [], [512]) == (0, successor.image.read_bytes()[1024:1536])
-    finally:
-        successor.close()
-
-
-def test_qsd_marks_what_it_writes(disk: Disk, daemon: Daemon) -> None:
-    log = memfd("log", RAM // 4096 // 8)
-    disk.up_on(daemon)
-    assert disk.frontend.can_log
-    disk.run(disk.frontend.start_logging(log, RAM // 4096 // 8))
-    d = disk.drivers[0]
-    d.next_buffer = 0x200FF0  # the header lies on a page that is only read; data and status on the next
-    assert disk.request(0, 0, [], [512])[0] == 0
-    assert {d.used >> 12, 0x201} <= pages(log)
-    assert 0x200 not in pages(log)
-    os.close(log)

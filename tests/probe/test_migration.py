@@ -145,3 +145,28 @@ def test_kill_before_the_hand_over_leaves_the_guest_at_the_source_and_a_retry_wo
         source.more("equal ")
         hop(source, spare, tmp_path / "sock3")
         spare.expect("equal ")
+
+
+def test_paused_guest_moves_paused_and_its_devices_go_on_when_it_is_resumed(tmp_path, disk):
+    """Twice, so that it leaves the second VMM without ever having run there. Its rings start at the resume."""
+    with (
+        Vmm.guest(tmp_path, "mode=blkload depth=8", "--disk", f"path={disk}", name="one") as first,
+        Vmm(tmp_path, name="two") as second,
+        Vmm(tmp_path, name="three") as third,
+    ):
+        first.expect("blk ok ")
+        first.wait_api()
+        first.ask("pause")
+        for number, (source, destination) in enumerate([(first, second), (second, third)]):
+            path = tmp_path / f"sock{number}"
+            destination.wait_api()
+            receiver = Receiver(destination, path)
+            poll(path.exists)
+            source.ask("send-migration", "--local", f"unix:{path}")
+            assert receiver.end()[0] == 0
+            assert source.wait() == 0
+            assert destination.ask("info")["state"] == "Paused"
+        third.ask("resume")
+        poll(lambda: third.ask("counters")["_disk0"]["write_ops"] > 100)
+        third.more("blk ok ")
+        assert b"BAD" not in first.output + third.output

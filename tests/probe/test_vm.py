@@ -57,8 +57,12 @@ def test_one_process_for_each_vcpu_disk_and_console(tmp_path, disk):
         vmm.wait_api()
         rows = vmm.fleet()
         kinds = sorted(row["kind"] for row in rows.values())
-        assert kinds == ["api", "blk", "console", "janitor", "vcpu", "vcpu"]
+        assert kinds == ["api", "blk", "console", "controller", "janitor", "vcpu", "vcpu", "zygote"]
         assert len({row["pid"] for row in rows.values()}) == len(rows)
+        assert rows["controller"]["pid"] == vmm.process.pid
+        # One address space, shown once: the vCPU processes are the controller's.
+        assert rows["controller"]["pss_kib"] > 0 and rows["zygote"]["pss_kib"] > 0
+        assert [rows[f"vcpu{n}"]["pss_kib"] for n in range(2)] == [0, 0]
 
 
 def test_exits_are_carried_out_exactly_once(tmp_path):
@@ -118,6 +122,18 @@ def test_a_hundred_random_kills_of_vcpu_and_blk_processes_lose_nothing(tmp_path,
         assert b"BAD" not in vmm.output
 
 
+def test_killed_zygote_is_replaced_when_it_is_needed(tmp_path):
+    with Vmm.guest(tmp_path, "mode=rng") as vmm:
+        vmm.expect("rng ok 1")
+        vmm.wait_api()
+        zygote, console = vmm.pid_of("zygote"), vmm.pid_of("console")
+        os.kill(zygote, signal.SIGKILL)
+        os.kill(console, signal.SIGKILL)
+        row = poll(lambda: (now := vmm.fleet().get("zygote")) and now["pid"] != zygote and now)
+        assert row["restarts"] == 1
+        vmm.more("rng ok ")
+
+
 @pytest.mark.parametrize("device", ["console", "janitor", "api"])
 def test_killed_helper_process_comes_back_and_the_guest_goes_on(tmp_path, device):
     with Vmm.guest(tmp_path, "mode=rng") as vmm:
@@ -167,7 +183,7 @@ def test_create_boot_delete_through_the_api(tmp_path):
         vmm.expect("tick [01] ")
         before = len(vmm.output)
         vmm.ask("reboot")
-        vmm.expect("tick [01] ", since=before)
+        vmm.expect(r"probe: up(?s:.*)tick \d", since=before)
         vmm.ask("delete")
         assert vmm.remote("info").returncode == 1
         assert vmm.ask("ping")["version"]

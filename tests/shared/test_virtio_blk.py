@@ -1,4 +1,4 @@
-"""shared.virtio_blk: the configuration space byte by byte, and that front end and worker tell the guest the same."""
+"""shared.virtio_blk and shared.disk_geometry: the configuration space byte by byte, and what makes it differ."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ import struct
 
 import pytest
 
-from blk_worker.config import config_of, features_of
+from blk_worker.backend import BlockBackend
 from blk_worker.disk import open_disk
+from controller.config.model import DiskConfig
+from controller.disks import open_image
+from controller.early_device import disk_device
+from controller.vhost_frontend import Frontend
 from shared import virtio_blk as vb
+from shared.disk_geometry import Geometry, Topology, measure
+from shared.memory import GuestMemory
+from shared.reactor import Reactor
+from shared.virtio_blk import Feature
 
 SIZE = 1 << 20
 
@@ -22,26 +30,25 @@ def image(tmp_path):
 
 @pytest.fixture
 def geometry(image):
-    with open(image, "rb") as file:
-        return vb.geometry(file.fileno())
+    with open(image, "r+b") as file:
+        return measure(file.fileno())
 
 
 def test_geometry_of_a_file(geometry):
-    assert geometry == vb.Geometry(SIZE, 512, 0, 1, 0, True)
+    assert geometry == Geometry(SIZE, block_device=False, readonly=False, can_punch=True, topology=Topology())
 
 
 def test_a_part_of_a_sector_at_the_end_is_not_the_guests(image):
     with open(image, "ab") as file:
         file.write(b"tail")
         file.flush()
-        space = vb.config_space(vb.geometry(file.fileno()), 0, num_queues=1, queue_size=128)
+        space = vb.config_space(measure(file.fileno()), num_queues=1, queue_size=128, sparse=True).pack()
     assert struct.unpack_from("<Q", space)[0] == SIZE // 512
 
 
 def test_configuration_space_by_offset(geometry):
     """Offsets: virtio 1.2, section 5.2.4."""
-    offered = vb.features(geometry, readonly=False, sparse=True, num_queues=2)
-    space = vb.config_space(geometry, offered, num_queues=2, queue_size=128)
+    space = vb.config_space(geometry, num_queues=2, queue_size=128, sparse=True).pack()
     assert len(space) == vb.CONFIG_SIZE
     fields = {
         "capacity": ("<Q", 0, SIZE // 512), "size_max": ("<I", 8, 0), "seg_max": ("<I", 12, 126),
@@ -58,31 +65,39 @@ def test_configuration_space_by_offset(geometry):
 @pytest.mark.parametrize(
     ("readonly", "sparse", "queues", "bits", "missing"),
     [
-        (False, True, 1, vb.F_WRITE_ZEROES | vb.F_DISCARD, vb.F_RO | vb.F_MQ),
-        (False, False, 1, vb.F_WRITE_ZEROES, vb.F_DISCARD),
-        (True, True, 1, vb.F_RO, vb.F_WRITE_ZEROES | vb.F_DISCARD),
-        (False, True, 4, vb.F_MQ, 0),
+        (False, True, 1, Feature.WRITE_ZEROES | Feature.DISCARD, Feature.RO | Feature.MQ),
+        (False, False, 1, Feature.WRITE_ZEROES, Feature.DISCARD),
+        (True, True, 1, Feature.RO, Feature.WRITE_ZEROES | Feature.DISCARD),
+        (False, True, 4, Feature.MQ, 0),
     ],
 )
 def test_features_follow_the_disks_options(geometry, readonly, sparse, queues, bits, missing):
-    offered = vb.features(geometry, readonly=readonly, sparse=sparse, num_queues=queues)
+    image = geometry._replace(readonly=readonly, can_punch=not readonly)
+    offered = vb.features(image, sparse=sparse, num_queues=queues)
     assert offered & bits == bits and not offered & missing
-    assert offered & vb.F_VERSION_1 and offered & vb.F_FLUSH and offered & vb.F_EVENT_IDX
+    assert offered & Feature.VERSION_1 and offered & Feature.FLUSH and offered & Feature.RING_EVENT_IDX
 
 
+@pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
 @pytest.mark.parametrize("readonly", [False, True], ids=["rw", "ro"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["full", "sparse"])
 @pytest.mark.parametrize("queues", [1, 2, 8])
-def test_the_worker_offers_what_the_front_end_told_the_guest(image, geometry, readonly, sparse, queues):
+def test_the_worker_offers_what_the_front_end_told_the_guest(image, readonly, sparse, queues, direct):
     """The front end answers before its worker is up (controller/early_device.py): they must agree to the byte."""
-    disk = open_disk(str(image), readonly=readonly)
+    options = DiskConfig(
+        id="_disk0", path=str(image), readonly=readonly, direct=direct, sparse=sparse, num_queues=queues, queue_size=256
+    )
+    reactor, memory = Reactor(), GuestMemory.create(1 << 20)
+    fd = open_image(options, first=True)
+    device = disk_device(reactor, Frontend(reactor, memory, "_disk0"), options, fd)
+    backend = BlockBackend(
+        reactor, open_disk(str(image), fd=fd, readonly=readonly, direct=direct),
+        num_queues=queues, queue_size=256, sparse=sparse,
+    )  # fmt: skip
     try:
-        offered = vb.features(geometry, readonly=readonly, sparse=sparse, num_queues=queues)
-        assert offered == int(features_of(disk, queues, sparse))
-        space = vb.config_space(geometry, offered, num_queues=queues, queue_size=256)
-        writable = bytearray(config_of(disk, queues, 256, sparse).pack())
-        if readonly:  # neither is offered, so the driver reads no field of it
-            writable[56] = space[56]
-        assert space == bytes(writable)
+        assert device.features == backend.features
+        assert device.config == backend.config.pack()
     finally:
-        disk.close()
+        backend.close()
+        memory.close()
+        reactor.close()

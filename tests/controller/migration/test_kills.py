@@ -4,6 +4,9 @@ be.
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 
 from tests.controller.migration.conftest import Died, Lab, Remote
@@ -184,3 +187,37 @@ def test_an_agent_that_hangs_while_connecting_can_be_cancelled(lab):
     source.do("cancel")
     assert source.done("send")["kind"] == "MigrationCancelled"
     lab.runs_on(source)
+
+
+def stopped_at_claimed(lab, **arguments):
+    """(source, destination): the destination is stopped with the word at CLAIMED, and the source has noticed."""
+    source, destination = lab.source(), lab.controller()
+    destination.receive(lab.url, stop_at="claimed")
+    source.do("send", url=lab.url, **arguments)
+    source.wait_phase("handed-over")
+    os.waitid(os.P_PIDFD, destination.pidfd, os.WSTOPPED | os.WNOWAIT)
+    return source, destination
+
+
+@pytest.mark.parametrize("how", ["a cancel", "a deadline"])
+@pytest.mark.parametrize("end", [signal.SIGCONT, signal.SIGKILL])
+def test_destination_stopped_while_it_holds_the_claim(lab, how, end):
+    """Neither a cancel nor a deadline makes two of one guest; whoever asks is told the pid and what to do."""
+    source, destination = stopped_at_claimed(lab, settings={"started": 0.3} if how == "a deadline" else {})
+    answer = source.call("cancel") if how == "a cancel" else None
+    source.wait_phase("settling") if "settling" not in source.phases else None
+    waits_for = (answer or source.call("fds"))["progress"]["waits_for"]
+    assert f"pid {destination.pid}" in waits_for
+    assert f"kill -CONT {destination.pid}" in waits_for and f"kill -KILL {destination.pid}" in waits_for
+    assert not source.call("fds")["running"]
+    signal.pidfd_send_signal(destination.pidfd, end)
+    sent = outcome(source, "send")
+    assert sent["progress"]["waits_for"] == ""
+    if end == signal.SIGCONT:
+        assert sent["error"] is None and sent["fate"] == "there"
+        assert outcome(destination, "receive")["error"] is None
+        lab.runs_on(destination)
+    else:
+        assert sent["error"] and sent["running"]
+        destination.wait()
+        still_works(lab, source, lab.controller())

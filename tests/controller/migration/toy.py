@@ -4,7 +4,7 @@ The test forks it and talks to it in JSON over a SOCK_SEQPACKET pair. Commands: 
 {"receive", "url", …faults}, {"cancel"}, {"resume"}, {"quit"}. It reports every event of the monitor and, at the
 end of a command, {"done": command, "error": [chain] | null, …}.
 
-Faults of one command, each at a phase: kill_at (this controller), cancel_at, kill_runner_at; `agent` (for the
+Faults of one command, each at a phase: kill_at, stop_at (this controller), cancel_at, kill_runner_at; `agent` (for the
 agent, see migration_agent/agent.py); `fail`: the VM's step that raises; `settings`: deadlines.
 """
 
@@ -183,6 +183,8 @@ class Controller:
             return
         if self._faults.get("kill_at") == phase:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._faults.get("stop_at") == phase:
+            os.kill(os.getpid(), signal.SIGSTOP)
         if self._faults.get("kill_runner_at") == phase and (vm := self.vm or self._new):
             vm.kill_runner()
         if self._faults.get("cancel_at") == phase and self._migration is not None:

@@ -1,0 +1,134 @@
+"""The front end against a stranger's back end: qemu-storage-daemon."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from controller.pci.virtio import Virtqueue
+from controller.vhost_frontend import Frontend, dial
+from shared.linux import memfd
+from tests.controller.vhost_rig import RAM, Rig, pages
+
+QSD = shutil.which("qemu-storage-daemon")
+IMAGE_SIZE = 1 << 20
+QSD_FEATURES = 1 << 32 | 1 << 9  # VERSION_1, FLUSH
+
+
+class Daemon:
+    """qemu-storage-daemon with one raw image, on a socket that it listens on."""
+
+    def __init__(self, folder: Path) -> None:
+        assert QSD is not None
+        self.image = folder / "disk.img"
+        self.image.write_bytes(bytes(n % 251 for n in range(IMAGE_SIZE)))
+        self.socket = str(folder / "blk.sock")
+        export = f"type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={self.socket}"
+        self.process = subprocess.Popen(
+            [
+                QSD,
+                *("--blockdev", f"driver=file,node-name=disk,filename={self.image}"),
+                *("--export", f"{export},writable=on,num-queues=1"),
+            ]
+        )
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        Path(self.socket).unlink(missing_ok=True)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    if QSD is None:
+        pytest.skip("qemu-storage-daemon is not installed")
+    made = Daemon(tmp_path)
+    yield made
+    made.close()
+
+
+class Disk(Rig):
+    """The front end of a foreign disk, and its driver."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frontend.close()
+        self.frontend = Frontend(self.reactor, self.memory, "_disk0", own=False)
+        self.frontend.on_lost = self.lost.append
+
+    def queues(self) -> tuple[Virtqueue, ...]:
+        return super().queues()[:1]
+
+    def up_on(self, daemon: Daemon) -> None:
+        (sock,) = self.run(dial(self.reactor, daemon.socket))
+        assert isinstance(sock, socket.socket)
+        self.run(self.frontend.connect(sock), self.frontend.activate(QSD_FEATURES, self.queues()))
+
+    def request(self, kind: int, sector: int, readable: list[bytes], writable: list[int]) -> tuple[int, bytes]:
+        """(status, what the disk wrote)"""
+        d = self.drivers[0]
+        head = struct.pack("<IIQ", kind, 0, sector)
+        _, targets = d.add([head, *readable], [*writable, 1])
+        d.kick()
+        d.wait()
+        data = b"".join(self.memory.read(gpa, n) for gpa, n in zip(targets, writable, strict=False))
+        return self.memory.read(targets[-1], 1)[0], data
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    made = Disk()
+    yield made
+    made.close()
+
+
+def test_qsd_disk_is_read_written_and_flushed(disk: Disk, daemon: Daemon) -> None:
+    disk.up_on(daemon)
+    (config,) = disk.run(disk.frontend.get_config(60))
+    assert isinstance(config, bytes)
+    assert struct.unpack_from("<Q", config) == (IMAGE_SIZE // 512,)
+    content = daemon.image.read_bytes()
+    assert disk.request(0, 3, [], [1024]) == (0, content[3 * 512 : 5 * 512])
+    assert disk.request(1, 7, [b"\xa5" * 512], []) == (0, b"")
+    assert disk.request(4, 0, [], []) == (0, b"")
+    assert daemon.image.read_bytes()[7 * 512 : 8 * 512] == b"\xa5" * 512
+
+
+def test_qsd_stops_resumes_and_is_replaced(disk: Disk, daemon: Daemon, tmp_path: Path) -> None:
+    disk.up_on(daemon)
+    disk.request(0, 0, [], [512])
+    assert disk.run(disk.frontend.stop()) == [{0: 1}]
+    disk.run(disk.frontend.resume())
+    assert disk.request(0, 1, [], [512])[0] == 0
+    daemon.close()
+    disk.until(lambda: bool(disk.lost))
+    second = tmp_path / "second"
+    second.mkdir()
+    successor = Daemon(second)
+    try:
+        (sock,) = disk.run(dial(disk.reactor, successor.socket))
+        assert isinstance(sock, socket.socket)
+        disk.run(disk.frontend.replay(sock))
+        assert disk.request(0, 2, [], [512]) == (0, successor.image.read_bytes()[1024:1536])
+    finally:
+        successor.close()
+
+
+def test_qsd_marks_what_it_writes(disk: Disk, daemon: Daemon) -> None:
+    log = memfd("log", RAM // 4096 // 8)
+    disk.up_on(daemon)
+    assert disk.frontend.can_log
+    disk.run(disk.frontend.start_logging(log, RAM // 4096 // 8))
+    d = disk.drivers[0]
+    d.next_buffer = 0x200FF0  # the header lies on a page that is only read; data and status on the next
+    assert disk.request(0, 0, [], [512])[0] == 0
+    assert {d.used >> 12, 0x201} <= pages(log)
+    assert 0x200 not in pages(log)
+    os.close(log)
