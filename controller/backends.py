@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from controller.fleet import Fleet, Process, WorkerSpec
 from controller.vhost_frontend import Frontend
+from controller.warmup import warm_up
 from shared import log
 from shared.errors import FlotillaError, WorkerLost
 from shared.reactor import Reactor, describe, sleep
+from shared.typed import Any
 
 # A worker that lived this long has earned an immediate restart.
 STEADY_SECONDS = 1.0
@@ -64,6 +64,7 @@ class Backend:
         """Fork the worker and connect every front end, several times if it dies meanwhile. Raises FlotillaError."""
         self._starting = True
         try:
+            await warm_up(self._reactor)
             for delay in (*START_DELAYS, None):
                 try:
                     return await self._start_once()
@@ -79,6 +80,8 @@ class Backend:
 
     async def _start_once(self) -> None:
         self._began = time.monotonic()
+        import socket
+
         pairs = {name: socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for name in self._frontends}
         try:
             fds = {**self._fds, **{name: theirs.fileno() for name, (_, theirs) in pairs.items()}}

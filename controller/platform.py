@@ -7,7 +7,6 @@ and virtio devices (vm.py does those). Nothing here waits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from controller.bus import Bus
 from controller.config.model import ConsoleMode, VmConfig
@@ -31,6 +30,7 @@ from shared.errors import HostError
 from shared.memory import LOW_RAM_END, GuestMemory
 from shared.reactor import Reactor
 from shared.state_pages import allocate
+from shared.typed import Any
 from vcpu_worker.layout import StatePages, state_size
 
 

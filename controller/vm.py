@@ -17,8 +17,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 from controller import disks
 from controller.backends import Backend
@@ -46,6 +44,8 @@ from shared.chardev import HostEnd, open_host_end
 from shared.errors import FlotillaError, ProtocolError
 from shared.memory import GuestMemory
 from shared.reactor import Event, Reactor, describe, gather
+from shared.records import Record
+from shared.typed import Any
 from vcpu_worker.process import Vcpu
 from vcpu_worker.state import VcpuCodec, set_cpuid, share_tsc_offset, tell_paused
 
@@ -54,8 +54,7 @@ REDIAL_SECONDS = 5.0
 CONSOLE_WORKER = "console"
 
 
-@dataclass(slots=True)
-class VmContext:
+class VmContext(Record, frozen=False):
     """What a VM needs of its VMM. The callbacks are the janitor's business: paths and terminals to tidy up."""
 
     reactor: Reactor
@@ -67,8 +66,7 @@ class VmContext:
     on_terminal: Callable[[int, list[Any] | None], None] = lambda _fd, _termios: None
 
 
-@dataclass(slots=True)
-class Disk:
+class Disk(Record, frozen=False):
     config: DiskConfig
     image: int | None  # holds the lock; None for a vhost-user socket
     frontend: Frontend

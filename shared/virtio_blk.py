@@ -10,7 +10,8 @@ import fcntl
 import os
 import stat
 import struct
-from dataclasses import dataclass
+
+from shared.records import Record
 
 SECTOR = 512
 CONFIG_SIZE = 60
@@ -30,8 +31,7 @@ _CONFIG = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")
 assert _CONFIG.size == CONFIG_SIZE
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
+class Geometry(Record):
     """What the image is: `size` in bytes, block sizes, and whether holes can be punched into it."""
 
     size: int
