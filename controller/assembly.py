@@ -15,9 +15,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
 
 from controller import disks
 from controller.backends import Backend, BackendState
@@ -44,6 +41,9 @@ from shared.chardev import HostEnd, open_host_end
 from shared.errors import FlotillaError, WorkerError
 from shared.memory import GuestMemory
 from shared.reactor import Reactor, describe, gather
+from shared.records import Record
+from shared.typed import Any
+from shared.undo import Undo
 from vcpu_worker.state import set_cpuid
 
 REDIAL_SECONDS = 5.0
@@ -51,8 +51,7 @@ WORKER_SECONDS = 30.0
 CONSOLE_WORKER = "console"
 
 
-@dataclass(slots=True)
-class VmContext:
+class VmContext(Record, frozen=False):
     """What a VM needs of its VMM. The callbacks are the janitor's business: paths and terminals to tidy up."""
 
     reactor: Reactor
@@ -64,8 +63,7 @@ class VmContext:
     on_terminal: Callable[[int, list[Any] | None], None] = lambda _fd, _termios: None
 
 
-@dataclass(slots=True)
-class Disk:
+class Disk(Record, frozen=False):
     config: DiskConfig
     image: int | None  # holds the lock; None for a vhost-user socket
     frontend: Frontend
@@ -96,20 +94,19 @@ class Assembly:
         self._disks: dict[str, Disk] = {}
         self._images = images or {}  # those that have not become a disk yet
         self.functions: dict[str, VirtioPci] = {}
-        with ExitStack() as undo:
-            undo.callback(self._close_images)
-            undo.callback(self._close_ends)  # a user's terminal is raw by now, and nobody else knows how it was
+        with Undo() as undo:
+            undo.add(self._close_images)
+            undo.add(self._close_ends)  # a user's terminal is raw by now, and nobody else knows how it was
             if memory is not None:
-                undo.callback(memory.close)
+                undo.add(memory.close)
             serial_end = self._open_end(config.serial)
             self._console_end = self._open_end(config.console)
             self.platform = Platform(self._reactor, config, self._guest_event, serial_end, memory, cpuid)
-            undo.callback(self.platform.close)
+            undo.add(self.platform.close)
             platform = self.platform
             self.vcpus = Vcpus(
                 self._reactor, platform.kvm_vm, platform.pages, platform.apic_ids, platform, context.seccomp
             )
-            undo.pop_all()
 
     def _open_end(self, device: Any) -> HostEnd | None:
         if device.mode is ConsoleMode.OFF:

@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any
 
 from controller.fleet import Fleet, Process, ProcessState, WorkerSpec
 from controller.vhost_frontend import Frontend
+from controller.warmup import warm_up
 from shared import log
 from shared.errors import FlotillaError, HostError, Timeout, WorkerError, WorkerLost
 from shared.reactor import Event, Reactor, describe, sleep, within
+from shared.typed import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import socket
 
 # A worker that lived this long has earned an immediate restart.
 STEADY_SECONDS = 1.0
@@ -101,6 +104,7 @@ class Backend:
         """Fork the worker and connect every front end, several times if it dies meanwhile. Raises FlotillaError."""
         self._starting = True
         try:
+            await warm_up(self._reactor)
             for delay in (*START_DELAYS, None):
                 try:
                     await self._attempt()
@@ -145,6 +149,8 @@ class Backend:
         if self._closing:
             raise WorkerLost(f"{self.devices}: the VM has ended")
         self._began = time.monotonic()
+        import socket
+
         pairs: dict[str, tuple[socket.socket, socket.socket]] = {}
         try:
             for name in self._frontends:

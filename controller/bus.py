@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Coroutine
-from typing import Any, Protocol
 
 from shared.errors import HostError
+from shared.typed import Any, Protocol
 
 Effect = Coroutine[Any, Any, None]
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import Any
 
 from shared import log
 from shared.errors import HostError
+from shared.typed import Any
 
 
 class EventMonitor:

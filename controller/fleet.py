@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
 
 from controller.spawn import LAST_WORDS, LAST_WORDS_BYTES, Zygote
 from shared import log
 from shared.errors import FlotillaError, WorkerError, WorkerLost
 from shared.reactor import Event, Reactor
+from shared.records import Record, field
+from shared.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shared.control import Channel
@@ -34,8 +34,7 @@ class ProcessState(StrEnum):
     ENDED = "ended"
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerSpec:
+class WorkerSpec(Record):
     """How to start a worker, again and again."""
 
     kind: str  # what `vmm.fleet` calls it

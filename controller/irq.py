@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
 
 from shared.errors import HostError
+from shared.records import NamedTuple
+from shared.typed import Protocol
 
 FIRST_GSI = 24
 MAX_GSIS = 4096  # KVM_MAX_IRQ_ROUTES

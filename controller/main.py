@@ -54,12 +54,13 @@ def _configure_log(options: Options, began: float) -> None:
 
 
 def _run(options: Options, began: float) -> int:
-    from controller.api_socket import ApiSocket
     from controller.vmm import Vmm
 
     target = options.api_socket
     api_socket = None
     if target is not None:
+        from controller.api_socket import ApiSocket
+
         api_socket = ApiSocket.listen(target.path) if target.path is not None else ApiSocket.inherit(target.fd or 0)
     try:
         vmm = Vmm(options, began)

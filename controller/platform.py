@@ -8,8 +8,6 @@ that a machine that could not be finished leaves as little behind as one that wa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any
 
 from controller.bus import Bus
 from controller.config.model import ConsoleMode, VmConfig
@@ -33,6 +31,8 @@ from shared.errors import HostError
 from shared.memory import LOW_RAM_END, GuestMemory
 from shared.reactor import Reactor
 from shared.state_pages import allocate
+from shared.typed import Any
+from shared.undo import Undo
 from vcpu_worker.layout import StatePages, state_size
 
 
@@ -54,7 +54,7 @@ class Platform:
         self.stopped = False  # the guest has ended itself: none of its vCPUs goes on
         self._reactor = reactor
         self._tell = on_event
-        self._open = ExitStack()
+        self._open = Undo()
         try:
             self._make(memory, cpuid, serial_end)
         except BaseException:
@@ -66,20 +66,20 @@ class Platform:
     ) -> None:
         config = self.config
         self.kvm = kvm.Kvm()
-        self._open.callback(self.kvm.close)
+        self._open.add(self.kvm.close)
         self.kvm_vm = self.kvm.create_vm()
-        self._open.callback(self.kvm_vm.close)
+        self._open.add(self.kvm_vm.close)
         bits = host_phys_bits() if cpuid is None else phys_bits(cpuid) or lo.DEFAULT_MAX_PHYS_BITS
         self.layout = lo.compute(config.memory.size, bits, config.cpus.max_phys_bits)
         self.cpuid = list(cpuid) if cpuid is not None else self.host_cpuid()
         self.memory = memory if memory is not None else GuestMemory.create(config.memory.size)
-        self._open.callback(self.memory.close)
+        self._open.add(self.memory.close)
         self._set_up_kvm()
         self._pages_map = allocate(state_size(config.cpus.boot_vcpus))
         self.pages = StatePages(self._pages_map, config.cpus.boot_vcpus)
         self.routing = IrqRouting(self.kvm_vm)
         self.ioapic = Ioapic(self.routing)
-        self._open.callback(self.ioapic.close)
+        self._open.add(self.ioapic.close)
         self.pio, self.mmio = Bus("port"), Bus("memory")
         self.serial: Serial | None = None
         self.chardev: CharDev | None = None
@@ -118,7 +118,7 @@ class Platform:
         if self.config.serial.mode is ConsoleMode.OFF or serial_end is None:
             return
         chardev = CharDev(self._reactor, serial_end)
-        self._open.callback(chardev.close)
+        self._open.add(chardev.close)
         serial = Serial(
             self.pages.uart,
             self.ioapic.eventfd(lo.COM1_GSI),
@@ -127,11 +127,11 @@ class Platform:
             is_full=lambda: chardev.full,
             hold_input=chardev.pause_input,
         )
-        self._open.callback(serial.close)
+        self._open.add(serial.close)
         chardev.on_input = serial.push_input
         chardev.on_drain = serial.output_drained
         self._reactor.add_reader(serial.tx_fd, serial.on_tx)
-        self._open.callback(self._reactor.remove_reader, serial.tx_fd)
+        self._open.add(self._reactor.remove_reader, serial.tx_fd)
         self.pio.register(lo.COM1_PORT, lo.COM1_SIZE, serial)
         self.serial, self.chardev = serial, chardev
 

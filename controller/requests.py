@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from controller.api.endpoints import BY_NAME
 from shared import log
 from shared.errors import ConfigError, DuplicateIdError, FlotillaError, NotFoundError, chain
+from shared.typed import Any
 
 Verb = Callable[[Any], Awaitable[Any]]
 

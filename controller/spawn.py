@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 from shared import log
 from shared.errors import WorkerError, WorkerLost
 from shared.linux import recv_fds, send_fds
 from shared.reactor import Lock, Reactor, readable
+from shared.typed import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import socket
 
 MAX_ANSWER = 4096
 SPAWN_SECONDS = 30.0
@@ -52,7 +54,11 @@ class Zygote:
         self._socket: socket.socket | None = None
 
     def start(self) -> None:
-        """Exec it. From the main thread: PDEATHSIG watches the thread, not the process."""
+        """Exec it, unless that has been done. From the main thread: PDEATHSIG watches the thread, not the process."""
+        if self._socket is not None:
+            return
+        import socket
+
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         code = "import sys; from controller.zygote import main; sys.exit(main(3, int(sys.argv[1])))"
         self.pid = exec_python(code, [str(os.getpid())], {3: theirs.fileno()})

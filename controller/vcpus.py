@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
 
 from controller.bus import Bus, Effect
 from controller.config.cli import Seccomp
 from shared import kvm, log
 from shared.errors import FlotillaError, HostError
 from shared.reactor import Future, Reactor, describe, drain_eventfd, within
+from shared.typed import Any, Protocol
 from vcpu_worker.layout import StatePages
 from vcpu_worker.process import Exit, ExitKind, Vcpu
 from vcpu_worker.seccomp import Forbidden

@@ -13,11 +13,8 @@ eventfds, and requests that were in flight are in the inflight region, which liv
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Final, TypeVar
 
 from controller.vhost_link import Link, dial
 from controller.vhost_session import Batch, DirtyLog, Inflight, Queue, Session
@@ -25,6 +22,10 @@ from shared import vhost_user as vu
 from shared.errors import FlotillaError, HostError, ProtocolError, Timeout, WorkerLost
 from shared.memory import GuestMemory
 from shared.reactor import Event, Future, Lock, Reactor, within
+from shared.typed import TYPE_CHECKING, Final, TypeVar
+
+if TYPE_CHECKING:
+    import socket
 from shared.vhost_user import Message, ProtocolFeature, Request, VringAddr, VringState
 
 __all__ = ("Frontend", "Queue", "dial")
@@ -169,6 +170,8 @@ class Frontend:
         batch = Batch()
         batch.add(link.tell(Request.SET_OWNER))
         if ProtocolFeature.BACKEND_REQ in protocol:
+            import socket
+
             ours, theirs = socket.socketpair()
             self._events = vu.Connection(self._reactor, ours, self._on_event, self._events_closed)
             with theirs:
@@ -245,8 +248,10 @@ class Frontend:
                 await self._start(link, session, session.bases, wake=restored)
             except ProtocolError:
                 # Some of the rings may run already. A back end that hangs up on this has stopped them too.
-                with contextlib.suppress(WorkerLost):
+                try:
                     await self._halt(link)
+                except WorkerLost:
+                    pass
                 raise
 
         try:

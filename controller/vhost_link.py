@@ -6,7 +6,6 @@ The protocol is strictly ordered, so requests may be pipelined: the oldest reque
 from __future__ import annotations
 
 import os
-import socket
 from collections import deque
 from collections.abc import Callable
 from enum import StrEnum
@@ -14,13 +13,19 @@ from enum import StrEnum
 from shared import vhost_user as vu
 from shared.errors import ProtocolError, WorkerLost
 from shared.reactor import Future, Reactor, sleep
+from shared.typed import TYPE_CHECKING
 from shared.vhost_user import Connection, Message, Request
+
+if TYPE_CHECKING:
+    import socket
 
 RETRY_SECONDS = 0.05
 
 
 async def dial(reactor: Reactor, path: str, seconds: float = 10.0) -> socket.socket:
     """Connect to a back end that listens at `path`, waiting for it to come up. Raises WorkerLost after `seconds`."""
+    import socket
+
     waited = 0.0
     while True:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from controller.vhost_link import Link
 from shared import vhost_user as vu
 from shared.linux import memfd
 from shared.reactor import Future
+from shared.records import Record, field
+from shared.typed import Protocol
 from shared.vhost_user import Message
 
 
@@ -32,8 +32,7 @@ class Queue(Protocol):
     def call_fd(self) -> int: ...
 
 
-@dataclass(slots=True)
-class Inflight:
+class Inflight(Record, frozen=False):
     """Which requests are popped and not completed. The file is written by the back end: it is never mapped here."""
 
     fd: int
@@ -48,8 +47,7 @@ class Inflight:
         os.close(self.fd)
 
 
-@dataclass(slots=True)
-class Session:
+class Session(Record, frozen=False):
     """What the back end is to do. `bases`: next avail index per queue while the rings are stopped."""
 
     features: int
@@ -65,14 +63,12 @@ class Session:
             self.inflight = None
 
 
-@dataclass(slots=True)
-class DirtyLog:
+class DirtyLog(Record, frozen=False):
     fd: int
     size: int
 
 
-@dataclass(slots=True)
-class Batch:
+class Batch(Record, frozen=False):
     """Requests under way together."""
 
     futures: list[Future[Message]] = field(default_factory=list)

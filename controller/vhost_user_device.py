@@ -7,9 +7,7 @@ state keys are Cloud Hypervisor's, as the reference's cloud-hypervisor-machine p
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
 from struct import Struct
-from typing import Any, Final
 
 from controller.devices.misuse import Misuse
 from controller.devices.state import PRIVATE, Fields, State
@@ -18,6 +16,8 @@ from controller.vhost_frontend import Frontend
 from shared import log
 from shared.errors import FlotillaError, HostError, ProtocolError
 from shared.reactor import Reactor
+from shared.records import Record
+from shared.typed import Any, Final
 from shared.vhost_user import VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES
 
 RING_INDIRECT_DESC, RING_EVENT_IDX, IN_ORDER = 1 << 28, 1 << 29, 1 << 35
@@ -25,8 +25,7 @@ CONSOLE_F_SIZE = 1 << 0
 IN_BUFFER_LIMIT = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(Record):
     """A configuration space, packed little-endian: (name, struct code, count). A dot nests a name in the state."""
 
     fields: tuple[tuple[str, str, int], ...]
@@ -98,8 +97,7 @@ _FOREIGN = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceKind:
+class DeviceKind(Record):
     """One row: `features` is what this VMM is ready to offer; the guest gets its intersection with the back end's."""
 
     name: str

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
-from typing import Any
 
 from controller.assembly import Assembly, VmContext
 from controller.config.hostfiles import check_files, detect_image_types
@@ -29,6 +27,8 @@ from shared import log
 from shared.errors import FlotillaError, ProtocolError, Timeout, WorkerLost
 from shared.memory import GuestMemory
 from shared.reactor import describe, gather, within
+from shared.records import Record
+from shared.typed import Any
 from vcpu_worker.process import Vcpu
 from vcpu_worker.state import VcpuCodec, share_tsc_offset, tell_paused
 
@@ -36,8 +36,7 @@ STATE_VERSION = 1
 RESUME_SECONDS = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Standstill:
+class Standstill(Record):
     """Of a VM whose vCPUs are out: what is to be put back before they go on."""
 
     clock: bytes  # kvm_clock_data at the moment in which the last vCPU had left

@@ -11,11 +11,11 @@ While a migration is under way, requests that would change the VM are refused; a
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
 
 from controller.assembly import VmContext
 from controller.config.cli import Options
@@ -29,9 +29,11 @@ from controller.runtime import RuntimeDir
 from controller.signals import Signals
 from controller.spawn import Zygote
 from controller.vm import Vm
+from controller.warmup import HEAD_START, warm_up
 from shared import log
 from shared.errors import FlotillaError, GuestLost, NotFoundError, StateError
-from shared.reactor import Lock, Reactor, describe, within
+from shared.reactor import Lock, Reactor, describe, sleep, within
+from shared.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from controller.migration.incoming import Incoming
@@ -106,20 +108,28 @@ class Vmm:
                 self.config = assign_ids(self.options.vm)
                 # Without a wait from here to the first KVM_RUN: the workers come up while the guest boots.
                 self.reactor.run_until(self._boot_now())
-            self.reactor.call_soon(lambda: self._start_services(api_socket))
+            self.reactor.spawn(self._start_services(api_socket), "services")
             code = self.reactor.run()
         finally:
             signals.close()
             self._cleanup()
         return code
 
-    def _start_services(self, api_socket: Any) -> None:
+    async def _start_services(self, api_socket: Any) -> None:
+        await sleep(self.reactor, HEAD_START)
+        self.zygote.start()  # it warms up on another core meanwhile
+        await warm_up(self.reactor)
+        # Nothing was collected so far (the launcher sees to it), and what has been imported stays.
+        gc.freeze()
+        gc.enable()
+        if self._ending:
+            return
         from controller.services import Services
 
         self.services = Services(self.reactor, self.fleet, self.runtime.path, api_socket, self.verbs)
         self._context.on_path = self.services.path_changed
         self._context.on_terminal = self.services.terminal_changed
-        self.reactor.spawn(self.services.start(), "services")
+        await self.services.start()
 
     def end(self, code: int) -> None:
         """End VM and VMM in order. Idempotent."""

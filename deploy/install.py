@@ -44,19 +44,29 @@ PACKAGES = {
     "acpica-tools": "iasl",
 }
 
-# name -> (module, does `main` return the exit code of the program)
+# name -> module with main()
 COMMANDS = {
     "cloud-hypervisor": "controller.main",
     "flotilla": "controller.main",
     "ch-remote": "ch_remote.main",
 }
 
+# What each starts with, so that it can be bundled (shared/bundle.py).
+BUNDLES = {"controller.main": ("controller.main", "controller.vmm"), "ch_remote.main": ("ch_remote.main",)}
+
 # -I and -S save a third of the interpreter's start: no environment, no .pth files, no site module.
+# Whoever runs for long switches the garbage collector on when it has started: until then there is no garbage.
 LAUNCHER = """\
 #!{python} -IS
+import gc
 import sys
 
+gc.disable()
+
 sys.path[:0] = {paths!r}
+from shared import bundle
+
+bundle.use({bundle!r})
 from {module} import main
 
 sys.exit(main())
@@ -180,7 +190,8 @@ def launchers(cache: Path) -> Path:
         home / "checkout": f"{CHECKOUT}\n",
     }
     for name, module in COMMANDS.items():
-        files[home / "bin" / name] = LAUNCHER.format(python=python, paths=paths[:2], module=module)
+        bundle = str(home / f"{module}.bundle")
+        files[home / "bin" / name] = LAUNCHER.format(python=python, paths=paths[:2], module=module, bundle=bundle)
     if len(f"#!{python} -IS") > 250:
         raise SetupError(f"the cache folder's name is too long for a #! line: {cache}; set FLOTILLA_CACHE")
     changed = [path for path, text in files.items() if not path.is_file() or path.read_text() != text]
@@ -212,6 +223,15 @@ def native_loops() -> None:
     say(f"native loops: {'built ' + ' '.join(built) if built else 'up to date'}")
 
 
+def bundles(cache: Path, commands: Path) -> None:
+    start = f"import sys; sys.path[:0] = {[str(CHECKOUT), str(packages_folder(cache, 'runtime'))]!r}"
+    for module, programs in BUNDLES.items():
+        words = (str(commands.parent / f"{module}.bundle"), *programs)
+        call = f"{start}; from shared import bundle; bundle.refresh(*{words!r})"
+        run([str(commands / "python"), "-IS", "-c", call], f"bundling {module}", "does it import?")
+    say("bundles: up to date")
+
+
 def probe_guest(commands: Path) -> None:
     if not (CHECKOUT / "guest" / "build.py").exists():
         return
@@ -230,6 +250,7 @@ def main() -> int:
             python_packages(cache)
             commands = launchers(cache)
             native_loops()
+            bundles(cache, commands)
             probe_guest(commands)
     except SetupError as error:
         say(str(error))

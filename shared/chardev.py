@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 import stat
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final
 
 from shared.errors import ConfigError, HostError
 from shared.reactor import Reactor
+from shared.records import Record, field
+from shared.typed import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    import socket
 
 TIOCGWINSZ = 0x5413
 READ_SIZE = 4096
@@ -39,8 +41,7 @@ class Mode(StrEnum):
     SOCKET = "socket"
 
 
-@dataclass(slots=True)
-class HostEnd:
+class HostEnd(Record, frozen=False):
     """Open descriptors, by role: `in` and `out` (one and the same for a PTY), `slave` and `listen`."""
 
     mode: Mode
@@ -157,6 +158,8 @@ def _open_file(path: str) -> HostEnd:
 
 
 def _open_socket(path: str) -> HostEnd:
+    import socket
+
     if not path:
         raise ConfigError("socket= is missing", "give socket=PATH")
     if os.path.exists(path):
@@ -170,6 +173,8 @@ def _open_socket(path: str) -> HostEnd:
 
 def _remove_stale(path: str) -> None:
     """A socket that nobody listens on any more is left from a killed VM; anything else is not ours to remove."""
+    import socket
+
     if stat.S_ISSOCK(os.stat(path).st_mode):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             try:
@@ -282,6 +287,8 @@ class CharDev:
     def _send(self, fd: int, data: bytes) -> int:
         if not self._to_socket:
             return os.write(fd, data)
+        import socket
+
         # Standard output may be a socket that others use too: its blocking mode is not ours to change.
         sock = socket.socket(fileno=fd)
         try:
@@ -355,6 +362,8 @@ class CharDev:
             self._reactor.call_soon(self._read)
 
     def _accept(self) -> None:
+        import socket
+
         listener = socket.socket(fileno=self.end.fds["listen"])
         try:
             client, _ = listener.accept()

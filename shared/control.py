@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import zmq
 
 from shared import log, messages
 from shared.errors import FlotillaError, ProtocolError, WorkerLost
 from shared.reactor import Future, Reactor, within
+from shared.typed import Any
 
 # A handler returns the answer's fields, at once or as an awaitable.
 Handler = Callable[[dict[str, Any]], "dict[str, Any] | Awaitable[dict[str, Any]]"]

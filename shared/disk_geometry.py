@@ -12,9 +12,9 @@ import fcntl
 import os
 import stat
 import struct
-from typing import NamedTuple
 
 from shared.linux import check, libc
+from shared.records import NamedTuple
 
 BLKGETSIZE64 = 0x8008_1272
 BLKSSZGET = 0x1268

@@ -12,10 +12,10 @@ import functools
 import os
 from collections.abc import Iterable, Sequence
 from ctypes import c_int32, c_uint8, c_uint16, c_uint32, c_uint64
-from typing import Any
 
 from shared.errors import KvmError
 from shared.linux import libc
+from shared.typed import Any
 
 KVM_API_VERSION = 12
 

@@ -9,8 +9,12 @@ import ctypes
 import os
 import select
 import signal
-import socket
 import struct
+
+from shared.typed import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import socket
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
@@ -87,6 +91,8 @@ def bytes_at(address: int, size: int) -> memoryview:
 
 def send_fds(sock: socket.socket, data: bytes, fds: list[int] | tuple[int, ...] = ()) -> int:
     """One sendmsg with SCM_RIGHTS; bytes sent. The fds belong to the first byte."""
+    import socket
+
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
     return sock.sendmsg([data], ancillary)
 
@@ -96,6 +102,8 @@ def recv_fds(sock: socket.socket, size: int, max_fds: int = SCM_MAX_FDS) -> tupl
 
     Raises OSError when ancillary data was cut: fds that did not fit are gone, so the message can't be trusted.
     """
+    import socket
+
     data, ancillary, flags, _ = sock.recvmsg(size, socket.CMSG_SPACE(max_fds * 4), socket.MSG_CMSG_CLOEXEC)
     fds: list[int] = []
     for level, kind, payload in ancillary:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from shared.errors import BadGuestAddress, HostError
 from shared.linux import MADV_DONTDUMP, bytes_at, madvise, memfd, mmap_fd, munmap
+from shared.records import Record
 
 PAGE_SIZE = 4096
 LOW_RAM_END = 0xC000_0000
@@ -19,8 +19,7 @@ HIGH_RAM_START = 0x1_0000_0000
 MEMFD_NAME = "ch_ram"
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(Record):
     """One memslot: `size` bytes at guest address `gpa` are `fd` from `offset` on, mapped here at `address`."""
 
     gpa: int

@@ -11,14 +11,14 @@ travel here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import msgpack
 
 from shared import errors
 from shared.errors import FlotillaError, ProtocolError, WorkerError
+from shared.records import Record
+from shared.typed import Any
 
 VERSION = 1
 MAX_MESSAGE = 16 << 20
@@ -44,8 +44,7 @@ class Verb(StrEnum):
     CANCEL = "cancel"  # the SEND or RECEIVE under way fails with MigrationCancelled
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(Record):
     name: str
     type: type | tuple[type, ...]
     required: bool = True

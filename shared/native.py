@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Final, NamedTuple
 
 from shared.errors import HostError
+from shared.records import NamedTuple
+from shared.typed import Final
 
 ROOT: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

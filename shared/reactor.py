@@ -19,9 +19,9 @@ import select
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from typing import Any, Generic, TypeVar, cast
 
 from shared.errors import FlotillaError, Timeout
+from shared.typed import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
 Callback = Callable[[], None]

@@ -9,17 +9,19 @@ the VMM side.
 from __future__ import annotations
 
 import os
-import socket
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 from struct import Struct
-from typing import NamedTuple, Self
 
 from shared.errors import ProtocolError
 from shared.linux import recv_fds, send_fds
 from shared.reactor import Reactor
+from shared.records import NamedTuple, Record, field
+from shared.typed import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    import socket
 
 VHOST_F_LOG_ALL = 1 << 26
 VHOST_USER_F_PROTOCOL_FEATURES = 1 << 30
@@ -280,8 +282,7 @@ def inflight_stride(queue_size: int) -> int:
     return (size + INFLIGHT_ALIGNMENT - 1) & -INFLIGHT_ALIGNMENT
 
 
-@dataclass(slots=True)
-class Message:
+class Message(Record, frozen=False):
     """One message. Received descriptors belong to whoever holds the message, until taken or closed."""
 
     request: int

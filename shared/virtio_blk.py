@@ -8,10 +8,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from enum import IntFlag
-from typing import Any, Final, NamedTuple
 
 from shared.disk_geometry import SECTOR, Geometry
 from shared.errors import ProtocolError
+from shared.records import NamedTuple
+from shared.typed import Any, Final
 
 
 class Feature(IntFlag):

@@ -13,9 +13,9 @@ import ctypes
 import enum
 from collections.abc import Callable, Iterator
 from ctypes import c_int32, c_uint8, c_uint32, c_uint64
-from typing import Any
 
 from shared import native
+from shared.typed import Any
 
 MAX_VCPUS = 1024
 TX_SLOTS = 4096

@@ -17,11 +17,11 @@ import mmap
 import os
 import signal
 from enum import Enum
-from typing import NamedTuple
 
 from shared import kvm
 from shared.errors import HostError
 from shared.linux import check, libc
+from shared.records import NamedTuple
 from vcpu_worker.layout import (
     COMMAND_PAUSE,
     EXIT_SENTINEL,

@@ -10,11 +10,11 @@ from __future__ import annotations
 import ctypes
 import errno
 from collections.abc import Sequence
-from typing import Any
 
 from shared import kvm
 from shared.errors import ProtocolError
 from shared.kvm import ioctl
+from shared.typed import Any
 
 State = dict[str, Any]
 

@@ -5,13 +5,12 @@ Names, methods and success codes are Cloud Hypervisor's (its API page, section 3
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from shared.records import Record
 
 ROOT = "/api/v1/"
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
+class Endpoint(Record):
     """`body`: whether the request has one. `success`: the status of a good answer."""
 
     name: str

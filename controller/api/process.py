@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import signal
@@ -97,6 +98,8 @@ async def serve(sock: socket.socket, endpoint: str) -> None:
 
 def main(listen_fd: int, endpoint: str, parent: int) -> int:
     die_with_parent(parent)
+    gc.freeze()  # what has been imported stays
+    gc.enable()
     set_name("api")
     for number in (signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP):
         signal.signal(number, signal.SIG_IGN)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
-from typing import NoReturn, TypeVar
 
 from controller.config import flags, options, version
 from controller.config.grammar import expand_home, integer, parse, path
@@ -27,6 +25,8 @@ from controller.config.model import (
 from controller.config.validate import validate
 from shared.errors import ConfigError
 from shared.log import Level
+from shared.records import Record
+from shared.typed import NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -40,16 +40,14 @@ class Seccomp(Enum):
     ERRNO = "errno"
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(Record):
     """A path, or a file descriptor that this process inherited; exactly one of the two."""
 
     path: str | None = None
     fd: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(Record):
     """The command line, understood. `vm` is None for a VMM that waits for vm.create or a migration."""
 
     vm: VmConfig | None

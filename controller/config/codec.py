@@ -11,7 +11,6 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -27,6 +26,7 @@ from controller.config.model import (
     VmConfig,
 )
 from shared.errors import ConfigError
+from shared.records import Record, defaults, fields
 
 _CONSTANT: dict[type[Any], dict[str, Any]] = {
     CpusConfig: {
@@ -113,10 +113,10 @@ def _encode_object(item: Any) -> dict[str, Any]:
     private = _PRIVATE.get(cls, ())
     found: dict[str, Any] = {}
     ours: dict[str, Any] = {}
-    for field in fields(item):
-        value = getattr(item, field.name)
+    for name in fields(cls):
+        value = getattr(item, name)
         if value is not None and value != ():
-            (ours if field.name in private else found)[field.name] = _encode(value)
+            (ours if name in private else found)[name] = _encode(value)
     found.update(_CONSTANT.get(cls, {}))
     if ours:
         found[_OURS] = ours
@@ -124,7 +124,7 @@ def _encode_object(item: Any) -> dict[str, Any]:
 
 
 def _encode(value: Any) -> Any:
-    if is_dataclass(value):
+    if isinstance(value, Record):
         return _encode_object(value)
     if isinstance(value, Enum):
         return value.value
@@ -141,7 +141,7 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
 
 def _decode_object(cls: type[Any], value: object, where: str, strict: bool) -> Any:
     mapping = dict(_object(value, where or "the body"))
-    own = {field.name: field for field in fields(cls)}
+    own = fields(cls)
     private = _PRIVATE.get(cls, ())
     arguments: dict[str, Any] = {}
     if private:
@@ -161,10 +161,10 @@ def _decode_object(cls: type[Any], value: object, where: str, strict: bool) -> A
             _debug_console(item, path)
         elif strict:
             raise ConfigError(f"{path}: unknown key", f"known: {', '.join(_known(cls))}")
-    for field in own.values():
-        required = field.name in _REQUIRED.get(cls, ()) or _has_no_default(field)
-        if required and field.name not in arguments:
-            raise ConfigError(f"{_join(where, field.name)}: missing")
+    for name in own:
+        required = name in _REQUIRED.get(cls, ()) or name not in defaults(cls)
+        if required and name not in arguments:
+            raise ConfigError(f"{_join(where, name)}: missing")
     return cls(**arguments)
 
 
@@ -185,11 +185,7 @@ def _join(where: str, key: str) -> str:
 
 
 def _known(cls: type[Any]) -> list[str]:
-    return [field.name for field in fields(cls) if field.name not in _PRIVATE.get(cls, ())]
-
-
-def _has_no_default(field: Field[Any]) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING
+    return [name for name in fields(cls) if name not in _PRIVATE.get(cls, ())]
 
 
 def _optional(hint: Any) -> bool:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from controller.config import options
+from shared.records import NamedTuple
 
 
 class Flag(NamedTuple):

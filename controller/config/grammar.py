@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
 
 from shared.errors import ConfigError
+from shared.typed import Any, TypeVar
 
 Converter = Callable[[str, str], Any]
 T = TypeVar("T")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import replace
 
 from controller.config.model import (
     ConsoleConfig,
@@ -21,6 +20,7 @@ from controller.config.model import (
     VmConfig,
 )
 from shared.errors import HostError
+from shared.records import replace
 
 # Signatures of formats that Cloud Hypervisor would serve as such: (offset from the start or, if negative,
 # the end).

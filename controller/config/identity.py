@@ -4,10 +4,8 @@ out.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
-
 from controller.config.model import ConsoleMode, VmConfig
+from shared.records import NamedTuple, replace
 
 # Device 0 is the host bridge.
 PCI_SLOTS = range(1, 32)

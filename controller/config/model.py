@@ -7,10 +7,10 @@ refused by name. The classes hold what was asked; `validate` says whether it mak
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 
 from controller.machine.topology import Topology
+from shared.records import Record
 
 
 class ConsoleMode(Enum):
@@ -50,8 +50,7 @@ class DiskLock(Enum):
     SHARED = "shared"
 
 
-@dataclass(frozen=True, slots=True)
-class CpusConfig:
+class CpusConfig(Record):
     """`--cpus`. `nested`: the guest may see VMX or SVM. `max_phys_bits`: upper bound of the guest's address
     width.
     """
@@ -63,8 +62,7 @@ class CpusConfig:
     nested: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryConfig:
+class MemoryConfig(Record):
     """`--memory`. Guest RAM is shared whatever `shared` says; `mergeable` exists to be refused with a
     reason.
     """
@@ -75,8 +73,7 @@ class MemoryConfig:
     thp: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class PayloadConfig:
+class PayloadConfig(Record):
     """What is booted; all three as given: paths, and the kernel's command line verbatim."""
 
     kernel: str | None = None
@@ -84,8 +81,7 @@ class PayloadConfig:
     initramfs: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class DiskConfig:
+class DiskConfig(Record):
     """One `--disk`. `serial` is at most 20 bytes; `path` is None only with `vhost_user`, which needs
     `vhost_socket`.
     """
@@ -108,8 +104,7 @@ class DiskConfig:
     lock: DiskLock | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RngConfig:
+class RngConfig(Record):
     """`--rng`; the device always exists."""
 
     src: str = "/dev/urandom"
@@ -117,8 +112,7 @@ class RngConfig:
     pci_device_id: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SerialConfig:
+class SerialConfig(Record):
     """`--serial`: COM1. `file` goes with FILE (and holds the device's path of a PTY in use), `socket` with
     SOCKET.
     """
@@ -128,8 +122,7 @@ class SerialConfig:
     socket: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ConsoleConfig:
+class ConsoleConfig(Record):
     """`--console`: virtio-console, hvc0 of the guest. OFF means that there is no such PCI device."""
 
     mode: ConsoleMode = ConsoleMode.TTY
@@ -139,8 +132,7 @@ class ConsoleConfig:
     pci_device_id: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class VmConfig:
+class VmConfig(Record):
     """The body of vm.create and `config` of vm.info."""
 
     payload: PayloadConfig

@@ -8,7 +8,6 @@ called otherwise; keys under `not_yet` have no field at all. Every function rais
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
 
 from controller.config.grammar import (
     Converter,
@@ -38,6 +37,8 @@ from controller.config.model import (
 )
 from controller.machine.topology import Topology
 from shared.errors import ConfigError
+from shared.records import fields
+from shared.typed import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -140,7 +141,7 @@ def _parse(flag: str, text: str, build: Callable[[], T]) -> T:
 def _fields(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor arguments: the options that have a field, under its name."""
     named = {_FIELDS.get(key, key): value for key, value in options.items()}
-    return {name: named[name] for name in cls.__dataclass_fields__ if name in named}
+    return {name: named[name] for name in fields(cls) if name in named}
 
 
 def cpus(text: str) -> CpusConfig:

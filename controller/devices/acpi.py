@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from enum import IntFlag
-from typing import Final
 
 from controller.devices.events import GuestEvent, OnEvent
 from controller.devices.misuse import Misuse
 from controller.devices.state import PRIVATE, Fields, State
+from shared.typed import Final
 from vcpu_worker.layout import TimerPage
 
 PM_TIMER_HZ: Final = 3_579_545

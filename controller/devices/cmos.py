@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final
 
 from controller.devices.events import GuestEvent, OnEvent
 from controller.devices.misuse import Misuse
 from controller.devices.state import PRIVATE, Fields, State
+from shared.typed import Final
 
 _INDEX: Final = 0
 _DATA: Final = 1

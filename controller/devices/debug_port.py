@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final
 
 from shared import log
+from shared.typed import Final
 
 _RANGES: Final = ("Firmware", "Bootloader", "Kernel", "Userspace")  # codes 0x00, 0x20, 0x40 and 0x60 onwards
 _PRESENT: Final = 0xE9

@@ -8,11 +8,11 @@ sections 4.6 and 4.7.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
 
 from controller.devices.misuse import Misuse
 from controller.devices.state import PRIVATE, Fields, State
+from shared.records import Record
+from shared.typed import Final
 
 _PCIU, _PCID, _B0EJ, _PSEG = 0x0, 0x4, 0x8, 0xC
 
@@ -85,8 +85,7 @@ class PciHotplug:
             self._up, self._down, self._segment = up, down, segment
 
 
-@dataclass(slots=True)
-class CpuSlot:
+class CpuSlot(Record, frozen=False):
     """What the guest may see of one possible vCPU. `ejectable`: a removal was asked for and has not happened yet.
 
     The guest acknowledges `removing` as soon as it was told, long before it ejects, so the two are kept apart.

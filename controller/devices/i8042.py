@@ -6,9 +6,8 @@ section 5.2.
 
 from __future__ import annotations
 
-from typing import Final
-
 from controller.devices.events import GuestEvent, OnEvent
+from shared.typed import Final
 
 _PORT_B: Final = 0  # 0x61; bit 5 is the output of timer 2, which Linux polls when it calibrates the TSC
 _COMMAND: Final = 3  # 0x64

@@ -11,12 +11,12 @@ Sources: Intel 82093AA data sheet; the reference's cloud-hypervisor-machine page
 from __future__ import annotations
 
 import os
-from typing import Final
 
 from controller.devices.misuse import Misuse
 from controller.devices.state import PRIVATE, Fields, State
 from controller.irq import IrqRouting
 from controller.machine.layout import APIC_START, IOAPIC_PINS
+from shared.typed import Final
 
 PINS: Final = IOAPIC_PINS
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable
-from typing import Final
 
 from controller.bus import Effect
 from controller.devices.state import Fields, State
 from shared.reactor import Future, drain_eventfd
+from shared.typed import Final
 from vcpu_worker.layout import UartPage
 
 _DATA, _IER, _IIR, _LCR, _MCR, _LSR, _MSR, _SCR = range(8)

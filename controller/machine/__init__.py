@@ -10,6 +10,5 @@ Everything here is Cloud Hypervisor's, byte for byte, so that a running VM can m
     hostcpu   the CPUID instruction
     regs      registers, MSRs, LAPIC and FPU at boot
 
-Records are NamedTuples: defining a frozen dataclass takes six times as long (0.7 ms), and all of this lies on the way
-to the guest's first instruction.
+Records are shared.records' NamedTuples: all of this lies on the way to the guest's first instruction.
 """

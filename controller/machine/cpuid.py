@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from typing import NamedTuple
 
-from controller.machine.cpuid_features import feature_name
 from controller.machine.hostcpu import BRAND_STRING_LEAVES, host_cpuid
 from controller.machine.topology import Topology, x2apic_id
 from shared.errors import MigrationError
 from shared.kvm import KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2
+from shared.records import NamedTuple
 
 KVM_SIGNATURE, KVM_FEATURES, KVM_TIMING = 0x4000_0000, 0x4000_0001, 0x4000_0010
 APIC_BUS_KHZ = 1_000_000
@@ -273,6 +272,8 @@ def _compare(
     theirs, ours = _register(guest, leaf, index, register), _register(here, leaf, index, register)
     place = f"CPUID {leaf:#x}.{index} {register.upper()}"
     if rule is _Rule.SUBSET:
+        from controller.machine.cpuid_features import feature_name
+
         missing = theirs & ~ours
         return [
             f"{place} bit {bit} ({feature_name(leaf, index, register, bit)}) is missing"

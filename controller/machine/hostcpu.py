@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 from functools import cache
-from typing import Any
 
 from shared.linux import PROT_READ, check, libc
+from shared.typed import Any
 
 PROT_EXEC = 4
 BRAND_STRING_LEAVES = range(0x8000_0002, 0x8000_0005)

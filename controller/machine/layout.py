@@ -7,10 +7,10 @@ Cloud Hypervisor's values (arch/x86_64/layout.rs and the memory and device manag
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from shared.errors import ConfigError
 from shared.memory import HIGH_RAM_START, LOW_RAM_END, PAGE_SIZE
+from shared.records import NamedTuple
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from shared.records import Record
 
 
-@dataclass(frozen=True, slots=True)
-class Topology:
-    """As `--cpus topology=`: counts per next larger unit. A dataclass, for it is part of VmConfig and its JSON."""
+class Topology(Record):
+    """As `--cpus topology=`: counts per next larger unit. A Record, for it is part of VmConfig and its JSON."""
 
     threads_per_core: int
     cores_per_die: int

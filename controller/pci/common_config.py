@@ -9,14 +9,14 @@ Source: virtio 1.2, section 4.1.4.3 (struct virtio_pci_common_cfg, up to queue_d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
 
 from controller.devices.misuse import Misuse
 from controller.devices.state import Fields, State
 from controller.pci.msix import NO_VECTOR
 from controller.pci.virtio import VirtioDevice
 from shared.errors import ProtocolError
+from shared.records import Record
+from shared.typed import Final
 
 SIZE: Final = 0x38
 STATUS: Final = 0x14
@@ -26,8 +26,7 @@ _CONFIG_GENERATION: Final = 0x15
 _RINGS: Final = (0x20, "desc", 16), (0x28, "avail", 2), (0x30, "used", 4)  # offset, name, alignment
 
 
-@dataclass(slots=True)
-class Queue:
+class Queue(Record, frozen=False):
     """What the driver has programmed. Ring addresses are guest physical and may be anything."""
 
     max_size: int

@@ -8,12 +8,12 @@ Sources: PCI Local Bus 3.0, chapter 6; the reference's cloud-hypervisor-machine 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
 
 from controller.devices.state import Fields, State
 from shared.errors import ProtocolError
+from shared.records import Record
+from shared.typed import Final
 
 CONFIG_SIZE: Final = 4096
 DWORDS: Final = CONFIG_SIZE // 4
@@ -52,8 +52,7 @@ RESOURCE_NAMES: Final = {BarType.MEMORY_32: "Mmio32", BarType.MEMORY_64: "Mmio64
 RESOURCE_TYPES: Final = {name: kind for kind, name in RESOURCE_NAMES.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(Record):
     """What identifies a function. `class_code` is base class, subclass and programming interface, 24 bits."""
 
     vendor: int
@@ -65,8 +64,7 @@ class Header:
     command: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class BarMove:
+class BarMove(Record):
     """The guest has given a BAR another address."""
 
     old_base: int
@@ -75,8 +73,7 @@ class BarMove:
     type: BarType
 
 
-@dataclass(slots=True)
-class _Bar:
+class _Bar(Record, frozen=False):
     """One of the six registers, as the state has it: `addr` with the type bits, `size` as the mask that sizing
     shows."""
 

@@ -6,15 +6,14 @@ Every function of this machine is number 0 of its slot and has at most one BAR, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from controller.bus import Effect
 from controller.devices.state import State
 from controller.pci.config_space import RESOURCE_NAMES, BarMove, BarType, ConfigSpace, Header
+from shared.records import Record
 
 
-@dataclass(frozen=True, slots=True)
-class Bdf:
+class Bdf(Record):
     """Where a function is; bus and function number are always 0."""
 
     segment: int
@@ -38,8 +37,7 @@ class Bdf:
         return cls(int(segment, 16), int(slot, 16))
 
 
-@dataclass(frozen=True, slots=True)
-class BarSpec:
+class BarSpec(Record):
     """BAR 0: its size, and its alignment where it is allocated as a 32-bit or a 64-bit BAR. Bytes, powers of two."""
 
     size: int
@@ -47,8 +45,7 @@ class BarSpec:
     align64: int
 
 
-@dataclass(slots=True)
-class BarPlace:
+class BarPlace(Record, frozen=False):
     """Where BAR 0 answers now. It follows the guest's writes once memory decoding is on."""
 
     base: int

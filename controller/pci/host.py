@@ -11,8 +11,6 @@ reference's cloud-hypervisor-machine page, sections 1.6, 2.1 and 2.2.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
 
 from controller.bus import Bus, Effect
 from controller.devices.misuse import Misuse
@@ -23,6 +21,8 @@ from controller.pci.allocator import AddressAllocator
 from controller.pci.config_space import RESOURCE_TYPES, BarMove, BarType, Header
 from controller.pci.function import BarPlace, Bdf, PciFunction
 from shared.errors import ConfigError, HostError, ProtocolError
+from shared.records import Record
+from shared.typed import Final
 from vcpu_worker.layout import PciPage
 
 _HOST_BRIDGE: Final = Header(vendor=0x8086, device=0x0D57, class_code=0x060000)
@@ -279,8 +279,7 @@ class ConfigPorts:
             self._page.set_address(fields.integer("latch", 32))
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Record):
     """A function that a VM is to have. `slot` is its `pci_device_id`, if it was given one."""
 
     kind: str

@@ -13,12 +13,12 @@ Sources: PCI Local Bus 3.0, section 6.8.2; the reference's cloud-hypervisor-mach
 from __future__ import annotations
 
 import os
-from typing import Final
 
 from controller.devices.state import Fields, State
 from controller.irq import IrqRouting
 from shared.errors import ProtocolError
 from shared.reactor import drain_eventfd
+from shared.typed import Final
 
 MAX_VECTORS: Final = 2048
 ENABLE: Final = 1 << 15

@@ -5,13 +5,12 @@ Sources: QEMU docs/specs/pvpanic.rst; the reference's cloud-hypervisor-machine p
 
 from __future__ import annotations
 
-from typing import Final
-
 from controller.bus import Effect
 from controller.devices.events import GuestEvent, OnEvent
 from controller.devices.state import Fields, State
 from controller.pci.config_space import Header
 from controller.pci.function import BarSpec, PciFunction
+from shared.typed import Final
 
 PVPANIC_ID: Final = "__pvpanic"
 _PANICKED: Final = 1

@@ -9,9 +9,10 @@ Source: virtio 1.2, sections 2.1 (status), 2.6 (split virtqueues), 5 (device typ
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from enum import IntFlag
-from typing import Any, Protocol
+
+from shared.records import Record
+from shared.typed import Any, Protocol
 
 VIRTIO_F_VERSION_1 = 1 << 32
 
@@ -30,8 +31,7 @@ class Status(IntFlag):
 RUNNING = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
 
 
-@dataclass(frozen=True, slots=True)
-class Virtqueue:
+class Virtqueue(Record):
     """One queue that the driver has set up. Ring addresses are guest physical and lie in RAM."""
 
     index: int

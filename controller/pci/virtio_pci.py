@@ -13,7 +13,6 @@ Sources: virtio 1.2, section 4.1; the reference's cloud-hypervisor-machine page,
 from __future__ import annotations
 
 import os
-from typing import Final
 
 from controller.bus import Effect
 from controller.devices.misuse import Misuse
@@ -29,6 +28,7 @@ from controller.pci.virtio import RUNNING, RingMemory, Status, VirtioDevice, Vir
 from shared import log
 from shared.errors import BadGuestAddress, FlotillaError
 from shared.reactor import Lock
+from shared.typed import Final
 
 ID_PREFIX: Final = "_virtio-pci-"
 # Keys of the state that are nodes of their own in Cloud Hypervisor's snapshot.

@@ -53,7 +53,9 @@ def stage(job: Job, machine: Machine, tree: Path) -> None:
     (tree / "bin").mkdir()
     for name, module in install.COMMANDS.items():
         launcher = tree / "bin" / name
-        launcher.write_text(install.LAUNCHER.format(python="/usr/bin/python3", paths=LAB_PATHS, module=module))
+        # No bundle: one that was made here names the files of this machine.
+        text = install.LAUNCHER.format(python="/usr/bin/python3", paths=LAB_PATHS, module=module, bundle="")
+        launcher.write_text(text)
         launcher.chmod(0o755)
     puts = dict(job.puts)
     if job.script:

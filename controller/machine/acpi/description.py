@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from controller.machine.topology import Topology
+from shared.records import NamedTuple
 
 
 class SmbiosStrings(NamedTuple):

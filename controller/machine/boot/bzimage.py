@@ -8,7 +8,6 @@ protected mode, with a zero page. Source: Documentation/arch/x86/boot.rst.
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 from controller.machine import layout as lo
 from controller.machine.boot import elf, unpack
@@ -17,6 +16,7 @@ from controller.machine.boot.placement import room
 from controller.machine.layout import Layout
 from shared.errors import HostError
 from shared.memory import GuestMemory
+from shared.records import NamedTuple
 
 SECTOR = 512
 HEADER_START = 0x1F1

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from controller.machine.boot.payload import Payload
 from controller.machine.boot.placement import clear, room
 from controller.machine.layout import KERNEL_START
 from shared.errors import HostError
 from shared.memory import PAGE_SIZE, GuestMemory
+from shared.records import NamedTuple
 
 MAGIC = b"\x7fELF"
 CLASS_32, CLASS_64 = 1, 2

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from enum import Enum
-from typing import NamedTuple
 
 from controller.machine import layout as lo
 from controller.machine.boot import bzimage, elf, pvh, uki
-from controller.machine.boot.payload import Payload, open_payload
+from controller.machine.boot.payload import OpenPayload, Payload
 from controller.machine.boot.placement import room
 from controller.machine.layout import Layout
 from shared.errors import ConfigError, HostError
 from shared.memory import PAGE_SIZE, GuestMemory
+from shared.records import NamedTuple
 
 # What people give for a kernel by mistake: (offset, signature, name).
 _NO_KERNELS = (
@@ -64,11 +62,12 @@ def load(memory: GuestMemory, layout: Layout, kernel: str, initramfs: str | None
     Raises HostError for a file that can't be booted (it names flag and file) and ConfigError for the command line.
     """
     check_cmdline(cmdline, "--cmdline")
-    with open_payload("--kernel", kernel) as payload, _optional("--initramfs", initramfs) as given:
-        loaded = _load_kernel(memory, payload)
-        module = None
-        if (source := given or loaded.initramfs) is not None:
-            module = _load_initramfs(memory, source, loaded.kernel)
+    with OpenPayload("--kernel", kernel) as payload:
+        if initramfs is None:
+            loaded, module = _load_files(memory, payload, None)
+        else:
+            with OpenPayload("--initramfs", initramfs) as given:
+                loaded, module = _load_files(memory, payload, given)
     if not cmdline and loaded.cmdline:
         cmdline = loaded.cmdline
         check_cmdline(cmdline, f"--kernel {kernel}, section .cmdline")
@@ -90,10 +89,11 @@ def check_cmdline(cmdline: str, name: str) -> None:
         raise ConfigError(f"{name}: {len(cmdline)} characters, more than the {lo.CMDLINE_MAX_SIZE - 1} that fit")
 
 
-@contextmanager
-def _optional(flag: str, path: str | None) -> Iterator[Payload | None]:
-    with nullcontext() if path is None else open_payload(flag, path) as payload:
-        yield payload
+def _load_files(memory: GuestMemory, payload: Payload, given: Payload | None) -> tuple[_Loaded, lo.Range | None]:
+    """The kernel, and the initramfs that was given or that the kernel carries."""
+    loaded = _load_kernel(memory, payload)
+    source = given or loaded.initramfs
+    return loaded, _load_initramfs(memory, source, loaded.kernel) if source is not None else None
 
 
 def _load_kernel(memory: GuestMemory, payload: Payload) -> _Loaded:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
 
 from shared.errors import HostError
+from shared.records import NamedTuple
 
 # The kernel cuts a single read at 0x7ffff000 bytes.
 MAX_READ = 1 << 30
@@ -65,22 +63,30 @@ class Payload(NamedTuple):
             )
 
 
-@contextmanager
-def open_payload(flag: str, path: str) -> Iterator[Payload]:
-    """Open the file that `flag` names. Raises HostError if it is missing, unreadable, empty or no file."""
-    name = f"{flag} {path}"
-    try:
-        # A FIFO would block the open until somebody writes to it.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError as error:
-        raise HostError(f"{name}: no such file") from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise HostError(f"{name}: can't be opened: {reason}") from error
-    try:
-        yield Payload(fd, name, 0, _size(fd, name))
-    finally:
-        os.close(fd)
+class OpenPayload:
+    """The file that `flag` names, as a context. Raises HostError if it is missing, unreadable, empty or no file."""
+
+    def __init__(self, flag: str, path: str) -> None:
+        name = f"{flag} {path}"
+        try:
+            # A FIFO would block the open until somebody writes to it.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError as error:
+            raise HostError(f"{name}: no such file") from error
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise HostError(f"{name}: can't be opened: {reason}") from error
+        try:
+            self._payload = Payload(self._fd, name, 0, _size(self._fd, name))
+        except HostError:
+            os.close(self._fd)
+            raise
+
+    def __enter__(self) -> Payload:
+        return self._payload
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
 
 
 def _size(fd: int, name: str) -> int:

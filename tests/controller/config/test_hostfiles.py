@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from controller.config.model import (
     VmConfig,
 )
 from shared.errors import ConfigError, HostError
+from shared.records import replace
 
 
 @pytest.fixture

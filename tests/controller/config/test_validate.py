@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from controller.config.model import (
 from controller.config.validate import validate
 from controller.machine.topology import Topology
 from shared.errors import ConfigError, DuplicateIdError
+from shared.records import replace
 
 BASE = VmConfig(payload=PayloadConfig(kernel="/k"), console=ConsoleConfig(ConsoleMode.OFF))
 DISK = DiskConfig(path="/d")
