@@ -111,7 +111,7 @@ static void cpu_start(u32 index, u32 apic_id)
     delay_ns(NS_PER_MS);
     for (u32 attempt = 0; attempt < 2 && !cpu->online; attempt++) {
         send_ipi(apic_id, ICR_STARTUP | TRAMPOLINE >> 12);
-        for (u64 end = now_ns() + 500 * NS_PER_MS; !cpu->online && now_ns() < end;)
+        for (u64 end = now_ns() + 5000 * NS_PER_MS; !cpu->online && now_ns() < end;)
             pause();
     }
     if (!cpu->online)
