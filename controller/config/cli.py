@@ -235,6 +235,7 @@ def _vm_config(given: dict[str, list[str]]) -> VmConfig | None:
         cpus=_single(given, "--cpus", options.cpus) or CpusConfig(),
         memory=_single(given, "--memory", options.memory) or MemoryConfig(),
         disks=tuple(options.disk(text) for text in given.get("--disk", ())),
+        net=tuple(options.net(text) for text in given.get("--net", ())),
         rng=_single(given, "--rng", options.rng) or RngConfig(),
         serial=_single(given, "--serial", options.serial) or SerialConfig(),
         console=_single(given, "--console", options.console) or ConsoleConfig(),

@@ -21,6 +21,7 @@ from controller.config.model import (
     CpusConfig,
     DiskConfig,
     MemoryConfig,
+    NetConfig,
     PayloadConfig,
     RngConfig,
     SerialConfig,
@@ -42,6 +43,7 @@ _CONSTANT: dict[type[Any], dict[str, Any]] = {
         "reserve": False,
     },
     DiskConfig: {"pci_segment": 0, "backing_files": False},
+    NetConfig: {"pci_segment": 0},
     RngConfig: {"pci_segment": 0},
     ConsoleConfig: {"pci_segment": 0},
     VmConfig: {"pvpanic": False, "iommu": False, "watchdog": False, "landlock_enable": False},
@@ -51,12 +53,12 @@ _ABSENT: dict[type[Any], tuple[str, ...]] = {
     MemoryConfig: ("hotplug_size", "hotplugged_size", "hugepage_size", "zones"),
     PayloadConfig: ("firmware", "igvm", "host_data", "fw_cfg_config"),
     DiskConfig: ("iommu", "rate_limit_group", "rate_limiter_config", "queue_affinity"),
+    NetConfig: ("iommu", "rate_limiter_config"),
     RngConfig: ("iommu",),
     SerialConfig: ("iommu", "pci_segment"),
     ConsoleConfig: ("iommu",),
     VmConfig: (
         "rate_limit_groups",
-        "net",
         "balloon",
         "generic_vhost_user",
         "fs",
@@ -149,7 +151,7 @@ def _decode_object(cls: type[Any], value: object, where: str, strict: bool) -> A
     for key, item in mapping.items():
         path = _join(where, key)
         if key in own and key not in private:
-            if item is None and _optional(_hints(cls)[key]):
+            if item is None and (_optional(_hints(cls)[key]) or typing.get_origin(_hints(cls)[key]) is tuple):
                 continue
             arguments[key] = _decode(_hints(cls)[key], item, path, strict)
         elif key in _CONSTANT.get(cls, {}):
