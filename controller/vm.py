@@ -30,27 +30,28 @@ from controller.devices.events import GuestEvent
 from controller.early_device import console_device, disk_device, rng_device
 from controller.events import EventMonitor
 from controller.fleet import Fleet, WorkerSpec
+from controller.foreign import ForeignBackend
 from controller.machine.acpi.description import Description
 from controller.machine.acpi.tables import write_tables
 from controller.machine.boot.loader import load
 from controller.machine.cpuid import CpuidEntry, vcpu_cpuid
 from controller.machine.regs import configure, tsc_khz, write_descriptor_tables
+from controller.nets import Nets
 from controller.pci.host import Plan, build
 from controller.pci.virtio_pci import VirtioPci
 from controller.platform import Platform
 from controller.vcpus import Vcpus
-from controller.vhost_frontend import Frontend, dial
+from controller.vhost_frontend import Frontend
 from controller.vhost_user_device import FOREIGN_BLOCK, VhostUserDevice
 from shared import log
 from shared.chardev import HostEnd, open_host_end
 from shared.errors import FlotillaError, ProtocolError
 from shared.memory import GuestMemory
-from shared.reactor import Event, Reactor, describe, gather
+from shared.reactor import Event, Reactor, gather
 from vcpu_worker.process import Vcpu
 from vcpu_worker.state import VcpuCodec, set_cpuid, share_tsc_offset, tell_paused
 
 STATE_VERSION = 1
-REDIAL_SECONDS = 5.0
 CONSOLE_WORKER = "console"
 
 
@@ -73,6 +74,7 @@ class Disk:
     image: int | None  # holds the lock; None for a vhost-user socket
     frontend: Frontend
     backend: Backend | None = None
+    foreign: ForeignBackend | None = None
 
 
 class Vm:
@@ -104,6 +106,8 @@ class Vm:
             platform = self.platform
             self.vcpus = Vcpus(self._reactor, platform.kvm_vm, platform.pages, platform.apic_ids, platform)
             self.codec = VcpuCodec(platform.kvm_vm)
+            self.nets = Nets(self._reactor, context.fleet, platform.memory, self._ready)
+            self.tap_fds = self.nets.tap_fds
         except BaseException:
             self._close_ends()  # a user's terminal is raw by now, and nobody else knows how it was
             raise
@@ -138,6 +142,7 @@ class Vm:
         parts: list[tuple[int, int, int, int]],
         ram_fds: list[int],
         images: dict[str, int],
+        taps: dict[str, list[int]],
         info: dict[str, Any],
     ) -> Vm:
         """A VM that arrives: RAM from the peer's memfds, workers up and connected, vCPU processes parked."""
@@ -152,13 +157,15 @@ class Vm:
                 (gpa, size, fd, offset, slot) for (gpa, size, offset, slot), fd in zip(parts, ram_fds, strict=True)
             )
         except BaseException:
-            for fd in (*ram_fds, *images.values()):
+            for fd in (*ram_fds, *images.values(), *(fd for fds in taps.values() for fd in fds)):
                 os.close(fd)
             raise
         cpuid = [CpuidEntry(*entry) for entry in info["cpuid"]]
         vm = cls(context, vm_config, memory=memory, cpuid=cpuid)
+        vm.nets.arrived(taps)
         try:
             await vm._assemble(images, info["device_tree"])
+            vm.config = vm.nets.kept(vm.config)
             check_compatible(cpuid, vm.platform.host_cpuid())
             vm._set_cpuid()
             vm.vcpus.start(paused=True)
@@ -198,6 +205,10 @@ class Vm:
         for number, disk in enumerate(config.disks):
             device = await self._disk(disk, number == 0, images)
             plans.append(self._plan("disk", device, disk.pci_device_id))
+        for net in config.net:
+            device = await self.nets.make(net)
+            plans.append(self._plan("net", device, net.pci_device_id))
+            self.nets.plugged(self.functions[device.device_id])
         frontend = Frontend(self._reactor, memory, RNG_ID)
         rng = rng_device(self._reactor, frontend, config.rng.id or RNG_ID, self._ready)
         plans.append(self._plan("rng", rng, config.rng.pci_device_id))
@@ -215,9 +226,9 @@ class Vm:
         frontend = Frontend(self._reactor, self.platform.memory, disk.id, own=not disk.vhost_user)
         if disk.vhost_user:
             assert disk.vhost_socket is not None
-            self._disks[disk.id] = Disk(disk, None, frontend)
-            frontend.on_lost = lambda error: self._foreign_lost(disk, frontend, error)
-            await frontend.connect(await dial(self._reactor, disk.vhost_socket))
+            foreign = ForeignBackend(self._reactor, frontend, disk.id, disk.vhost_socket)
+            self._disks[disk.id] = Disk(disk, None, frontend, foreign=foreign)
+            await foreign.connect()
             sizes = (disk.queue_size,) * disk.num_queues
             return await VhostUserDevice.attach(self._reactor, frontend, disk.id, FOREIGN_BLOCK, sizes)
         image = images[disk.id] if disk.id in images else disks.open_image(disk, first)
@@ -225,22 +236,6 @@ class Vm:
         device = disk_device(self._reactor, frontend, disk, image, self._ready)
         device.extra["disk_path"] = disk.path or ""
         return device
-
-    def _foreign_lost(self, disk: DiskConfig, frontend: Frontend, error: Exception | None) -> None:
-        """Somebody else's back end went away. It may come back at the same socket, whenever; the guest waits."""
-        why = describe(error) if error else "closed"
-        log.error(f"{disk.id}: vhost-user back end at {disk.vhost_socket} lost: {why}")
-        self._reactor.spawn(self._redial(disk, frontend), f"reconnect {disk.id}")
-
-    async def _redial(self, disk: DiskConfig, frontend: Frontend) -> None:
-        assert disk.vhost_socket is not None
-        while not self._closed:
-            try:
-                await frontend.replay(await dial(self._reactor, disk.vhost_socket, REDIAL_SECONDS))
-                log.info(f"{disk.id}: vhost-user back end at {disk.vhost_socket} is back")
-                return
-            except FlotillaError as error:
-                log.debug(f"{disk.id}: {describe(error)}")
 
     def _load_payload(self) -> None:
         config, platform = self.config, self.platform
@@ -270,9 +265,8 @@ class Vm:
 
     async def _bring_up(self) -> None:
         """Start every worker side by side. Devices that the driver activates earlier wait for `_ready`."""
-        starts = [self._start_console()]
-        starts += [self._start_disk(disk) for disk in self._disks.values()]
-        await gather(self._reactor, *starts)
+        disks = [self._start_disk(disk) for disk in self._disks.values()]
+        await gather(self._reactor, self._start_console(), *disks, *self.nets.starts())
         self._ready.set()
 
     async def _start_disk(self, disk: Disk) -> None:
@@ -324,6 +318,7 @@ class Vm:
             await gather(self._reactor, *(self._frontend(name).stop() for name in self.functions))
             if self._console_end is not None:
                 await self._console.call("quiesce")  # rings are not all it has: it reads the terminal
+            await self.nets.quiesce()
         except FlotillaError:
             await self.resume()
             raise
@@ -336,6 +331,7 @@ class Vm:
         await gather(self._reactor, *(self._frontend(name).resume() for name in self.functions))
         if self._console_end is not None:
             await self._console.call("resume")
+        await self.nets.resume()
         self.platform.release_serial()
         for function in self.functions.values():
             function.signal_all()
@@ -386,6 +382,7 @@ class Vm:
         return {
             "version": STATE_VERSION,
             "console_worker": console,
+            "net_workers": await self.nets.save(),
             "vcpus": [self.codec.save(vcpu.fd) for vcpu in self.vcpus.all],
             "platform": self.platform.save(),
             "functions": functions,
@@ -414,6 +411,7 @@ class Vm:
         platform.load_ioapic(state["platform"])
         if self._console_end is not None and state.get("console_worker"):
             await self._console.call("load", **state["console_worker"])
+        await self.nets.load(state.get("net_workers") or {})
         self._clock = bytes(state["clock"])
 
     def _load_vcpu(self, vcpu: Vcpu, saved: dict[str, Any]) -> None:
@@ -429,6 +427,7 @@ class Vm:
             function.signal_all()
         self._running = True
         self.vcpus.resume()
+        self.nets.announce()
 
     # Asking ------------------------------------------------------------------------------------------------------
 
@@ -439,8 +438,8 @@ class Vm:
         return self.vcpus.describe()
 
     async def counters(self) -> dict[str, Any]:
-        """Counters of every disk of ours, by device id."""
-        answers = {}
+        """Counters of every disk and network device of ours, by device id."""
+        answers = await self.nets.counters()
         for name, disk in self._disks.items():
             if disk.backend is not None and disk.backend.process is not None:
                 answers[name] = await disk.backend.process.call("stats")
@@ -456,7 +455,7 @@ class Vm:
         self.vcpus.close()
         for name in self.functions:
             self._frontend(name).close()
-        await gather(self._reactor, *(backend.close() for backend in self._backends))
+        await gather(self._reactor, *(backend.close() for backend in self._backends), *self.nets.closes())
         self._let_go()
 
     async def release(self) -> None:
@@ -481,6 +480,9 @@ class Vm:
         for disk in self._disks.values():
             if disk.image is not None:
                 os.close(disk.image)
+            if disk.foreign is not None:
+                disk.foreign.close()
+        self.nets.close_taps()
         self.platform.close()
         self._close_ends()
 

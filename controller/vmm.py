@@ -377,9 +377,15 @@ class Vmm:
                     self.state = VmState.RUNNING if incoming.running else VmState.PAUSED
 
     async def _build_incoming(
-        self, config: dict[str, Any], parts: list[Any], ram_fds: list[int], disk_fds: dict[str, int], info: Any
+        self,
+        config: dict[str, Any],
+        parts: list[Any],
+        ram_fds: list[int],
+        disk_fds: dict[str, int],
+        tap_fds: dict[str, list[int]],
+        info: Any,
     ) -> Vm:
-        return await Vm.build_incoming(self._context, config, parts, ram_fds, disk_fds, info)
+        return await Vm.build_incoming(self._context, config, parts, ram_fds, disk_fds, tap_fds, info)
 
     async def cancel_migration(self, _: None) -> None:
         if self.migration is None or self.migration.progress()["state"] != "ongoing":

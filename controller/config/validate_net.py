@@ -59,7 +59,9 @@ def _net(name: str, net: NetConfig, boot_vcpus: int) -> None:
 
 def _queues(name: str, net: NetConfig, boot_vcpus: int) -> None:
     if net.num_queues < 2 or net.num_queues % 2:
-        raise ConfigError(f"{name}: num_queues is {net.num_queues}", "an even number from 2: each rx queue has its tx queue")
+        raise ConfigError(
+            f"{name}: num_queues is {net.num_queues}", "an even number from 2: each rx queue has its tx queue"
+        )
     if net.queue_pairs > boot_vcpus:
         raise ConfigError(
             f"{name}: num_queues is {net.num_queues}",
@@ -81,7 +83,9 @@ def _addresses(name: str, net: NetConfig) -> None:
         try:
             value = int.from_bytes(socket.inet_pton(socket.AF_INET, text), "big")
         except (OSError, ValueError):
-            raise ConfigError(f"{name}: {key} {text!r} is no IPv4 address", "four numbers such as 192.168.100.1") from None
+            raise ConfigError(
+                f"{name}: {key} {text!r} is no IPv4 address", "four numbers such as 192.168.100.1"
+            ) from None
         hosts = value ^ 0xFFFF_FFFF
         if key == "mask" and (not value or hosts & (hosts + 1)):
             raise ConfigError(f"{name}: mask {text} is no network mask", "ones, then zeros, such as 255.255.255.0")
@@ -92,7 +96,10 @@ def _tap_name(name: str, net: NetConfig) -> None:
         return
     encoded = os.fsencode(net.tap)
     if len(encoded) > MAX_TAP_NAME:
-        raise ConfigError(f"{name}: tap {net.tap!r} has {len(encoded)} bytes", f"a network interface's name has at most {MAX_TAP_NAME}")
+        raise ConfigError(
+            f"{name}: tap {net.tap!r} has {len(encoded)} bytes",
+            f"a network interface's name has at most {MAX_TAP_NAME}",
+        )
     bad = not net.tap.isprintable() or any(character in "/: %" for character in net.tap)
     if not encoded or bad or net.tap in (".", ".."):
         raise ConfigError(
@@ -131,7 +138,9 @@ def _descriptors(name: str, net: NetConfig) -> None:
     given = {"tap": net.tap, "ip": net.ip, "host_mac": net.host_mac}
     for key, value in given.items():
         if value is not None:
-            raise ConfigError(f"{name}: {key} and fd at once", "whoever opened the descriptor has set its interface up")
+            raise ConfigError(
+                f"{name}: {key} and fd at once", "whoever opened the descriptor has set its interface up"
+            )
     for fd in net.fds:
         if fd < FIRST_FD:
             raise ConfigError(f"{name}: fd={fd} is standard input, output or error", f"{FIRST_FD} or more")

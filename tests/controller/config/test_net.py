@@ -127,7 +127,10 @@ def test_descriptors_are_numbers() -> None:
     [
         ({"iommu": True}, "net[0].iommu: not available yet"),
         ({"pci_segment": 1}, "net[0].pci_segment: not available yet"),
-        ({"rate_limiter_config": {"ops": {"size": 1, "refill_time": 1}}}, "net[0].rate_limiter_config: not available yet"),
+        (
+            {"rate_limiter_config": {"ops": {"size": 1, "refill_time": 1}}},
+            "net[0].rate_limiter_config: not available yet",
+        ),
         ({"vhost_mode": "Both"}, "net[0].vhost_mode: 'Both' is not known"),
         ({"mtu": "1500"}, "net[0].mtu: expected a whole number"),
         ({"fds": 5}, "net[0].fds: expected a list"),
@@ -251,7 +254,9 @@ def test_a_random_mac_is_local_and_then_fixed() -> None:
 
 
 def test_the_mask_of_an_ip_without_one_is_a_class_c_network() -> None:
-    config = assign_ids(with_nets(NetConfig(ip="192.168.101.1"), NetConfig(ip="10.0.0.1", mask="255.0.0.0"), NetConfig()))
+    config = assign_ids(
+        with_nets(NetConfig(ip="192.168.101.1"), NetConfig(ip="10.0.0.1", mask="255.0.0.0"), NetConfig())
+    )
     assert [net.mask for net in config.net] == ["255.255.255.0", "255.0.0.0", None]
 
 
