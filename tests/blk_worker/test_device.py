@@ -16,10 +16,10 @@ from blk_worker import native
 from blk_worker.backend import BlockBackend
 from blk_worker.config import BlkConfig, Feature, config_of
 from blk_worker.disk import Topology, open_disk
-from blk_worker.worker import BlockWorker
 from shared.errors import ConfigError, FlotillaError, ProtocolError
 from shared.reactor import Reactor
 from shared.vhost_backend import Mapping
+from shared.vhost_worker import VhostWorker
 from tests.blk_worker.driver import GPA, IN, OK, OUT, Memory, memory_for, pages
 from tests.blk_worker.rig import Rig, image, sector_bytes
 
@@ -288,7 +288,7 @@ def test_log_that_ends_early_is_not_overrun(disk: Path) -> None:
 
 def test_state_goes_to_a_successor(disk: Path) -> None:
     with Rig(disk) as rig:
-        worker = BlockWorker(rig.backend)
+        worker = VhostWorker("blk_worker", rig.backend)
         rig.backend.set_config(32, b"\0")
         with pytest.raises(ProtocolError, match="save before quiesce"):
             worker.save()
