@@ -199,8 +199,9 @@ class BlockBackend:
 
     def epoch(self) -> int:
         """Rises from call to call while every running ring thread takes turns; this call asks for the next turn."""
+        epoch = self._pulse.take({index: self._counters[index].epoch for index in self._running})
         self._native.blk_nudge(self._device)
-        return self._pulse.take({index: self._counters[index].epoch for index in self._running})
+        return epoch
 
     def counters(self, index: int) -> native.blk_counters:
         """The live counters of one queue, written by the native loop."""
