@@ -197,12 +197,9 @@ def test_memory_may_be_added_while_queues_run(disk: Path) -> None:
 
 def test_epoch_rises_while_the_guest_is_idle_and_not_when_a_loop_hangs(disk: Path) -> None:
     with Rig(disk, queues=2).start() as rig:
-        seen = []
         for _ in range(4):
-            turns = [rig.backend.counters(n).epoch for n in range(2)]
-            seen.append(rig.backend.epoch())
-            rig.until(lambda t=turns: all(rig.backend.counters(n).epoch > t[n] for n in range(2)))  # type: ignore[misc]
-        assert seen == sorted(set(seen))
+            last = rig.backend.epoch()
+            rig.until(lambda last=last: rig.backend.epoch() > last)  # type: ignore[misc]
         rig.backend.fault("hang", 0)
         rig.drive[1].submit(IN, 0, length=512)
         rig.drive[1].kick()
