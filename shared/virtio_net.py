@@ -1,7 +1,7 @@
-"""virtio-net's feature bits and configuration space (virtio 1.2, 5.1.3, 5.1.4), for the front end and the worker alike.
+"""virtio-net's feature bits and configuration space (virtio 1.2, 5.1.3 and 5.1.4), for the front end and the worker.
 
-Exactly Cloud Hypervisor's (machine page, section 3.2), so that a VM reads the same on both. `spec` is the one of the worker
-(net_worker/__main__.py).
+Exactly Cloud Hypervisor's (machine page, section 3.2), so that a VM reads the same on both. `spec` is the one of the
+worker (net_worker/__main__.py).
 
     queue      0    1    2    3   …  2N
                rx0  tx0  rx1  tx1    ctrl         N = `queue_pairs`
@@ -46,7 +46,7 @@ def features(spec: Mapping[str, Any]) -> int:
 
 
 def config(spec: Mapping[str, Any], status: int) -> bytes:
-    """The 17 bytes of `struct virtio_net_config`. `status`: S_LINK_UP, S_ANNOUNCE. ValueError for a `mac` that is none."""
+    """The 17 bytes of `struct virtio_net_config`. `status`: S_LINK_UP, S_ANNOUNCE. ValueError for a bad `mac`."""
     return _CONFIG.pack(parse_mac(spec["mac"]), status, spec["queue_pairs"], spec["mtu"] or 0, 0, 0)
 
 

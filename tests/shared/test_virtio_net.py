@@ -36,7 +36,7 @@ def test_config_space() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "12:34:56:78:90", "12:34:56:78:90:ab:cd", "12:34:56:78:90:xy", "123:4:56:78:90:ab", "+1:34:56:78:90:ab"]
+    "text", ["", "12:34:56:78:90", "12:34:56:78:90:ab:c", "12:34:56:78:90:xy", "123:4:56:78:90:ab", "+1:34:56:78:90:ab"]
 )
 def test_mac_that_is_none(text: str) -> None:
     with pytest.raises(ValueError):
