@@ -208,10 +208,10 @@ static enum progress load_step(struct task *task)
         net_recycle(l->net, frame);
         moved = true;
     }
-    moved |= load_push(l);
+    bool last = task->passes && (l->wait ? l->answered : l->sent) >= task->passes;
+    moved |= !last && load_push(l);
     net_kick(l->net);
     net_tick(l->net);
-    bool last = task->passes && (l->wait ? l->answered : l->sent) >= task->passes;
     if (last || report_due(task))
         load_report(l);
     if (last)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
+import threading
 import time
 
 from guest.payload import Payload, decode, encode
@@ -39,8 +41,10 @@ def ping(address: str, size: int = 56, seconds: float = 20.0) -> None:
                     if answer[:2] == b"\0\0" and answer[4:8] == head[4:8]:
                         assert answer[8:] == body and checksum(answer) == 0
                         return
-            except OSError:  # no answer in time, or nobody there yet
+            except TimeoutError:
                 continue
+            except OSError:  # there is no network yet
+                select.select([], [], [], 0.02)
     raise AssertionError(f"{address} does not answer pings")
 
 
@@ -106,3 +110,41 @@ class Sink:
         if echo:
             self._sock.sendto(data, address)
         return decode(data), len(data)
+
+
+class Flow:
+    """An Echo that never stops, beside the test; leaving it ends it and raises what went wrong in it."""
+
+    def __init__(self, address: str, length: int = 1000) -> None:
+        self._echo = Echo(address, length)
+        self._wanted = threading.Condition()
+        self._answered, self._stopping = 0, False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)  # in the network namespace of whoever starts it
+
+    def __enter__(self) -> Flow:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping = True
+        self._thread.join()
+        self._echo.__exit__()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                answered = self._echo.once()
+                with self._wanted:
+                    self._answered += answered
+                    self._wanted.notify_all()
+        except BaseException as error:
+            self._error = error
+
+    def goes_on(self, count: int = 20, seconds: float = 30.0) -> None:
+        """`count` more datagrams are answered."""
+        with self._wanted:
+            target = self._answered + count
+            assert self._wanted.wait_for(lambda: self._answered >= target, seconds), "the flow has stopped"
