@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import select
 import socket
@@ -18,6 +19,7 @@ from pathlib import Path
 from net_worker.tap import open_tap
 
 CLONE_NEWNET = 0x4000_0000
+TUNSETSNDBUF, SIOCGIFHWADDR = 0x4004_54D4, 0x8927
 SOL_PACKET, PACKET_VNET_HDR = 263, 15
 ETH_P_ALL = 3
 HEADER = struct.Struct("<BBHHHH")  # struct virtio_net_hdr: flags, gso_type, hdr_len, gso_size, csum_start, csum_offset
@@ -71,6 +73,25 @@ class Network:
             yield
         finally:
             self._go(self._home)
+
+    def mac(self) -> bytes:
+        """The interface's own address on the host's side."""
+        with self.inside(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+            answer = fcntl.ioctl(control, SIOCGIFHWADDR, self.NAME.encode().ljust(40, b"\0"))
+        return answer[18:24]
+
+    def choke(self, send_buffer: int) -> None:
+        """What the guest sends goes through a slow queue, and the TAP takes only `send_buffer` bytes in advance."""
+        fcntl.ioctl(self.fds[0], TUNSETSNDBUF, struct.pack("i", send_buffer))
+        with self.inside():
+            self.ip("link", "add", "slow", "type", "veth", "peer", "name", "sink")
+            self.ip("link", "set", "sink", "up")
+            self.ip("link", "set", "slow", "up")
+            self.tc("qdisc", "add", "dev", "slow", "root", "tbf", "rate", "400kbit", "burst", "1600", "latency", "10s")
+            self.ip("link", "add", "bridge", "type", "bridge", "mcast_snooping", "0")
+            self.ip("link", "set", "bridge", "up")
+            for name in (self.NAME, "slow"):
+                self.ip("link", "set", name, "master", "bridge")
 
     def fds_for_a_worker(self) -> list[int]:
         """Duplicates that become somebody else's; the interface lives on ours."""

@@ -6,6 +6,7 @@ import struct
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 from tests.ring_driver import WRITE, RingDriver
@@ -99,7 +100,7 @@ class TxDriver(RingDriver):
         at = self.slot(head) + DATA_AT
         self.memory.write(at, data)
         edges = [0, *cuts, len(data)]
-        self.chain(head, [(at + a, b - a, 0) for a, b in zip(edges, edges[1:], strict=False)])
+        self.chain(head, [(at + a, b - a, 0) for a, b in pairwise(edges)])
         self.pending.append(head)
         self.offer(head)
         return head
