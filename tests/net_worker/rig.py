@@ -34,7 +34,7 @@ class Rig:
         event_idx: bool = True,
         indirect: bool = False,
         features: int = PLAIN,
-        regions: int = 0,
+        region: bool = False,
     ) -> None:
         self.reactor = Reactor()
         self.network = network
@@ -54,7 +54,8 @@ class Rig:
         self.drivers = sorted([*self.rx, *self.tx, self.ctrl], key=lambda driver: driver.index)
         self.backend.set_features(self.features)
         self.backend.set_memory((Mapping(GPA, self.memory.size, GPA, self.memory.address),))
-        self.region = Memory(4096) if regions else None
+        self.region = Memory(4096) if region else None
+        self.started: set[int] = set()  # whose threads exist
 
     def ring(self, index: int, base: int = 0) -> Ring:
         driver = self.drivers[index]
@@ -69,6 +70,8 @@ class Rig:
     def start(self, *queues: int) -> Rig:
         for index in queues or range(len(self.drivers)):
             self.backend.start_queue(self.ring(index))
+            if index < len(self.drivers) - 1:
+                self.started.add(index)
         return self
 
     def command(self, kind: int, command: int, data: bytes = b"") -> int:
@@ -88,11 +91,13 @@ class Rig:
 
     def settled(self) -> None:
         """Until every thread has taken a turn that began after this call."""
-        data = range(len(self.drivers) - 1)
         for _ in range(2):
-            before = [self.backend.counters(n).epoch for n in data]
+            before = {n: self.backend.counters(n).epoch for n in self.started}
             self.backend._native.net_nudge(self.backend._device)
-            self.until(lambda seen=before: all(self.backend.counters(n).epoch > seen[n] for n in data))  # type: ignore[misc]
+            self.until(lambda seen=before: self._turned(seen))  # type: ignore[misc]
+
+    def _turned(self, since: dict[int, int]) -> bool:
+        return all(self.backend.counters(n).epoch > turn for n, turn in since.items())
 
     def close(self) -> None:
         self.backend.close()
