@@ -40,13 +40,19 @@ class Network:
 
     NAME = "tap0"
 
-    def __init__(self, queues: int = 1, address: str = "", mtu: int = 1500) -> None:
+    def __init__(self, queues: int = 1, address: str = "", mtu: int = 1500, *, opened: bool = True) -> None:
+        """`opened` false: the interface is there for somebody else to open by its name."""
         self._home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         _check(_libc.unshare(CLONE_NEWNET), "unshare(CLONE_NEWNET)")
         try:
             self._inside = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
-            self.fds = open_tap(self.NAME, queues)
+            self.fds: list[int] = []
+            if opened:
+                self.fds = open_tap(self.NAME, queues)
+            else:
+                several = ["multi_queue"] if queues > 1 else []
+                self.ip("tuntap", "add", self.NAME, "mode", "tap", "vnet_hdr", *several)
             self.ip("link", "set", self.NAME, "up", "mtu", str(mtu))
             if address:
                 self.ip("address", "add", address, "dev", self.NAME)
@@ -136,10 +142,11 @@ class Wire:
                 return data
 
     def silent(self) -> bool:
-        """Whether there is no frame to be received now."""
+        """Whether no frame from the guest is there to be received."""
         while select.select([self.socket], [], [], 0)[0]:
-            if self.socket.recvfrom(1 << 17)[1][2] != socket.PACKET_OUTGOING:
+            if self.socket.recvfrom(1 << 17, socket.MSG_PEEK)[1][2] != socket.PACKET_OUTGOING:
                 return False
+            self.socket.recv(1)
         return True
 
     def close(self) -> None:

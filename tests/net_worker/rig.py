@@ -35,12 +35,13 @@ class Rig:
         indirect: bool = False,
         features: int = PLAIN,
         region: bool = False,
+        memory: Memory | None = None,
     ) -> None:
         self.reactor = Reactor()
         self.network = network
         self.backend = NetBackend(self.reactor, SPEC | {"queue_pairs": pairs}, network.fds_for_a_worker())
         queues = 2 * pairs + 1
-        self.memory = memory_for(queues, size, slot_bytes=SLOT_BYTES)
+        self.memory = memory or memory_for(queues, size, slot_bytes=SLOT_BYTES)
         self.features = features | (virtio_net.F_EVENT_IDX if event_idx else 0)
         self.features |= virtio_net.F_INDIRECT_DESC if indirect else 0
         modern = features & (virtio_net.F_VERSION_1 | virtio_net.F_MRG_RXBUF)

@@ -7,13 +7,14 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
+from shared import virtio_net
+from shared.linux import bytes_at, memfd, mmap_fd
 from shared.native_ring import VringError
-from tests.net_worker.rig import Rig
+from tests.net_worker.driver import SLOT_BYTES
+from tests.net_worker.rig import PLAIN, Rig
 from tests.network import Network, frame
-from tests.ring_driver import GPA, INDIRECT, NEXT, WRITE, RingDriver
+from tests.ring_driver import GPA, INDIRECT, NEXT, WRITE, Memory, RingDriver, pages, rings_size
 
 SIZE = 16
 RX, TX, CTRL = 0, 1, 2
@@ -186,28 +187,76 @@ def test_repeated_nonsense_is_logged_at_the_1st_2nd_4th_8th_time(
     assert [line.rpartition("; ")[2] for line in lines] == [f"{n} in all" for n in (1, 2, 4, 8)]
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(min_value=0))
-def test_random_rings_touch_nothing_outside_guest_memory(network: Network, seed: int) -> None:
-    """ASan and the guard pages around the mapping say the rest (test_sanitizers.py runs such rings too)."""
-    chance = random.Random(seed)
-    with Rig(network, indirect=True).start() as rig:
+# Fuzz -----------------------------------------------------------------------------------------------------------
+
+CANARY = 0xA5
+MARGIN = 1 << 20
+
+
+@pytest.fixture
+def fuzzed(network: Network) -> Iterator[tuple[Rig, memoryview]]:
+    """A device whose guest memory lies between two canaries in one mapping."""
+    size = pages(3 * (rings_size(SIZE) + SIZE * SLOT_BYTES))
+    fd = memfd("fuzz", size + 2 * MARGIN)
+    base = mmap_fd(fd, size + 2 * MARGIN)
+    everything = bytes_at(base, size + 2 * MARGIN)
+    memory = Memory.__new__(Memory)
+    memory.size, memory.fd, memory.address = size, fd, base + MARGIN
+    memory.view = bytes_at(memory.address, size)
+    rig = Rig(network, indirect=True, memory=memory, features=PLAIN | virtio_net.F_MRG_RXBUF)
+    yield rig, everything
+    everything.release()
+    memory.address, memory.size = base, size + 2 * MARGIN
+    rig.close()
+
+
+def test_random_rings_touch_nothing_outside_guest_memory(fuzzed: tuple[Rig, memoryview]) -> None:
+    rig, everything = fuzzed
+    margins = (everything[:MARGIN], everything[-MARGIN:])
+    for margin in margins:
+        margin[:] = bytes([CANARY]) * MARGIN
+    wire, chance, broken, moved = rig.network.wire(), random.Random(1), 0, 0
+    for _ in range(400):
+        mergeable = chance.choice((0, virtio_net.F_MRG_RXBUF))
+        rig.backend.set_features(PLAIN | virtio_net.F_INDIRECT_DESC | mergeable)
         for drive in rig.drivers:
-            table = b"".join(
-                struct.pack("<QIHH", _address(rig, chance), chance.choice((0, 1, 12, 16, 2048, 1 << 31)),
-                            chance.randrange(8), chance.randrange(SIZE + 2))
-                for _ in range(SIZE)
-            )  # fmt: skip
-            rig.memory.write(drive.desc, table)
-            for _ in range(chance.randrange(1, SIZE)):
-                drive.offer(chance.randrange(SIZE))
+            scribble(rig, drive, chance)
+            rig.start(drive.index)
             drive.kick()
-        wire = network.wire()
-        wire.send(frame(1, to_guest=True))
+        for _ in range(chance.randrange(6)):
+            wire.send(frame(1, chance.randrange(60, 1500), to_guest=True))
         rig.settled()
-        wire.close()
+        stats = rig.backend.stats()
+        broken += stats["broken_queues"]
+        for drive in rig.drivers:
+            rig.backend.stop_queue(drive.index)
+    moved = rig.backend.stats()["tx_frames"] + rig.backend.stats()["rx_frames"]
+    assert broken > 100 and moved > 100, "nothing was tried"
+    assert all(bytes(margin) == bytes([CANARY]) * MARGIN for margin in margins)
+    for margin in margins:
+        margin.release()
+    wire.close()
 
 
-def _address(rig: Rig, chance: random.Random) -> int:
-    inside = GPA + chance.randrange(rig.memory.size)
-    return chance.choice((inside, inside, inside, GPA + rig.memory.size - 8, 0, (1 << 64) - 1))
+def scribble(rig: Rig, drive: RingDriver, chance: random.Random) -> None:
+    """Any rings: mostly of sense in themselves, with something wrong here and there."""
+    end = GPA + rig.memory.size
+    wrong = chance.choice((0, 0, 0.05, 0.5))
+    writable = FLAGS[drive.index]
+    for slot in range(SIZE):
+        gpa, length, flags, following = GPA + chance.randrange(rig.memory.size - 4096), 100, writable, 0
+        if drive.index == RX:
+            length = chance.choice((12, 64, 2048))
+        if chance.random() < 0.3:
+            flags, following = flags | NEXT, chance.randrange(SIZE)
+        if chance.random() < wrong:
+            gpa = chance.choice((end - 8, end, 0, GPA - 1, (1 << 64) - 16, 1 << 63))
+        if chance.random() < wrong:
+            length = chance.choice((0, 1, 11, 1 << 31, 0xFFFF_FFFF))
+        if chance.random() < wrong:
+            flags, following = chance.randrange(16), chance.randrange(SIZE + 3)
+        desc(drive, slot, gpa, length, flags, following)
+    for n in range(SIZE):
+        rig.memory.u16(drive.avail + 4 + 2 * n)[0] = chance.randrange(SIZE + (chance.random() < wrong))
+    rig.memory.u16(drive.used + 2)[0] = 0
+    rig.memory.u16(drive.avail + 2)[0] = chance.randrange(SIZE + 1 + (chance.random() < wrong))
