@@ -4,8 +4,8 @@
     quiesce() ─▶ save() ─▶ resume()                             load() ─▶ announce(), once the guest runs here
     close_taps()                                                after the workers have ended
 
-The controller opens the TAP and keeps it; the worker gets a duplicate of each descriptor. So the interface, its addresses
-and its place in a bridge outlive every worker, and a local migration hands the very same descriptors over.
+The controller opens the TAP and keeps it; the worker gets a duplicate of each descriptor. So the interface, its
+addresses and its place in a bridge outlive every worker, and a local migration hands the very same descriptors over.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from typing import Any, Final
 
 from controller.backends import Backend
 from controller.config.model import NetConfig, VmConfig
+from controller.devices.acpi import GedEvent
 from controller.early_device import EarlyDevice
 from controller.fleet import Fleet, WorkerSpec
 from controller.foreign import ForeignBackend
+from controller.pci.host import Plan
 from controller.pci.virtio_pci import VirtioPci
+from controller.platform import Platform
 from controller.taps import DEFAULT_MTU, Tap, adopt, open_tap
 from controller.vhost_frontend import Frontend
 from controller.vhost_user_device import FOREIGN_NET, NET, NET_CONFIG, Layout, VhostUserDevice
@@ -102,7 +105,7 @@ class Nets:
     # Making ------------------------------------------------------------------------------------------------------
 
     def arrived(self, taps: Mapping[str, Sequence[int]]) -> None:
-        """TAP descriptors that came with a VM, by device id: make() uses them. They belong to this object from now on."""
+        """TAP descriptors that came with a VM, by device id, for make(). From now on they belong to this object."""
         self._arrived = dict(taps)
 
     async def make(self, config: NetConfig) -> VhostUserDevice:
@@ -158,6 +161,32 @@ class Nets:
         worker = WorkerSpec("net", nic.id, "net_worker.__main__", "worker", nic.spec)
         nic.backend = Backend(self._reactor, self._fleet, worker, {VHOST: nic.device.frontend}, fds)
         await nic.backend.start()
+
+    async def plug(
+        self,
+        config: NetConfig,
+        plan: Callable[[str, VhostUserDevice, int | None], Plan],
+        functions: dict[str, VirtioPci],
+        platform: Platform,
+    ) -> str:
+        """Add a device to a VM that runs; its PCI address. `plan` puts it behind a transport, one of `functions` then.
+
+        The worker is up before the guest hears of the device. Raises FlotillaError; nothing is added then.
+        """
+        await self._ready.wait()
+        device = await self.make(config)
+        function = plan("net", device, config.pci_device_id).function
+        try:
+            await gather(self._reactor, *self.starts())
+            bdf = platform.segment.add(function, config.pci_device_id)
+        except BaseException:
+            functions.pop(device.device_id).close()
+            await self.remove(device.device_id)
+            raise
+        self.plugged(functions[device.device_id])
+        platform.pci_hotplug.mark_up(bdf.segment, bdf.slot)
+        platform.ged.notify(GedEvent.PCI)
+        return str(bdf)
 
     # Moving ------------------------------------------------------------------------------------------------------
 

@@ -73,7 +73,7 @@ class ethtool_drvinfo(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """`fds`: one per queue pair, the caller's. `mtu` in bytes; None when the interface is in a namespace we can't ask."""
+    """`fds`: one per queue pair, the caller's. `mtu` in bytes; None when the interface's namespace can't be asked."""
 
     name: str
     fds: tuple[int, ...]

@@ -201,20 +201,21 @@ class Vm:
         if self._console_end is not None:
             frontend = Frontend(self._reactor, memory, CONSOLE_ID)
             console = console_device(self._reactor, frontend, config.console.id or CONSOLE_ID, self._ready)
-            plans.append(self._plan("console", console, config.console.pci_device_id))
+            plans.append(self.plan("console", console, config.console.pci_device_id))
         for number, disk in enumerate(config.disks):
             device = await self._disk(disk, number == 0, images)
-            plans.append(self._plan("disk", device, disk.pci_device_id))
+            plans.append(self.plan("disk", device, disk.pci_device_id))
         for net in config.net:
             device = await self.nets.make(net)
-            plans.append(self._plan("net", device, net.pci_device_id))
+            plans.append(self.plan("net", device, net.pci_device_id))
             self.nets.plugged(self.functions[device.device_id])
         frontend = Frontend(self._reactor, memory, RNG_ID)
         rng = rng_device(self._reactor, frontend, config.rng.id or RNG_ID, self._ready)
-        plans.append(self._plan("rng", rng, config.rng.pci_device_id))
+        plans.append(self.plan("rng", rng, config.rng.pci_device_id))
         build([self.platform.segment], plans, tree)
 
-    def _plan(self, kind: str, device: VhostUserDevice, slot: int | None) -> Plan:
+    def plan(self, kind: str, device: VhostUserDevice, slot: int | None) -> Plan:
+        """Put a device behind a transport, which is one of `functions` then."""
         platform = self.platform
         function = VirtioPci(device, platform.kvm_vm, platform.routing, platform.memory)
         device.on_config_changed = function.config_changed
@@ -265,8 +266,8 @@ class Vm:
 
     async def _bring_up(self) -> None:
         """Start every worker side by side. Devices that the driver activates earlier wait for `_ready`."""
-        disks = [self._start_disk(disk) for disk in self._disks.values()]
-        await gather(self._reactor, self._start_console(), *disks, *self.nets.starts())
+        starts = [self._start_disk(disk) for disk in self._disks.values()]
+        await gather(self._reactor, self._start_console(), *starts, *self.nets.starts())
         self._ready.set()
 
     async def _start_disk(self, disk: Disk) -> None:
@@ -415,8 +416,7 @@ class Vm:
         self._clock = bytes(state["clock"])
 
     def _load_vcpu(self, vcpu: Vcpu, saved: dict[str, Any]) -> None:
-        refused = self.codec.load(vcpu.fd, saved)
-        if refused:
+        if refused := self.codec.load(vcpu.fd, saved):
             log.warn(f"{vcpu.name}: this host refuses MSRs {', '.join(f'{index:#x}' for index in refused)}")
 
     async def start_loaded(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,7 @@ class Vmm:
             "vm.shutdown": self.shutdown,
             "vm.reboot": self.reboot,
             "vm.delete": self.delete,
+            "vm.add-net": self.add_net,
             "vm.power-button": self.power_button,
             "vm.send-migration": self.send_migration,
             "vm.receive-migration": self.receive_migration,
@@ -323,6 +325,21 @@ class Vmm:
             if self.config is not None:
                 self.config = None
                 self.events.emit("vm", "deleted")
+
+    async def add_net(self, body: Any) -> dict[str, str] | None:
+        from controller.config.codec import net_from_json
+
+        async with self._change():
+            config = self._need_config()
+            more = assign_ids(replace(config, net=(*config.net, net_from_json(body))))
+            validate(more)
+            answer = None
+            if self.vm is not None:
+                vm, added = self.vm, more.net[-1]
+                bdf = await vm.nets.plug(added, vm.plan, vm.functions, vm.platform)
+                answer, vm.config = {"id": added.id or "", "bdf": bdf}, more
+            self.config = more
+            return answer
 
     async def power_button(self, _: None) -> None:
         self._not_migrating()

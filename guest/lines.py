@@ -281,7 +281,7 @@ class NetOk(Line):
 
 @dataclass(frozen=True, slots=True)
 class NetLoad(Line):
-    """`mode=netload`: datagrams sent and their payloads' bytes; with `wait`, round trips of those that were answered."""
+    """`mode=netload`: datagrams sent and their payloads' bytes; with `wait`, round trips of the answered ones."""
 
     PREFIX = "net load"
     POSITIONAL = ("sent",)

@@ -14,7 +14,6 @@ from enum import Enum
 from typing import NoReturn, TypeVar
 
 from controller.config import flags, options, version
-from controller.config.grammar import expand_home, integer, parse, path
 from controller.config.model import (
     ConsoleConfig,
     CpusConfig,
@@ -26,6 +25,7 @@ from controller.config.model import (
 )
 from controller.config.validate import validate
 from shared.errors import ConfigError
+from shared.grammar import expand_home, integer, parse, path
 from shared.log import Level
 
 T = TypeVar("T")

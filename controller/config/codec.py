@@ -15,7 +15,6 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
-from controller.config.grammar import U64_MAX
 from controller.config.model import (
     ConsoleConfig,
     CpusConfig,
@@ -28,6 +27,7 @@ from controller.config.model import (
     VmConfig,
 )
 from shared.errors import ConfigError
+from shared.grammar import U64_MAX
 
 _CONSTANT: dict[type[Any], dict[str, Any]] = {
     CpusConfig: {
@@ -108,6 +108,14 @@ def from_json(value: object, *, strict: bool) -> VmConfig:
     """
     config: VmConfig = _decode_object(VmConfig, value, "", strict)
     return config
+
+
+def net_from_json(value: object) -> NetConfig:
+    """The body of vm.add-net, not validated yet. Raises ConfigError as from_json() does."""
+    net: NetConfig = _decode_object(NetConfig, value, "", True)
+    if net.fds:
+        raise ConfigError("fds: not available yet in this version of Flotilla", "give --net fd= at the start")
+    return net
 
 
 def _encode_object(item: Any) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class DiskConfig:
 @dataclass(frozen=True, slots=True)
 class NetConfig:
     """One `--net`. Without `tap` and `fds` a TAP `vmtapN` is made; `fds` are inherited descriptors of one, one per
-    queue pair. `num_queues` counts rx and tx queues. `ip`, `mask` and `host_mac` are the host's side, `mac` the guest's.
+    queue pair. `num_queues` counts rx and tx queues. `ip`, `mask`, `host_mac` are the host's side, `mac` the guest's.
     """
 
     tap: str | None = None

@@ -10,20 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from controller.config.grammar import (
-    Converter,
-    byte_size,
-    choice,
-    colon_list,
-    integer,
-    integer_list,
-    not_yet,
-    parse,
-    path,
-    string,
-    toggle,
-    tuple_list,
-)
 from controller.config.model import (
     ConsoleConfig,
     ConsoleMode,
@@ -40,6 +26,20 @@ from controller.config.model import (
 )
 from controller.machine.topology import Topology
 from shared.errors import ConfigError
+from shared.grammar import (
+    Converter,
+    byte_size,
+    choice,
+    colon_list,
+    integer,
+    integer_list,
+    not_yet,
+    parse,
+    path,
+    string,
+    toggle,
+    tuple_list,
+)
 
 T = TypeVar("T")
 

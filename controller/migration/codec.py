@@ -1,7 +1,7 @@
 """Bodies of the messages between two controllers: msgpack maps, one row of fields per type. Readers are tolerant.
 
-    BUILD      config (VmConfig as CH's JSON), parts [[gpa, size, offset, slot]…], disks [id…], taps [[id, queue pairs]…],
-               info, paused, release
+    BUILD      config (VmConfig as CH's JSON), parts [[gpa, size, offset, slot]…], disks [id…],
+               taps [[id, queue pairs]…], info, paused, release
                fds: ownership page, eventfd, the source's pidfd, RAM (one per part), disks (in the order of `disks`),
                TAPs (in the order of `taps`, one per queue pair)
     BUILT      timing;  fd: the destination's pidfd
@@ -88,7 +88,7 @@ def disks_of(body: dict[str, Any]) -> list[str]:
 
 
 def taps_of(body: dict[str, Any]) -> dict[str, int]:
-    """`taps` of a BUILD, checked: how many descriptors each device has. A peer without network devices may leave it out."""
+    """`taps` of a BUILD, checked: how many descriptors each device has. An older peer leaves it out."""
     taps: dict[str, int] = {}
     given = body.get("taps", [])
     if not isinstance(given, list):

@@ -45,8 +45,8 @@ class Migratable(Protocol):
     async def destroy(self) -> None: ...
 
 
-# config_json, parts, ram_fds, disk_fds, tap_fds, info. The descriptors belong to the callee from the call on, also if it
-# raises.
+# config_json, parts, ram_fds, disk_fds, tap_fds, info. The descriptors belong to the callee from the call on, also if
+# it raises.
 Build = Callable[
     [dict[str, Any], Parts, list[int], dict[str, int], dict[str, list[int]], dict[str, Any]], Awaitable[Migratable]
 ]

@@ -26,7 +26,9 @@ from controller.config.validate import validate
 from controller.config.validate_net import mac_bytes
 from shared.errors import ConfigError, chain
 
-BASE = VmConfig(payload=PayloadConfig(kernel="/k"), cpus=CpusConfig(2, 2), console=ConsoleConfig(ConsoleMode.OFF))
+BASE = VmConfig(
+    payload=PayloadConfig(kernel="/k"), cpus=CpusConfig(2, 2), console=ConsoleConfig(ConsoleMode.OFF)
+)
 DISK = DiskConfig(path="/d")
 
 
@@ -46,15 +48,24 @@ def with_nets(*nets: NetConfig, **changes: Any) -> VmConfig:
             "tap=t0,ip=10.0.0.1,mask=255.0.0.0,mac=12:34:56:78:90:AB,host_mac=2e:00:00:00:00:01,mtu=9000",
             NetConfig("t0", "10.0.0.1", "255.0.0.0", "12:34:56:78:90:AB", "2e:00:00:00:00:01", 9000),
         ),
-        ("num_queues=4,queue_size=512,id=n,pci_device_id=9", NetConfig(num_queues=4, queue_size=512, id="n", pci_device_id=9)),
+        (
+            "num_queues=4,queue_size=512,id=n,pci_device_id=9",
+            NetConfig(num_queues=4, queue_size=512, id="n", pci_device_id=9),
+        ),
         ("fd=7", NetConfig(fds=(7,))),
         ("fd=[7,8]", NetConfig(fds=(7, 8), num_queues=4)),
         ("fd=[7,8],num_queues=2", NetConfig(fds=(7, 8))),
-        ("vhost_user=on,socket=/s,vhost_mode=server", NetConfig(vhost_user=True, vhost_socket="/s", vhost_mode=VhostMode.SERVER)),
-        ("offload_tso=off,offload_ufo=off,offload_csum=off", NetConfig(offload_tso=False, offload_ufo=False, offload_csum=False)),
+        (
+            "vhost_user=on,socket=/s,vhost_mode=server",
+            NetConfig(vhost_user=True, vhost_socket="/s", vhost_mode=VhostMode.SERVER),
+        ),
+        (
+            "offload_tso=off,offload_ufo=off,offload_csum=off",
+            NetConfig(offload_tso=False, offload_ufo=False, offload_csum=False),
+        ),
         ("iommu=off,pci_segment=0,bw_size=0", NetConfig()),
     ],
-)  # fmt: skip
+)
 def test_keys_of_the_command_line(text: str, net: NetConfig) -> None:
     assert options.net(text) == net
 
@@ -180,7 +191,10 @@ def test_sensible_devices_pass(net: NetConfig) -> None:
         (NetConfig(queue_size=2), "queue_size is 2"),
         (NetConfig(queue_size=65536), "queue_size is 65536"),
         (NetConfig(mask="255.255.255.0"), "a mask without an ip"),
-        (NetConfig(ip="10.0.0.1", mask="255.0.255.0"), "net[0] (--net ip=10.0.0.1): mask 255.0.255.0 is no network mask"),
+        (
+            NetConfig(ip="10.0.0.1", mask="255.0.255.0"),
+            "net[0] (--net ip=10.0.0.1): mask 255.0.255.0 is no network mask",
+        ),
         (NetConfig(ip="10.0.0.1", mask="0.0.0.0"), "is no network mask"),
         (NetConfig(ip="10.0.0.1", mask="24"), "mask '24' is no IPv4 address"),
         (NetConfig(ip="10.0.0"), "ip '10.0.0' is no IPv4 address"),
@@ -202,12 +216,18 @@ def test_sensible_devices_pass(net: NetConfig) -> None:
         (NetConfig(vhost_user=True, vhost_socket="/s", tap="t"), "tap has no meaning with vhost_user"),
         (NetConfig(vhost_user=True, vhost_socket="/s", ip="10.0.0.1"), "ip has no meaning with vhost_user"),
         (NetConfig(vhost_user=True, vhost_socket="/s", fds=(5,)), "fds has no meaning with vhost_user"),
-        (NetConfig(vhost_user=True, vhost_socket="/s", num_queues=4), "vhost_user with 4 queues is not available"),
-        (NetConfig(vhost_user=True, vhost_socket="/s", vhost_mode=VhostMode.SERVER), "vhost_mode server is not"),
+        (
+            NetConfig(vhost_user=True, vhost_socket="/s", num_queues=4),
+            "vhost_user with 4 queues is not available",
+        ),
+        (
+            NetConfig(vhost_user=True, vhost_socket="/s", vhost_mode=VhostMode.SERVER),
+            "vhost_mode server is not",
+        ),
         (NetConfig(id="__net"), "net[0].id is __net"),
         (NetConfig(pci_device_id=32), "net[0].pci_device_id is 32"),
     ],
-)  # fmt: skip
+)
 def test_nonsense_is_refused_by_name(net: NetConfig, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         validate(with_nets(net))
@@ -218,12 +238,16 @@ def test_nonsense_is_refused_by_name(net: NetConfig, message: str) -> None:
     ("first", "second", "message"),
     [
         (NetConfig(tap="t"), NetConfig(tap="t"), "net[1]: tap t is taken (net[0] has it already)"),
-        (NetConfig(mac="2e:00:00:00:00:0a"), NetConfig(mac="2E:00:00:00:00:0A"), "net[1]: mac 2e:00:00:00:00:0a is taken"),
+        (
+            NetConfig(mac="2e:00:00:00:00:0a"),
+            NetConfig(mac="2E:00:00:00:00:0A"),
+            "net[1]: mac 2e:00:00:00:00:0a is taken",
+        ),
         (NetConfig(fds=(5,)), NetConfig(fds=(5,)), "net[1]: fd 5 is taken"),
         (NetConfig(fds=(5, 5), num_queues=4), NetConfig(), "net[0]: fd 5 is taken"),
         (NetConfig(pci_device_id=4), NetConfig(pci_device_id=4), "net[0] has that slot already"),
     ],
-)  # fmt: skip
+)
 def test_what_two_devices_can_not_share(first: NetConfig, second: NetConfig, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         validate(with_nets(first, second))
@@ -248,7 +272,10 @@ def test_ids_are_numbered_by_one_counter_over_disks_and_nets() -> None:
 def test_a_random_mac_is_local_and_then_fixed() -> None:
     config = assign_ids(with_nets(NetConfig(), NetConfig()))
     macs = [net.mac for net in config.net]
-    assert all(mac is not None and re.fullmatch("2e(:[0-9a-f]{2}){5}", mac) for mac in macs) and len(set(macs)) == 2
+    assert (
+        all(mac is not None and re.fullmatch("2e(:[0-9a-f]{2}){5}", mac) for mac in macs)
+        and len(set(macs)) == 2
+    )
     assert assign_ids(config) == config
     assert from_json(to_json(config), strict=True) == config
 
@@ -271,8 +298,11 @@ def test_the_mask_of_an_ip_without_one_is_a_class_c_network() -> None:
             with_nets(NetConfig(), disks=(DISK,) * 3, console=ConsoleConfig(ConsoleMode.TTY)),
             {"__console": 1, "_disk0": 2, "_disk1": 3, "_disk2": 4, "_net3": 5, "__rng": 6},
         ),
-        (with_nets(NetConfig(pci_device_id=1), NetConfig(), disks=(DISK,)), {"_disk0": 2, "_net1": 1, "_net2": 3, "__rng": 4}),
+        (
+            with_nets(NetConfig(pci_device_id=1), NetConfig(), disks=(DISK,)),
+            {"_disk0": 2, "_net1": 1, "_net2": 3, "__rng": 4},
+        ),
     ],
-)  # fmt: skip
+)
 def test_pci_slots_of_the_migration_document(config: VmConfig, slots: dict[str, int]) -> None:
     assert pci_slots(assign_ids(config)) == slots

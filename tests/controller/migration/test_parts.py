@@ -198,7 +198,7 @@ def test_taps_are_checked():
     assert codec.taps_of({}) == {}
     assert codec.taps_of({"taps": [["_net1", 1], ["_net2", 4]]}) == {"_net1": 1, "_net2": 4}
     for taps in (5, [1], [["a"]], [[1, 1]], [["a", "1"]], [["a", True]], [["a", 0]], [["a", 1], ["a", 1]]):
-        with pytest.raises(ProtocolError, match="BUILD from the peer: .*[tT][aA][pP]"):
+        with pytest.raises(ProtocolError, match=r"BUILD from the peer: (taps|a TAP)"):
             codec.taps_of({"taps": taps})
 
 
