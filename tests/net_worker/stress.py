@@ -17,7 +17,7 @@ from tests.net_worker.driver import RxDriver, TxDriver
 from tests.net_worker.rig import PLAIN, Rig
 from tests.net_worker.test_packets import send_to_segment
 from tests.network import Network, Wire, frame, number_of
-from tests.ring_driver import GPA, Memory, pages
+from tests.ring_driver import GPA, Memory, RingDriver, pages
 
 SIZE = 32
 
@@ -46,7 +46,7 @@ def receive(rx: RxDriver, chance: random.Random) -> int:
     return count
 
 
-def nonsense(rig: Rig, drive: RxDriver | TxDriver, chance: random.Random) -> None:
+def nonsense(rig: Rig, drive: RingDriver, chance: random.Random) -> None:
     """A malformed chain, alone in its ring; then the driver resets."""
     rig.backend.stop_queue(drive.index)
     drive.completed()
@@ -61,10 +61,11 @@ def nonsense(rig: Rig, drive: RxDriver | TxDriver, chance: random.Random) -> Non
     drive.memory.u16(drive.avail + 2)[0] = drive.avail_idx
     if isinstance(drive, RxDriver):
         drive.posted.clear()
-    else:
+    elif isinstance(drive, TxDriver):
         drive.pending.clear()
-    drive.free.clear()
-    drive.free.extend(range(SIZE))
+    if isinstance(drive, RxDriver | TxDriver):
+        drive.free.clear()
+        drive.free.extend(range(SIZE))
     rig.start(drive.index)
 
 
@@ -102,7 +103,7 @@ def storm(rig: Rig, wires: tuple[Wire, Wire], log: Memory, extra: Memory, chance
         while not wires[1].silent():
             check(wires[1].receive())
         if turn % 30 == 0:
-            nonsense(rig, chance.choice((*rig.rx, *rig.tx)), chance)
+            nonsense(rig, chance.choice([*rig.rx, *rig.tx]), chance)
     return got
 
 
