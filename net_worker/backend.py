@@ -56,6 +56,7 @@ class NetBackend:
         self._loaded = False  # settings came by load() and no queue has run with them yet
         self._quiet = False
         self._running: set[int] = set()
+        self._attached: dict[int, bool] = {}  # TAP queues as this process has switched them
         self._region = 0
         self._control_kick = -1
         self._pulse = Pulse()
@@ -150,8 +151,10 @@ class NetBackend:
         """Packets come to the queues that somebody serves. The first one is always attached."""
         for pair in range(1, self.pairs):
             used = pair < self.settings.pairs if self._controlled else 2 * pair in self._running
-            self._taps.attach(pair, used)
-            self._native.net_set_attached(self._device, pair, used)
+            if self._attached.get(pair) is not used:  # a switch makes the whole interface wait
+                self._taps.attach(pair, used)
+                self._native.net_set_attached(self._device, pair, used)
+                self._attached[pair] = used
 
     def request_stop(self) -> None:
         """stop_queue() waits for no more than a batch."""
@@ -173,6 +176,7 @@ class NetBackend:
 
     def resumed(self) -> None:
         self._quiet = False
+        self._attached.clear()  # the TAP may have been another process's meanwhile
 
     def get_config(self, offset: int, size: int) -> bytes:
         status = virtio_net.S_LINK_UP | (virtio_net.S_ANNOUNCE if self.settings.announce else 0)
@@ -249,7 +253,7 @@ class NetBackend:
             if counters.malformed > self._reported.get(index, 0):
                 self._reported[index] = counters.malformed
                 if not counters.malformed & (counters.malformed - 1):  # the 1st, 2nd, 4th, 8th … time
-                    reason = VringError(counters.broken).name if counters.broken else "restarted since"
+                    reason = VringError(counters.last_malformed).name
                     log.error(f"{where}: the guest broke the ring ({reason}); it stays stopped until the driver resets "
                               f"the device; {counters.malformed} in all")  # fmt: skip
                 self.on_broken(index)

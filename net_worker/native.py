@@ -23,6 +23,7 @@ class net_counters(ctypes.Structure):
         ("dropped", c_uint64),
         ("stalls", c_uint64),
         ("malformed", c_uint64),
+        ("last_malformed", c_uint64),
         ("broken", c_uint64),
         ("tap_errno", c_uint64),
         ("tap_gone", c_uint64),
@@ -35,6 +36,7 @@ class net_counters(ctypes.Structure):
     dropped: int
     stalls: int
     malformed: int
+    last_malformed: int
     broken: int
     tap_errno: int
     tap_gone: int

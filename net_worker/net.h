@@ -48,6 +48,7 @@ struct net_counters {
     uint64_t dropped; /* tx: the TAP refused it; rx: it did not fit into the guest's buffers */
     uint64_t stalls;  /* tx: the TAP was full; rx: there were no buffers */
     uint64_t malformed; /* how often the queue was broken */
+    uint64_t last_malformed; /* enum vring_error */
     uint64_t broken;  /* enum vring_error that stopped the queue until its next start, 0 while it works */
     uint64_t tap_errno; /* of the last failed system call on the TAP but EAGAIN */
     uint64_t tap_gone;  /* rx only: how often the TAP turned out to be unusable */

@@ -72,7 +72,7 @@ struct net_device {
 static void net_break(struct net_device *d, struct net_queue *q, enum vring_error error)
 {
     q->counters.malformed++;
-    q->counters.broken = (uint64_t)error;
+    q->counters.last_malformed = q->counters.broken = (uint64_t)error;
     loop_signal(d->event_fd);
 }
 

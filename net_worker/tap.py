@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from shared.errors import HostError
+from shared.errors import ConfigError, HostError
 from shared.virtio_net import F_GUEST_CSUM, F_GUEST_ECN, F_GUEST_TSO4, F_GUEST_TSO6, F_GUEST_UFO
 
 TUNSETIFF: Final = 0x4004_54CA
@@ -24,6 +24,7 @@ IFF_TAP, IFF_MULTI_QUEUE, IFF_ATTACH_QUEUE, IFF_DETACH_QUEUE = 0x0002, 0x0100, 0
 IFF_NO_PI, IFF_VNET_HDR = 0x1000, 0x4000
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN, TUN_F_UFO = 1, 2, 4, 8, 16
 
+LONGEST_NAME: Final = 15
 _IFREQ: Final = struct.Struct("16sH22x")
 _OFFLOADS: Final = {
     F_GUEST_CSUM: TUN_F_CSUM, F_GUEST_TSO4: TUN_F_TSO4, F_GUEST_TSO6: TUN_F_TSO6, F_GUEST_ECN: TUN_F_TSO_ECN,
@@ -32,7 +33,9 @@ _OFFLOADS: Final = {
 
 
 def open_tap(name: str, queues: int) -> list[int]:
-    """Open or make the interface `name`, one descriptor per queue. Needs CAP_NET_ADMIN. Raises HostError."""
+    """Open or make the interface `name`, one descriptor per queue. Needs CAP_NET_ADMIN. HostError, ConfigError."""
+    if len(name.encode()) > LONGEST_NAME:
+        raise ConfigError(f"tap {name}: the name is longer than {LONGEST_NAME} bytes")
     flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | (IFF_MULTI_QUEUE if queues > 1 else 0)
     fds: list[int] = []
     try:

@@ -173,7 +173,7 @@ def number_of(data: bytes) -> int:
 
 def checksum(data: bytes, start: int = 0) -> int:
     """The Internet checksum's sum, not complemented (RFC 1071)."""
-    total = start + sum(struct.unpack(f">{len(data) // 2}H", data[: len(data) & -2]))
+    total: int = start + sum(struct.unpack(f">{len(data) // 2}H", data[: len(data) & -2]))
     if len(data) % 2:
         total += data[-1] << 8
     while total >> 16:

@@ -122,7 +122,8 @@ def test_kill_at_every_step_of_sending_loses_no_packet(bench: Bench, step: Step)
 
 @steps
 def test_kill_at_every_step_of_receiving_loses_a_batch_at_most(bench: Bench, step: Step) -> None:
-    sent, got = 0, []
+    sent = 0
+    got: list[int] = []
 
     def receive() -> None:
         nonlocal sent
