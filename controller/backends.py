@@ -53,6 +53,7 @@ class Backend:
         self._delay = 0.0
         self._began = 0.0
         self.process: Process | None = None
+        self.state: dict[str, Any] | None = None  # a save's answer that every incarnation loads before it serves
         for frontend in self._frontends.values():
             frontend.on_lost = self._hung_up
 
@@ -83,6 +84,8 @@ class Backend:
         try:
             fds = {**self._fds, **{name: theirs.fileno() for name, (_, theirs) in pairs.items()}}
             self.process = await self._fleet.start(self._spec, fds, self._ended, self._restarts)
+            if self.state is not None:
+                await self.process.call("load", **self.state)
             for name, frontend in self._frontends.items():
                 ours = pairs[name][0].dup()
                 ours.setblocking(False)

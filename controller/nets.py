@@ -216,13 +216,16 @@ class Nets:
         return {name: await backend.call("save") for name, backend in self._workers().items()}
 
     async def load(self, states: Mapping[str, Any]) -> None:
+        """What save() gave. A worker that dies before its rings run has a successor that knows it too."""
         for name, backend in self._workers().items():
             if name in states:
+                backend.state = states[name]
                 await backend.call("load", **states[name])
 
     def announce(self) -> None:
         """The guest runs here now: let it and the network know. Nothing depends on it, so nobody waits."""
         for name, backend in self._workers().items():
+            backend.state = None  # from here on it is in the inflight region, and changes there
             self._reactor.spawn(self._announce(name, backend), f"announce {name}")
 
     async def _announce(self, name: str, backend: Backend) -> None:
