@@ -83,7 +83,7 @@ def test_configuration_space_before_the_worker_is_there(rig):
     assert isinstance(device, NetDevice)
     assert device.features == 0x1_2063_7FAF and device.queue_sizes == (256,) * 5
     space = b"".join(device.read_config(at, 1).to_bytes(1, "little") for at in range(17))
-    assert space.hex() == "1234567890ab" "0000" "0200" "7805" "00000000" "00"
+    assert space.hex(" ") == "12 34 56 78 90 ab 00 00 02 00 78 05 00 00 00 00 00"
     device.negotiated = lambda: virtio_net.F_STATUS
     assert status(device) == virtio_net.S_LINK_UP
 
