@@ -97,12 +97,12 @@ static enum progress responder_step(struct task *task)
     }
     net_kick(r->net);
     net_tick(r->net);
-    bool last = task->passes && r->echoed + r->pings + r->sunk >= task->passes;
+    bool last = task->passes && r->echoed + r->pings + r->sunk >= task->passes && net_all_sent(r->net);
     if (report_due(task) || last)
         responder_report(r);
     if (last)
         return DONE;
-    return done || !net_idle(r->net, false) ? BUSY : IDLE;
+    return done || !net_idle(r->net, task->passes) ? BUSY : IDLE;
 }
 
 struct load {
@@ -208,10 +208,11 @@ static enum progress load_step(struct task *task)
         net_recycle(l->net, frame);
         moved = true;
     }
-    bool last = task->passes && (l->wait ? l->answered : l->sent) >= task->passes;
-    moved |= !last && load_push(l);
+    bool enough = task->passes && (l->wait ? l->answered : l->sent) >= task->passes;
+    moved |= enough || load_push(l);
     net_kick(l->net);
     net_tick(l->net);
+    bool last = enough && net_all_sent(l->net);
     if (last || report_due(task))
         load_report(l);
     if (last)

@@ -174,15 +174,32 @@ struct net_frame *net_receive(struct net *net)
     return NULL;
 }
 
-struct net_frame *net_transmit_frame(struct net *net, u32 index)
+static void reclaim(struct net_pair *pair)
 {
-    struct net_pair *pair = &net->pairs[index];
     struct net_frame *frame;
     u32 length;
     while ((frame = virtqueue_get(pair->tx, &length))) {
         frame->next = pair->free;
         pair->free = frame;
+        pair->in_flight--;
     }
+}
+
+bool net_all_sent(struct net *net)
+{
+    bool sent = true;
+    for (u32 i = 0; i < net->pair_count; i++) {
+        reclaim(&net->pairs[i]);
+        sent &= !net->pairs[i].in_flight;
+    }
+    return sent;
+}
+
+struct net_frame *net_transmit_frame(struct net *net, u32 index)
+{
+    struct net_pair *pair = &net->pairs[index];
+    struct net_frame *frame;
+    reclaim(pair);
     if ((frame = pair->free)) {
         pair->free = frame->next;
         *frame->header = (struct net_header){0};
@@ -194,6 +211,7 @@ void net_send(struct net *net, struct net_frame *frame)
 {
     struct segment s = {frame->header, (u32)sizeof(struct net_header) + frame->length};
     virtqueue_add(net->pairs[frame->pair].tx, &s, 1, 0, frame);
+    net->pairs[frame->pair].in_flight++;
     net->sent++;
 }
 

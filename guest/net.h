@@ -36,6 +36,7 @@ struct net_frame {
 struct net_pair {
     struct virtqueue *rx, *tx;
     struct net_frame *free; /* transmit frames */
+    u32 in_flight;          /* the others */
 };
 
 struct net {
@@ -60,6 +61,7 @@ void net_recycle(struct net *net, struct net_frame *frame);       /* a received 
 struct net_frame *net_transmit_frame(struct net *net, u32 pair);  /* NULL: all are on their way */
 void net_send(struct net *net, struct net_frame *frame);          /* to be followed by net_kick() */
 void net_kick(struct net *net);
+bool net_all_sent(struct net *net); /* no transmit frame is on its way: the VMM may end without losing one */
 bool net_idle(struct net *net, bool transmit); /* interrupts asked for and nothing to do; transmit: also for free frames */
 
 /* Looks at the status once per timer tick; a pending announcement is carried out and acknowledged. */

@@ -56,9 +56,11 @@ static void ethernet(const struct net *net, u8 *frame, const u8 *to, u16 type)
 
 static void ipv4(u8 *p, u32 from, u32 to, u8 protocol, u32 length)
 {
+    static u16 identification;
     memset(p, 0, IPV4);
     p[0] = 0x45;
     put16(p + 2, IPV4 + length);
+    put16(p + 4, ++identification); /* whoever cuts it into fragments: they must find each other again */
     p[8] = 64;
     p[9] = protocol;
     put32(p + 12, from);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -11,6 +12,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -312,6 +315,68 @@ def test_net_worker_of_the_destination_killed_right_after_the_hop(tmp_path):
             hop(one, two, tmp_path / "sock")
             os.kill(two.pid_of("_net0"), signal.SIGKILL)
             flow.goes_on()
+
+
+def children(vmm, name):
+    """Pids of a VMM's processes by the beginning of their name; the API would be too slow to ask."""
+    found = []
+    pid = vmm.process.pid
+    with contextlib.suppress(OSError):  # the VMM itself may have ended meanwhile
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{child}/comm").read_text().startswith(name):
+                    found.append(int(child))
+    return found
+
+
+class Killer(threading.Thread):
+    """SIGKILL for the net workers of whichever VMMs there are, every now and then."""
+
+    def __init__(self, vmms):
+        super().__init__()
+        self._vmms, self._choice, self._stopping = vmms, random.Random(1), threading.Event()
+        self.kills = 0
+
+    def run(self):
+        while not self._stopping.wait(self._choice.random() * 0.3):
+            for vmm in list(self._vmms):
+                for pid in children(vmm, "net"):
+                    if self._choice.random() < 0.5:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                            self.kills += 1
+
+    def stop(self):
+        self._stopping.set()
+        if self.ident is not None:
+            self.join()
+
+
+def test_net_workers_killed_all_the_time_while_the_guest_moves(tmp_path):
+    """Source's and destination's, at whatever step: every hop succeeds, and the flow goes on."""
+    with guest(tmp_path, "mode=net pairs=2", "--cpus", "boot=2", net=[f"ip={HOST},num_queues=4"], name="hop0") as first:
+        ping(GUEST)
+        first.wait_api()
+        vmms, output = [first], b""
+        killer = Killer(vmms)
+        try:
+            with Flow(GUEST) as flow:
+                killer.start()
+                for number in range(1, 4):
+                    vmms.append(Vmm(tmp_path, name=f"hop{number}"))
+                    hop(vmms[0], vmms[1], tmp_path / f"sock{number}")
+                    gone = vmms.pop(0)
+                    gone.__exit__()
+                    output += gone.output
+                    flow.goes_on(3, 60)
+                killer.stop()
+                flow.goes_on()
+        finally:
+            killer.stop()
+            for vmm in vmms:
+                vmm.__exit__()
+        assert killer.kills > 5
+        assert b"BAD" not in output + vmms[0].output
 
 
 # A back end that somebody else runs ---------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controller.config import grammar
+from shared import grammar
 from shared.errors import ConfigError
 from shared.grammar import Converter, parse, split
 
