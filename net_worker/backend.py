@@ -80,6 +80,7 @@ class NetBackend:
         """Stop everything and close the TAPs. Idempotent."""
         if self._device:
             self._announcer.stop()
+            self._let_go_of_control()
             self._reactor.remove_reader(self._events)
             self._counters = []
             self._native.net_destroy(self._device)
