@@ -12,8 +12,8 @@ import socket
 
 from blk_worker.backend import BlockBackend
 from blk_worker.disk import open_disk
-from blk_worker.worker import BlockWorker
 from shared.reactor import Reactor
+from shared.vhost_worker import VhostWorker
 from shared.worker import Start, serve
 
 
@@ -28,7 +28,7 @@ def main(start: Start) -> int:
         reactor, disk, num_queues=spec.get("num_queues", 1), queue_size=spec.get("queue_size", 128),
         sparse=bool(spec.get("sparse", True)),
     )  # fmt: skip
-    worker = BlockWorker(backend)
+    worker = VhostWorker("blk_worker", backend)
     worker.attach(reactor, socket.socket(fileno=start.fds["vhost"]))
     try:
         return serve(start, worker, reactor)

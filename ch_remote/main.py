@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ch_remote import report
 from ch_remote.arguments import Command, parse_argv
+from ch_remote.devices import net_body
 from ch_remote.http import Connection, Interrupts, Response, ServerGone
 from ch_remote.migration import receive_body, send_body
 from ch_remote.verbs import MIGRATIONS, VERBS
@@ -67,12 +68,14 @@ def _run(command: Command) -> int:
 
 
 def _request_body(command: Command) -> bytes | None:
-    """Raises ConfigError for a migration's argument, HostError for a file that can't be read."""
+    """Raises ConfigError for a migration's or a device's argument, HostError for a file that can't be read."""
     if command.name == "create":
         return _read(command.argument or "-")
-    if command.name not in MIGRATIONS or command.argument is None:
+    if command.argument is None or command.name not in (*MIGRATIONS, "add-net"):
         return None
-    if command.name == "send-migration":
+    if command.name == "add-net":
+        body = net_body(command.argument)
+    elif command.name == "send-migration":
         body = send_body(command.argument, "--local" in command.flags)
     else:
         body = receive_body(command.argument)

@@ -22,6 +22,9 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "add-net": Verb(
+        "PUT", "vm.add-net", "Add a network device, as --net; prints its id and PCI address if the VM runs", "NET"
+    ),
     "boot": Verb("PUT", "vm.boot", "Boot the VM that was created"),
     "cancel-migration": Verb(
         "PUT", "vm.cancel-migration", "Cancel the migration that goes on, sent or received"
@@ -60,7 +63,6 @@ REFUSED = (
     "add-disk",
     "add-fs",
     "add-generic-vhost-user",
-    "add-net",
     "add-pmem",
     "add-user-device",
     "add-vdpa",

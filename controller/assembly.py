@@ -20,33 +20,34 @@ from controller import disks
 from controller.backends import Backend, BackendState
 from controller.config.cli import Seccomp
 from controller.config.identity import CONSOLE_ID, RNG_ID
-from controller.config.model import ConsoleMode, DiskConfig, VmConfig
+from controller.config.model import ConsoleMode, DiskConfig, NetConfig, VmConfig
+from controller.devices.acpi import GedEvent
 from controller.devices.events import GuestEvent
 from controller.early_device import console_device, disk_device, rng_device
 from controller.events import EventMonitor
 from controller.fleet import Fleet, WorkerSpec
+from controller.foreign import ForeignBackend
 from controller.machine.acpi.description import Description
 from controller.machine.acpi.tables import write_tables
 from controller.machine.boot.loader import load
 from controller.machine.cpuid import CpuidEntry, vcpu_cpuid
 from controller.machine.regs import configure, tsc_khz, write_descriptor_tables
+from controller.nets import Nets
 from controller.pci.host import Plan, build
 from controller.pci.virtio_pci import VirtioPci
 from controller.platform import Platform
 from controller.vcpus import Vcpus
-from controller.vhost_frontend import Frontend, dial
+from controller.vhost_frontend import Frontend
 from controller.vhost_user_device import FOREIGN_BLOCK, VhostUserDevice
-from shared import log
 from shared.chardev import HostEnd, open_host_end
-from shared.errors import FlotillaError, WorkerError
+from shared.errors import WorkerError
 from shared.memory import GuestMemory
-from shared.reactor import Reactor, describe, gather
+from shared.reactor import Reactor, gather
 from shared.records import Record
 from shared.typed import Any
 from shared.undo import Undo
 from vcpu_worker.state import set_cpuid
 
-REDIAL_SECONDS = 5.0
 WORKER_SECONDS = 30.0
 CONSOLE_WORKER = "console"
 
@@ -68,6 +69,7 @@ class Disk(Record, frozen=False):
     image: int | None  # holds the lock; None for a vhost-user socket
     frontend: Frontend
     backend: Backend | None = None
+    foreign: ForeignBackend | None = None
 
 
 class Assembly:
@@ -81,9 +83,10 @@ class Assembly:
         memory: GuestMemory | None = None,
         cpuid: list[CpuidEntry] | None = None,
         images: dict[str, int] | None = None,
+        taps: dict[str, list[int]] | None = None,
     ) -> None:
-        """Of a VM that arrives: its RAM, the CPUID it was born with, and by disk id the open descriptions of its
-        images. Memory and images belong to the assembly from the call on. Raises FlotillaError; nothing is left then.
+        """Of a VM that arrives: its RAM, the CPUID it was born with, and by device id the open descriptions of its
+        images and TAPs. All of it belongs to the assembly from the call on. Raises FlotillaError; nothing is left then.
         """
         self.config = config
         self._context = context
@@ -94,8 +97,10 @@ class Assembly:
         self._disks: dict[str, Disk] = {}
         self._images = images or {}  # those that have not become a disk yet
         self.functions: dict[str, VirtioPci] = {}
+        self.nets = Nets(self._reactor, context.fleet, taps or {})
         with Undo() as undo:
             undo.add(self._close_images)
+            undo.add(self.nets.close_taps)
             undo.add(self._close_ends)  # a user's terminal is raw by now, and nobody else knows how it was
             if memory is not None:
                 undo.add(memory.close)
@@ -135,6 +140,10 @@ class Assembly:
         for number, disk in enumerate(config.disks):
             device = await self._disk(disk, number == 0)
             plans.append(self._plan("disk", device, disk.pci_device_id))
+        for net in config.net:
+            device = await self.nets.make(net, memory)
+            plans.append(self._plan("net", device, net.pci_device_id))
+            self.nets.plugged(self.functions[device.device_id])
         frontend = Frontend(self._reactor, memory, RNG_ID)
         rng = rng_device(self._reactor, frontend, config.rng.id or RNG_ID)
         plans.append(self._plan("rng", rng, config.rng.pci_device_id))
@@ -153,9 +162,9 @@ class Assembly:
         frontend = Frontend(self._reactor, self.platform.memory, disk.id, own=not disk.vhost_user)
         if disk.vhost_user:
             assert disk.vhost_socket is not None
-            self._disks[disk.id] = Disk(disk, None, frontend)
-            frontend.on_lost = lambda error: self._foreign_lost(disk, frontend, error)
-            await frontend.connect(await dial(self._reactor, disk.vhost_socket))
+            foreign = ForeignBackend(self._reactor, frontend, disk.id, disk.vhost_socket)
+            self._disks[disk.id] = Disk(disk, None, frontend, foreign=foreign)
+            await foreign.connect()
             sizes = (disk.queue_size,) * disk.num_queues
             return await VhostUserDevice.attach(self._reactor, frontend, disk.id, FOREIGN_BLOCK, sizes)
         image = self._images.pop(disk.id) if disk.id in self._images else disks.open_image(disk, first)
@@ -163,22 +172,6 @@ class Assembly:
         device = disk_device(self._reactor, frontend, disk, image)
         device.extra["disk_path"] = disk.path or ""
         return device
-
-    def _foreign_lost(self, disk: DiskConfig, frontend: Frontend, error: Exception | None) -> None:
-        """Somebody else's back end went away. It may come back at the same socket, whenever; the guest waits."""
-        why = describe(error) if error else "closed"
-        log.error(f"{disk.id}: vhost-user back end at {disk.vhost_socket} lost: {why}")
-        self._reactor.spawn(self._redial(disk, frontend), f"reconnect {disk.id}")
-
-    async def _redial(self, disk: DiskConfig, frontend: Frontend) -> None:
-        assert disk.vhost_socket is not None
-        while not self._closed:
-            try:
-                await frontend.replay(await dial(self._reactor, disk.vhost_socket, REDIAL_SECONDS))
-                log.info(f"{disk.id}: vhost-user back end at {disk.vhost_socket} is back")
-                return
-            except FlotillaError as error:
-                log.debug(f"{disk.id}: {describe(error)}")
 
     # Payload and vCPUs -------------------------------------------------------------------------------------------
 
@@ -231,6 +224,7 @@ class Assembly:
             fds = {f"console.{role}": fd for role, fd in end.fds.items()}
         worker = WorkerSpec("console", CONSOLE_WORKER, "console_worker.__main__", "worker", spec)
         self._backends.append(Backend(self._reactor, self._context.fleet, worker, frontends, fds))
+        self._backends += self.nets.backends()
 
     def start_workers(self) -> None:
         """Beside a guest that runs already: a device whose worker can't start waits until it can."""
@@ -258,6 +252,29 @@ class Assembly:
         assert isinstance(device, VhostUserDevice)
         return device.frontend
 
+    async def plug_net(self, config: NetConfig) -> str:
+        """Add a device to a VM that runs; its PCI address. The worker is up before the guest hears of the device.
+
+        Raises FlotillaError; nothing is added then.
+        """
+        await self.wait_serving()
+        device = await self.nets.make(config, self.platform.memory)
+        function = self._plan("net", device, config.pci_device_id).function
+        platform = self.platform
+        try:
+            backends = self.nets.backends()
+            await gather(self._reactor, *(backend.start() for backend in backends))
+            bdf = platform.segment.add(function, config.pci_device_id)
+        except BaseException:
+            self.functions.pop(device.device_id).close()
+            await self.nets.remove(device.device_id)
+            raise
+        self._backends += backends
+        self.nets.plugged(self.functions[device.device_id])
+        platform.pci_hotplug.mark_up(bdf.segment, bdf.slot)
+        platform.ged.notify(GedEvent.PCI)
+        return str(bdf)
+
     def _guest_event(self, event: GuestEvent) -> None:
         if not self._closed:
             self._context.on_guest_event(event)
@@ -283,8 +300,8 @@ class Assembly:
         return {name: disk.image for name, disk in self._disks.items() if disk.image is not None}
 
     async def counters(self) -> dict[str, Any]:
-        """Counters of every disk of ours, by device id."""
-        answers: dict[str, Any] = {}
+        """Counters of every disk and network device of ours, by device id."""
+        answers = await self.nets.counters()
         for name, disk in self._disks.items():
             if disk.backend is not None and disk.backend.process is not None:
                 answers[name] = await disk.backend.process.call("stats")
@@ -319,7 +336,10 @@ class Assembly:
         for name in self.functions:
             self.frontend(name).close()
         for disk in self._disks.values():  # a foreign back end may be connected and not a function yet
+            if disk.foreign is not None:
+                disk.foreign.close()
             disk.frontend.close()
+        self.nets.hang_up()
         return True
 
     def _let_go(self) -> None:
@@ -329,6 +349,7 @@ class Assembly:
             if disk.image is not None:
                 os.close(disk.image)
         self._close_images()
+        self.nets.close_taps()
         self.platform.close()
         self._close_ends()
 

@@ -73,6 +73,7 @@ class Backend:
         self.state = BackendState.STARTING
         self.reason = ""  # why the last attempt came to nothing
         self.process: Process | None = None
+        self.preload: dict[str, Any] | None = None  # a save's answer that every incarnation loads before it serves
         try:
             for name, fd in fds.items():
                 self._fds[name] = os.dup(fd)
@@ -169,6 +170,8 @@ class Backend:
     async def _connect(self, process: Process, sockets: Mapping[str, socket.socket]) -> None:
         if not self._closing:
             await self._fleet.greet(process)
+        if self.preload is not None:
+            await process.call("load", **self.preload)
         for name, frontend in self._frontends.items():
             if self._closing:
                 raise WorkerLost(f"{self.devices}: the VM has ended")

@@ -1,6 +1,7 @@
 """From an API request to an answer: method and body rules, the status table, the error array.
 
     200 + JSON     GET, and vmm.shutdown with an empty body
+                   vm.add-net too, and 204 from it where there is nothing to tell
     204            everything else that went well
     400 404 409 …  `["Error from API", "what failed", "why", …]`, outermost first, status by the error's class
 """
@@ -60,7 +61,7 @@ async def answer(verbs: dict[str, Verb], method: str, name: str, body: bytes) ->
     if endpoint.success == 204:
         return {"status": 204, "body": b""}
     if result is None:
-        return {"status": 200, "body": b""}
+        return {"status": endpoint.quiet, "body": b""}
     return {"status": 200, "body": json.dumps(result, separators=(",", ":"), ensure_ascii=False).encode()}
 
 

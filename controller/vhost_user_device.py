@@ -107,6 +107,7 @@ class DeviceKind(Record):
     writable: str = ""  # the only field that the driver may write
     own: bool = True  # served by a worker of ours
     has_own_config: bool = True  # the back end knows the configuration space
+    vmm_features: int = 0  # answered here; the back end neither has them nor hears of them
 
 
 BLOCK: Final = DeviceKind("block", 2, 0x1_3000_7E64, BLOCK_CONFIG, "writeback")
@@ -114,6 +115,10 @@ NET: Final = DeviceKind("net", 1, 0x1_2063_7FAF, NET_CONFIG)
 CONSOLE: Final = DeviceKind("console", 3, VIRTIO_F_VERSION_1 | CONSOLE_F_SIZE, CONSOLE_CONFIG)
 RNG: Final = DeviceKind("rng", 4, VIRTIO_F_VERSION_1)
 FOREIGN_BLOCK: Final = DeviceKind("vhost-user block", 2, _FOREIGN | 0x7E76, BLOCK_CONFIG, "writeback", own=False)
+# Without the control queue, and all that needs one: such a back end does not serve it. MTU and MAC are the VMM's.
+FOREIGN_NET: Final = DeviceKind(
+    "vhost-user net", 1, _FOREIGN | 0xFFAB, NET_CONFIG, own=False, has_own_config=False, vmm_features=0x28
+)
 FOREIGN_FS: Final = DeviceKind("vhost-user fs", 26, _FOREIGN, FS_CONFIG, own=False, has_own_config=False)
 
 
@@ -139,7 +144,7 @@ class VhostUserDevice:
         self.kind = kind
         self.virtio_type = kind.virtio_type
         self.queue_sizes = queue_sizes
-        self.features = kind.features & frontend.features
+        self.features = kind.features & (frontend.features | kind.vmm_features)
         self._config = config
         self._acked = 0
         self._restored = False
@@ -237,7 +242,8 @@ class VhostUserDevice:
         self._acked = acked_features
         restored, self._restored = self._restored, False
         bases, self._bases = self._bases, {}
-        await self.frontend.activate(acked_features, queues, bases, restored=restored)
+        theirs = acked_features & ~self.kind.vmm_features
+        await self.frontend.activate(theirs, queues, bases, restored=restored)
         if self.kind is CONSOLE and acked_features & CONSOLE_F_SIZE:
             await self._reload()
             self.on_config_changed()
@@ -277,7 +283,7 @@ class VhostUserDevice:
         fields = Fields(self.device_id, state)
         offered, acked = fields.integer("avail_features", 64), fields.integer("acked_features", 64)
         # A worker of ours may still be coming up; what it has is then checked at the activation.
-        available = self.frontend.features or offered
+        available = (self.frontend.features or offered) | self.kind.vmm_features
         lacking = acked & ~available
         if lacking:
             raise HostError(

@@ -89,6 +89,7 @@ class Vm:
         parts: list[tuple[int, int, int, int]],
         ram_fds: list[int],
         images: dict[str, int],
+        taps: dict[str, list[int]],
         info: dict[str, Any],
     ) -> Vm:
         """A VM that arrives: RAM from the peer's memfds, workers up and connected, vCPU processes parked.
@@ -107,12 +108,13 @@ class Vm:
                 (gpa, size, fd, offset, slot) for (gpa, size, offset, slot), fd in zip(parts, ram_fds, strict=True)
             )
         except BaseException:
-            for fd in (*ram_fds, *images.values()):
+            for fd in (*ram_fds, *images.values(), *(fd for fds in taps.values() for fd in fds)):
                 os.close(fd)
             raise
-        made = Assembly(context, vm_config, memory=memory, cpuid=cpuid, images=images)
+        made = Assembly(context, vm_config, memory=memory, cpuid=cpuid, images=images, taps=taps)
         try:
             await made.make_functions(tree)
+            made.config = made.nets.kept(made.config)
             check_compatible(cpuid, made.platform.host_cpuid())
             made.set_cpuid()
             vm = cls(context, made)
@@ -143,6 +145,7 @@ class Vm:
             await gather(self._reactor, *(self._made.frontend(name).stop() for name in self._functions))
             if console := self._made.console:
                 await console.call("quiesce")  # rings are not all it has: it reads the terminal
+            await self._made.nets.quiesce()
         except FlotillaError as error:
             absent = self._made.absence()
             await self.resume()
@@ -174,6 +177,7 @@ class Vm:
             await within(self._reactor, RESUME_SECONDS, self._made.frontend(name).resume(), f"{name}: its rings")
             if (console := self._made.console) and name == (self.config.console.id or CONSOLE_ID):
                 await console.call("resume")
+            await self._made.nets.resume(name)
         except (Timeout, WorkerLost) as error:
             log.warn(f"{name}: {describe(error)}; the guest goes on and waits for its device")
 
@@ -181,6 +185,13 @@ class Vm:
     def _still(self) -> Standstill:
         assert self._standstill is not None, "the VM runs"
         return self._standstill
+
+    async def add_net(self, more: VmConfig) -> dict[str, str]:
+        """Plug in the last network device of `more`, which is our configuration otherwise. Raises FlotillaError."""
+        added = more.net[-1]
+        bdf = await self._made.plug_net(added)
+        self._made.config = more
+        return {"id": added.id or "", "bdf": bdf}
 
     def power_button(self) -> None:
         self._platform.ged.press_power_button()
@@ -202,6 +213,9 @@ class Vm:
     def disk_fds(self) -> dict[str, int]:
         return self._made.disk_fds()
 
+    def tap_fds(self) -> dict[str, list[int]]:
+        return self._made.nets.tap_fds()
+
     def build_info(self) -> dict[str, Any]:
         """What the destination needs before the pause, beside the configuration."""
         fields = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
@@ -217,6 +231,7 @@ class Vm:
         return {
             "version": STATE_VERSION,
             "console_worker": await console.call("save") if console else None,
+            "net_workers": await self._made.nets.save(),
             "vcpus": [self._codec.save(vcpu.fd) for vcpu in self._vcpus.all],
             "platform": self._platform.save(),
             "functions": functions,
@@ -245,6 +260,7 @@ class Vm:
         platform.load_ioapic(state["platform"])
         if (console := self._made.console) and state.get("console_worker"):
             await console.call("load", **state["console_worker"])
+        await self._made.nets.load(state.get("net_workers") or {})
         self._standstill = Standstill(bytes(state["clock"]), loaded=True)
 
     def _load_vcpu(self, vcpu: Vcpu, saved: dict[str, Any]) -> None:
@@ -260,6 +276,7 @@ class Vm:
             function.signal_all()
         self._standstill = None
         self._vcpus.resume()
+        self._made.nets.announce()
 
     # Asking ------------------------------------------------------------------------------------------------------
 

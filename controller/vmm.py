@@ -33,6 +33,7 @@ from controller.warmup import HEAD_START, warm_up
 from shared import log
 from shared.errors import FlotillaError, GuestLost, NotFoundError, StateError
 from shared.reactor import Lock, Reactor, describe, sleep, within
+from shared.records import replace
 from shared.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Vmm:
             "vm.shutdown": self.shutdown,
             "vm.reboot": self.reboot,
             "vm.delete": self.delete,
+            "vm.add-net": self.add_net,
             "vm.power-button": self.power_button,
             "vm.send-migration": self.send_migration,
             "vm.receive-migration": self.receive_migration,
@@ -337,6 +339,19 @@ class Vmm:
                 self.config = None
                 self.events.emit("vm", "deleted")
 
+    async def add_net(self, body: Any) -> dict[str, str] | None:
+        from controller.config.codec import net_from_json
+
+        async with self._change():
+            config = self._need_config()
+            more = assign_ids(replace(config, net=(*config.net, net_from_json(body))))
+            validate(more)
+            answer = None
+            if self.vm is not None:
+                answer = await self.vm.add_net(more)
+            self.config = more
+            return answer
+
     async def power_button(self, _: None) -> None:
         self._not_migrating()
         self._need_vm().power_button()
@@ -391,9 +406,15 @@ class Vmm:
                     self.state = VmState.RUNNING if incoming.running else VmState.PAUSED
 
     async def _build_incoming(
-        self, config: dict[str, Any], parts: list[Any], ram_fds: list[int], disk_fds: dict[str, int], info: Any
+        self,
+        config: dict[str, Any],
+        parts: list[Any],
+        ram_fds: list[int],
+        disk_fds: dict[str, int],
+        tap_fds: dict[str, list[int]],
+        info: Any,
     ) -> Vm:
-        return await Vm.build_incoming(self._context, config, parts, ram_fds, disk_fds, info)
+        return await Vm.build_incoming(self._context, config, parts, ram_fds, disk_fds, tap_fds, info)
 
     async def cancel_migration(self, _: None) -> None:
         if self.migration is None or self.migration.progress()["state"] != "ongoing":

@@ -245,6 +245,57 @@ class Echo(Line):
 
 
 @dataclass(frozen=True, slots=True)
+class NetOpen(Line):
+    """`mac` as 12 hexadecimal digits; `link` is 1 when the device says that it is up."""
+
+    PREFIX = "net open"
+    slot: int = 0
+    mac: str = ""
+    mtu: int = 0
+    features: int = 0
+    pairs: int = 0
+    size: int = 0
+    link: int = 0
+    irq: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NetOk(Line):
+    """`mode=net`: frames in and out, what was answered, datagrams to the discard port and how many of them are missing,
+    payloads verified, answers that no transmit frame was free for, announcements after a migration."""
+
+    PREFIX = "net ok"
+    POSITIONAL = ("rx",)
+    rx: int = 0
+    tx: int = 0
+    arp: int = 0
+    pings: int = 0
+    echoed: int = 0
+    sunk: int = 0
+    verified: int = 0
+    missing: int = 0
+    dropped: int = 0
+    announced: int = 0
+    ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NetLoad(Line):
+    """`mode=netload`: datagrams sent and their payloads' bytes; with `wait`, round trips of the answered ones."""
+
+    PREFIX = "net load"
+    POSITIONAL = ("sent",)
+    sent: int = 0
+    bytes: int = 0
+    answered: int = 0
+    lost: int = 0
+    best_us: int = 0
+    mean_us: int = 0
+    worst_us: int = 0
+    ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Ged(Line):
     """An ACPI GED interrupt: the event byte, and the byte when read again (0 when reading clears it)."""
 
@@ -332,7 +383,7 @@ Event: TypeAlias = Mark | Beat | Line
 
 _KINDS: Final[tuple[type[Line], ...]] = (
     *(Up, Ready, Done, Error, Equal, NotEqual, BlkOpen, BlkLoad, BlkOk, BlkLate, RamOpen, RamOk, ExitsOk, Seq),
-    *(Tick, RngOk, ConsoleOk, Ged, PowerButton, Memory, CommandLine),
+    *(Tick, RngOk, ConsoleOk, NetOpen, NetOk, NetLoad, Ged, PowerButton, Memory, CommandLine),
 )
 
 

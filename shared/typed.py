@@ -26,7 +26,7 @@ else:
     Final = NoReturn = Self = Any
 
     class TypeVar:
-        def __init__(self, name, **_):
+        def __init__(self, name, *_, **__):
             self.__name__ = name
 
     class Generic:

@@ -44,7 +44,13 @@ class Vmm:
     """One VMM. `output` is what the guest has printed so far, `errors` standard error."""
 
     def __init__(
-        self, folder: Path, *arguments: str, name: str = "vmm", api: bool = True, program: str = PROGRAM
+        self,
+        folder: Path,
+        *arguments: str,
+        name: str = "vmm",
+        api: bool = True,
+        pass_fds: tuple[int, ...] = (),
+        program: str = PROGRAM,
     ) -> None:
         self.api = folder / f"{name}.api" if api else None
         self._errors = folder / f"{name}.err"
@@ -53,8 +59,9 @@ class Vmm:
             command += ["--api-socket", str(self.api)]
         with open(self._errors, "wb") as errors:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment(), cwd=folder
-            )
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment(), cwd=folder,
+                pass_fds=pass_fds,
+            )  # fmt: skip
         self.output = b""
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)

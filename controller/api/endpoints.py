@@ -11,13 +11,14 @@ ROOT = "/api/v1/"
 
 
 class Endpoint(Record):
-    """`body`: whether the request has one. `success`: the status of a good answer."""
+    """`body`: whether the request has one. `success`: the status of a good answer; `quiet`: of one without content."""
 
     name: str
     method: str
     body: bool
     success: int
     summary: str
+    quiet: int = 200
 
 
 ENDPOINTS: tuple[Endpoint, ...] = (
@@ -32,6 +33,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("vm.shutdown", "PUT", False, 204, "End the guest; its configuration stays"),
     Endpoint("vm.reboot", "PUT", False, 204, "End the guest and boot it again"),
     Endpoint("vm.delete", "PUT", False, 204, "End the guest and forget its configuration"),
+    Endpoint("vm.add-net", "PUT", True, 200, "Add a network device; where it is, if the VM runs", quiet=204),
     Endpoint("vm.power-button", "PUT", False, 204, "Press the ACPI power button"),
     Endpoint("vm.send-migration", "PUT", True, 204, "Migrate the VM away; answers when it is done"),
     Endpoint("vm.receive-migration", "PUT", True, 204, "Receive a VM; answers when it runs here"),

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 
 from controller.config import flags, options, version
-from controller.config.grammar import expand_home, integer, parse, path
 from controller.config.model import (
     ConsoleConfig,
     CpusConfig,
@@ -24,6 +23,7 @@ from controller.config.model import (
 )
 from controller.config.validate import validate
 from shared.errors import ConfigError
+from shared.grammar import expand_home, integer, parse, path
 from shared.log import Level
 from shared.records import Record
 from shared.typed import NoReturn, TypeVar
@@ -233,6 +233,7 @@ def _vm_config(given: dict[str, list[str]]) -> VmConfig | None:
         cpus=_single(given, "--cpus", options.cpus) or CpusConfig(),
         memory=_single(given, "--memory", options.memory) or MemoryConfig(),
         disks=tuple(options.disk(text) for text in given.get("--disk", ())),
+        net=tuple(options.net(text) for text in given.get("--net", ())),
         rng=_single(given, "--rng", options.rng) or RngConfig(),
         serial=_single(given, "--serial", options.serial) or SerialConfig(),
         console=_single(given, "--console", options.console) or ConsoleConfig(),

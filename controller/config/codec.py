@@ -14,18 +14,19 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-from controller.config.grammar import U64_MAX
 from controller.config.model import (
     ConsoleConfig,
     CpusConfig,
     DiskConfig,
     MemoryConfig,
+    NetConfig,
     PayloadConfig,
     RngConfig,
     SerialConfig,
     VmConfig,
 )
 from shared.errors import ConfigError
+from shared.grammar import U64_MAX
 from shared.records import Record, defaults, fields
 
 _CONSTANT: dict[type[Any], dict[str, Any]] = {
@@ -42,6 +43,7 @@ _CONSTANT: dict[type[Any], dict[str, Any]] = {
         "reserve": False,
     },
     DiskConfig: {"pci_segment": 0, "backing_files": False},
+    NetConfig: {"pci_segment": 0},
     RngConfig: {"pci_segment": 0},
     ConsoleConfig: {"pci_segment": 0},
     VmConfig: {"pvpanic": False, "iommu": False, "watchdog": False, "landlock_enable": False},
@@ -51,12 +53,12 @@ _ABSENT: dict[type[Any], tuple[str, ...]] = {
     MemoryConfig: ("hotplug_size", "hotplugged_size", "hugepage_size", "zones"),
     PayloadConfig: ("firmware", "igvm", "host_data", "fw_cfg_config"),
     DiskConfig: ("iommu", "rate_limit_group", "rate_limiter_config", "queue_affinity"),
+    NetConfig: ("iommu", "rate_limiter_config"),
     RngConfig: ("iommu",),
     SerialConfig: ("iommu", "pci_segment"),
     ConsoleConfig: ("iommu",),
     VmConfig: (
         "rate_limit_groups",
-        "net",
         "balloon",
         "generic_vhost_user",
         "fs",
@@ -108,6 +110,14 @@ def from_json(value: object, *, strict: bool) -> VmConfig:
     return config
 
 
+def net_from_json(value: object) -> NetConfig:
+    """The body of vm.add-net, not validated yet. Raises ConfigError as from_json() does."""
+    net: NetConfig = _decode_object(NetConfig, value, "", True)
+    if net.fds:
+        raise ConfigError("fds: not available yet in this version of Flotilla", "give --net fd= at the start")
+    return net
+
+
 def _encode_object(item: Any) -> dict[str, Any]:
     cls = type(item)
     private = _PRIVATE.get(cls, ())
@@ -149,7 +159,7 @@ def _decode_object(cls: type[Any], value: object, where: str, strict: bool) -> A
     for key, item in mapping.items():
         path = _join(where, key)
         if key in own and key not in private:
-            if item is None and _optional(_hints(cls)[key]):
+            if item is None and (_optional(_hints(cls)[key]) or typing.get_origin(_hints(cls)[key]) is tuple):
                 continue
             arguments[key] = _decode(_hints(cls)[key], item, path, strict)
         elif key in _CONSTANT.get(cls, {}):

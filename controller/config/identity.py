@@ -4,13 +4,21 @@ out.
 
 from __future__ import annotations
 
-from controller.config.model import ConsoleMode, VmConfig
+import os
+
+from controller.config.model import ConsoleMode, DiskConfig, NetConfig, VmConfig
 from shared.records import NamedTuple, replace
+from shared.typed import TypeVar
 
 # Device 0 is the host bridge.
 PCI_SLOTS = range(1, 32)
 CONSOLE_ID = "__console"
 RNG_ID = "__rng"
+
+DEFAULT_MASK = "255.255.255.0"
+RANDOM_MAC_BYTE = "2e:"  # locally administered, and Cloud Hypervisor's
+
+Numbered = TypeVar("Numbered", DiskConfig, NetConfig)
 
 
 class PciDevice(NamedTuple):
@@ -32,27 +40,40 @@ def pci_devices(config: VmConfig) -> list[PciDevice]:
         devices.append(PciDevice("console", console.id, console.pci_device_id, CONSOLE_ID))
     for index, disk in enumerate(config.disks):
         devices.append(PciDevice(f"disks[{index}]", disk.id, disk.pci_device_id, ""))
+    for index, net in enumerate(config.net):
+        devices.append(PciDevice(f"net[{index}]", net.id, net.pci_device_id, ""))
     devices.append(PciDevice("rng", rng.id, rng.pci_device_id, RNG_ID))
     return devices
 
 
 def assign_ids(config: VmConfig) -> VmConfig:
-    """The same VM with an id for every disk: `_disk0`, `_disk1`, …
+    """The same VM with an id for every disk and network device (`_disk0`, `_net1`, …), and what else the latter lack.
 
     One counter serves all kinds of devices; a device with an id of its own uses no number, a name in use is
-    skipped. console and rng have fixed ids, which are not written into the configuration. Idempotent.
+    skipped. console and rng have fixed ids, which are not written into the configuration. Idempotent: a guest keeps
+    its MACs over a reboot or migration.
     """
     taken = {device.given_id for device in pci_devices(config)}
     counter = 0
-    disks = []
-    for disk in config.disks:
-        if disk.id is None:
-            while f"_disk{counter}" in taken:
-                counter += 1
-            disk = replace(disk, id=f"_disk{counter}")
+
+    def named(device: Numbered, kind: str) -> Numbered:
+        nonlocal counter
+        if device.id is not None:
+            return device
+        while f"_{kind}{counter}" in taken:
             counter += 1
-        disks.append(disk)
-    return replace(config, disks=tuple(disks))
+        counter += 1
+        return replace(device, id=f"_{kind}{counter - 1}")
+
+    disks = tuple(named(disk, "disk") for disk in config.disks)
+    nets = tuple(named(_addressed(net), "net") for net in config.net)
+    return replace(config, disks=disks, net=nets)
+
+
+def _addressed(net: NetConfig) -> NetConfig:
+    """With the guest's MAC, and with the mask of old for an ip without one, as the live-migration document has it."""
+    mac = net.mac or RANDOM_MAC_BYTE + os.urandom(5).hex(":")
+    return replace(net, mac=mac, mask=net.mask or (DEFAULT_MASK if net.ip else None))
 
 
 def pci_slots(config: VmConfig) -> dict[str, int]:

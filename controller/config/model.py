@@ -50,6 +50,13 @@ class DiskLock(Enum):
     SHARED = "shared"
 
 
+class VhostMode(Enum):
+    """Who connects to a vhost-user socket: CLIENT, we do."""
+
+    CLIENT = "Client"
+    SERVER = "Server"
+
+
 class CpusConfig(Record):
     """`--cpus`. `nested`: the guest may see VMX or SVM. `max_phys_bits`: upper bound of the guest's address
     width.
@@ -104,6 +111,34 @@ class DiskConfig(Record):
     lock: DiskLock | None = None
 
 
+class NetConfig(Record):
+    """One `--net`. Without `tap` and `fds` a TAP `vmtapN` is made; `fds` are inherited descriptors of one, one per
+    queue pair. `num_queues` counts rx and tx queues. `ip`, `mask`, `host_mac` are the host's side, `mac` the guest's.
+    """
+
+    tap: str | None = None
+    ip: str | None = None
+    mask: str | None = None
+    mac: str | None = None
+    host_mac: str | None = None
+    mtu: int | None = None
+    num_queues: int = 2
+    queue_size: int = 256
+    vhost_user: bool = False
+    vhost_socket: str | None = None
+    vhost_mode: VhostMode = VhostMode.CLIENT
+    id: str | None = None
+    pci_device_id: int | None = None
+    fds: tuple[int, ...] = ()
+    offload_tso: bool = True
+    offload_ufo: bool = True
+    offload_csum: bool = True
+
+    @property
+    def queue_pairs(self) -> int:
+        return self.num_queues // 2
+
+
 class RngConfig(Record):
     """`--rng`; the device always exists."""
 
@@ -139,6 +174,7 @@ class VmConfig(Record):
     cpus: CpusConfig = CpusConfig()
     memory: MemoryConfig = MemoryConfig()
     disks: tuple[DiskConfig, ...] = ()
+    net: tuple[NetConfig, ...] = ()
     rng: RngConfig = RngConfig()
     serial: SerialConfig = SerialConfig()
     console: ConsoleConfig = ConsoleConfig()

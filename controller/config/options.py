@@ -9,7 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from controller.config.grammar import (
+from controller.config.model import (
+    ConsoleConfig,
+    ConsoleMode,
+    CpusConfig,
+    DiskConfig,
+    DiskLock,
+    ImageType,
+    LockGranularity,
+    MemoryConfig,
+    NetConfig,
+    RngConfig,
+    SerialConfig,
+    VhostMode,
+)
+from controller.machine.topology import Topology
+from shared.errors import ConfigError
+from shared.grammar import (
     Converter,
     byte_size,
     choice,
@@ -23,20 +39,6 @@ from controller.config.grammar import (
     toggle,
     tuple_list,
 )
-from controller.config.model import (
-    ConsoleConfig,
-    ConsoleMode,
-    CpusConfig,
-    DiskConfig,
-    DiskLock,
-    ImageType,
-    LockGranularity,
-    MemoryConfig,
-    RngConfig,
-    SerialConfig,
-)
-from controller.machine.topology import Topology
-from shared.errors import ConfigError
 from shared.records import fields
 from shared.typed import Any, TypeVar
 
@@ -48,6 +50,11 @@ DISK_SYNTAX = (
     "path=<image or block device>,readonly=on|off,direct=on|off,num_queues=<n>,queue_size=<n>,"
     "vhost_user=on|off,socket=<path>,serial=<up to 20 bytes>,sparse=on|off,image_type=raw,"
     "lock_granularity=byte-range|full,lock=exclusive|shared,id=<id>,pci_device_id=<1..31>"
+)
+NET_SYNTAX = (
+    "tap=<interface>,ip=<address>,mask=<mask>,mac=<address>,host_mac=<address>,mtu=<bytes>,num_queues=<n>,"
+    "queue_size=<n>,fd=<fd>|[<fd>,...],vhost_user=on|off,socket=<path>,offload_tso=on|off,offload_ufo=on|off,"
+    "offload_csum=on|off,id=<id>,pci_device_id=<1..31>"
 )
 RNG_SYNTAX = "src=<path>,id=<id>,pci_device_id=<1..31>"
 SERIAL_SYNTAX = "off|null|pty|tty|file=<path>|socket=<path>"
@@ -113,6 +120,25 @@ _DISK: dict[str, Converter] = {
     "queue_affinity": not_yet(tuple_list(integer, integer_list), ()),
     **{key: not_yet(integer, 0) for key in _RATE_LIMITS},
 }
+_NET: dict[str, Converter] = {
+    "tap": string,
+    "ip": string,
+    "mask": string,
+    "mac": string,
+    "host_mac": string,
+    "mtu": integer,
+    "num_queues": integer,
+    "queue_size": integer,
+    "fd": integer_list,
+    "vhost_user": toggle,
+    "socket": path,
+    "vhost_mode": choice(client=VhostMode.CLIENT, server=VhostMode.SERVER),
+    "offload_tso": toggle,
+    "offload_ufo": toggle,
+    "offload_csum": toggle,
+    **_PCI,
+    **{key: not_yet(integer, 0) for key in _RATE_LIMITS},
+}
 _RNG: dict[str, Converter] = {"src": path, **_PCI}
 _SERIAL: dict[str, Converter] = {"file": path, "socket": path}
 _CONSOLE: dict[str, Converter] = {**_SERIAL, **_PCI}
@@ -126,6 +152,7 @@ _FIELDS = {
     "boot": "boot_vcpus",
     "max": "max_vcpus",
     "socket": "vhost_socket",
+    "fd": "fds",
     "_disable_io_uring": "disable_io_uring",
     "_disable_aio": "disable_aio",
 }
@@ -161,6 +188,16 @@ def memory(text: str) -> MemoryConfig:
 
 def disk(text: str) -> DiskConfig:
     return _parse("--disk", text, lambda: DiskConfig(**_fields(DiskConfig, parse(text, _DISK))))
+
+
+def net(text: str) -> NetConfig:
+    def build() -> NetConfig:
+        fields = _fields(NetConfig, parse(text, _NET))
+        if fields.get("fds"):
+            fields.setdefault("num_queues", 2 * len(fields["fds"]))
+        return NetConfig(**fields)
+
+    return _parse("--net", text, build)
 
 
 def rng(text: str) -> RngConfig:

@@ -20,6 +20,7 @@ from controller.config.model import (
     SerialConfig,
     VmConfig,
 )
+from controller.config.validate_net import validate_nets
 from shared.errors import ConfigError, DuplicateIdError
 
 MAX_VCPUS = 8
@@ -53,6 +54,7 @@ def validate(config: VmConfig) -> None:
         _disk(
             f"disks[{index}] (--disk {disk.path or disk.vhost_socket or ''})", disk, config.cpus.boot_vcpus
         )
+    validate_nets(config.net, config.cpus.boot_vcpus)
     _destination("serial (--serial)", config.serial)
     _destination("console (--console)", config.console)
     if not config.rng.src:

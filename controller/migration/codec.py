@@ -1,7 +1,9 @@
 """Bodies of the messages between two controllers: msgpack maps, one row of fields per type. Readers are tolerant.
 
-    BUILD      config (VmConfig as CH's JSON), parts [[gpa, size, offset, slot]…], disks [id…], info, paused, release
-               fds: ownership page, eventfd, the source's pidfd, RAM (one per part), disks (in the order of `disks`)
+    BUILD      config (VmConfig as CH's JSON), parts [[gpa, size, offset, slot]…], disks [id…],
+               taps [[id, queue pairs]…], info, paused, release
+               fds: ownership page, eventfd, the source's pidfd, RAM (one per part), disks (in the order of `disks`),
+               TAPs (in the order of `taps`, one per queue pair)
     BUILT      timing;  fd: the destination's pidfd
     STATE      state (Migratable.save), paused_at (CLOCK_MONOTONIC in seconds; None: it was paused before)
     STARTED    timing, running_at (CLOCK_MONOTONIC of the moment in which the guest went on, seconds)
@@ -83,3 +85,18 @@ def disks_of(body: dict[str, Any]) -> list[str]:
     if not all(isinstance(name, str) for name in disks) or len(set(disks)) != len(disks):
         raise ProtocolError("BUILD from the peer: disks are not a list of different ids")
     return list(disks)
+
+
+def taps_of(body: dict[str, Any]) -> dict[str, int]:
+    """`taps` of a BUILD, checked: how many descriptors each device has. An older peer leaves it out."""
+    taps: dict[str, int] = {}
+    given = body.get("taps", [])
+    if not isinstance(given, list):
+        raise ProtocolError("BUILD from the peer: taps are not a list")
+    for tap in given:
+        if not isinstance(tap, list) or len(tap) != 2 or not isinstance(tap[0], str) or type(tap[1]) is not int:
+            raise ProtocolError("BUILD from the peer: a TAP is not (id, queue pairs)")
+        if tap[0] in taps or tap[1] < 1:
+            raise ProtocolError("BUILD from the peer: taps are not different ids with a queue pair or more each")
+        taps[tap[0]] = tap[1]
+    return taps

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from controller.events import EventMonitor
@@ -140,9 +141,10 @@ class Incoming:
     async def _build_from(self, delivery: Delivery) -> Migratable:
         body, fds = delivery.body, delivery.take_fds()
         try:
-            parts, disks = codec.parts_of(body), codec.disks_of(body)
-            if len(fds) != 3 + len(parts) + len(disks):
-                raise ProtocolError(f"BUILD has {len(parts)} regions, {len(disks)} disks and {len(fds)} descriptors")
+            parts, disks, taps = codec.parts_of(body), codec.disks_of(body), codec.taps_of(body)
+            if len(fds) != 3 + len(parts) + len(disks) + sum(taps.values()):
+                what = f"{len(parts)} regions, {len(disks)} disks, {sum(taps.values())} TAP queues"
+                raise ProtocolError(f"BUILD has {what} and {len(fds)} descriptors")
             self._ownership = Ownership.attach(fds[0])
             fds.pop(0)
             check_eventfd(fds[0])
@@ -156,8 +158,11 @@ class Incoming:
             raise
         self._reactor.add_reader(self._source, self._source_ended)
         self._paused = body["paused"]
-        ram, images = fds[: len(parts)], fds[len(parts) :]
-        return await self._build(body["config"], parts, ram, dict(zip(disks, images, strict=True)), body["info"])
+        rest = iter(fds)
+        ram = list(islice(rest, len(parts)))
+        images = dict(zip(disks, islice(rest, len(disks)), strict=True))
+        queues = {name: list(islice(rest, count)) for name, count in taps.items()}
+        return await self._build(body["config"], parts, ram, images, queues, body["info"])
 
     def _source_ended(self) -> None:
         """Not at once an error: its state may be complete and on its way through the agents."""

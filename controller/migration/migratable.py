@@ -25,6 +25,9 @@ class Migratable(Protocol):
     def disk_fds(self) -> dict[str, int]:
         """By disk id: the descriptions that hold the locks."""
 
+    def tap_fds(self) -> dict[str, list[int]]:
+        """By network device's id: the descriptors of its TAP, one per queue pair."""
+
     def build_info(self) -> dict[str, Any]: ...
 
     async def pause(self) -> Mapping[str, float]:
@@ -42,5 +45,8 @@ class Migratable(Protocol):
     async def destroy(self) -> None: ...
 
 
-# config_json, parts, ram_fds, disk_fds, info. The descriptors belong to the callee from the call on, also if it raises.
-Build = Callable[[dict[str, Any], Parts, list[int], dict[str, int], dict[str, Any]], Awaitable[Migratable]]
+# config_json, parts, ram_fds, disk_fds, tap_fds, info. The descriptors belong to the callee from the call on, also if
+# it raises.
+Build = Callable[
+    [dict[str, Any], Parts, list[int], dict[str, int], dict[str, list[int]], dict[str, Any]], Awaitable[Migratable]
+]

@@ -153,18 +153,20 @@ class Outgoing:
         self._reactor.add_reader(self._eventfd, self._signalled)
         vm = self._vm
         parts, ram = vm.memory_parts()
-        disks = vm.disk_fds()
+        disks, taps = vm.disk_fds(), vm.tap_fds()
         body = {
             "release": BUILD_VERSION,
             "config": vm.config_json(),
             "parts": [list(part) for part in parts],
             "disks": list(disks),
+            "taps": [[name, len(fds)] for name, fds in taps.items()],
             "info": vm.build_info(),
             "paused": not self._was_running,
         }
         ourselves = os.pidfd_open(os.getpid())
         try:
             fds = [self._ownership.fd, self._eventfd, ourselves, *ram, *disks.values()]
+            fds += [fd for pairs in taps.values() for fd in pairs]
             await self._link.send(Message.BUILD, body, fds)
         finally:
             os.close(ourselves)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blk_worker.native import VringError
 from shared.linux import bytes_at, memfd, mmap_fd
+from shared.native_ring import VringError
 from shared.vhost_backend import Mapping
 from shared.virtio_blk import Feature
 from tests.blk_worker.driver import GPA, IN, INDIRECT, NEXT, OK, OUT, WRITE, Driver, Memory

@@ -22,6 +22,9 @@ SAMPLE = (
     b"virtio 00:01.0 type=2 features=0x130006e44 status=0x00 vectors=2 queues=128,64 config=0002\n"
     b"acpi FACP addr=0xa1253 len=276 rev=6 sum=ok\n"
     b"echo bytes=12 irqs=3 text=a  spaced=text\n"
+    b"net open slot=4 mac=1234567890ab mtu=1400 features=0x120200023 pairs=2 size=256 link=1 irq=1\n"
+    b"net ok 9 tx=8 arp=1 pings=2 echoed=3 sunk=4 verified=5 missing=6 dropped=7 announced=1 ns=10\n"
+    b"net load 5 bytes=500 answered=4 lost=1 best_us=38 mean_us=89 worst_us=219 ns=11\n"
     b"probe: done bad=2\n"
 )
 
@@ -45,7 +48,10 @@ def test_every_field_is_read() -> None:
         lines.Virtio(0, text[9], "00:01.0", 2, 0x130006E44, 0, 2, (128, 64), b"\0\2"),
         lines.AcpiTable(0, text[10], "FACP", 0xA1253, 276, 6, "ok"),
         lines.Echo(0, text[11], bytes=12, irqs=3, said="a  spaced=text"),
-        lines.Done(0, text[12], bad=2),
+        lines.NetOpen(0, text[12], 4, "1234567890ab", 1400, 0x120200023, pairs=2, size=256, link=1, irq=1),
+        lines.NetOk(0, text[13], 9, 8, 1, 2, 3, 4, verified=5, missing=6, dropped=7, announced=1, ns=10),
+        lines.NetLoad(0, text[14], 5, 500, 4, 1, best_us=38, mean_us=89, worst_us=219, ns=11),
+        lines.Done(0, text[15], bad=2),
     ]
     assert all(type(line) is not lines.Line for line in found)
 

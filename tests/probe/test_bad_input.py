@@ -121,7 +121,7 @@ def test_boot_0() -> None:
     refused(1, "--cpus boot=", "0", arguments=machine("--cpus", "boot=0"))
 
 
-@pytest.mark.parametrize("flag", ["--cpus", "--memory", "--disk", "--serial", "--console", "--rng"])
+@pytest.mark.parametrize("flag", ["--cpus", "--memory", "--disk", "--net", "--serial", "--console", "--rng"])
 def test_unknown_key(flag: str) -> None:
     refused(1, f"Error parsing {flag}", "colour", arguments=("--kernel", probe(), flag, "colour=blue"))
 
@@ -131,7 +131,7 @@ def test_unknown_flag() -> None:
 
 
 def test_flag_of_cloud_hypervisor_that_is_not_there_yet() -> None:
-    refused(2, "--net is not available yet", arguments=machine("--net", "tap="))
+    refused(2, "--vsock is not available yet", arguments=machine("--vsock", "cid=3,socket=/s"))
 
 
 def test_same_id_twice(tmp_path: Path) -> None:

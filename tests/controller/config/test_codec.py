@@ -97,7 +97,6 @@ def put(value: dict[str, Any], path: str, item: object) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "item"),
     [
-        ("net", [{"tap": "t"}]),
         ("balloon", {"size": 0}),
         ("fs", [{"tag": "x"}]),
         ("pmem", [{"file": "/x"}]),

@@ -45,7 +45,8 @@ def test_progress_has_the_breakdown_of_both_sides(lab):
     assert progress["state"] == other["state"] == "completed"
     assert (progress["direction"], other["direction"]) == ("send", "receive")
     assert progress["bytes_transferred"] == other["bytes_transferred"] > 70000  # the state, not the RAM
-    assert progress["fds_passed"] == other["fds_passed"] == 5 + 1  # word, eventfd, pidfd, RAM, disk; the other's pidfd
+    # word, eventfd, pidfd, RAM, disk, 2 TAP queues; the other's pidfd
+    assert progress["fds_passed"] == other["fds_passed"] == 7 + 1
     assert 0 < progress["downtime_ms"] < progress["total_ms"]
     assert other["downtime_ms"] == progress["downtime_ms"]  # one clock, and each tells the other its half
     breakdown = progress["breakdown"]
@@ -310,7 +311,7 @@ def test_receiver_checks_what_the_descriptors_are(lab):
         ([sealed, sealed, process, sealed], "where an eventfd belongs"),
         ([sealed, event, event, sealed], "where a pidfd belongs"),
         ([sealed, event, process, page], "sealed against shrinking"),
-        ([sealed, event, process], "1 regions, 0 disks and 3 descriptors"),
+        ([sealed, event, process], "1 regions, 0 disks, 0 TAP queues and 3 descriptors"),
     ):
         destination.receive(lab.url)
         with knock(lab) as peer:

@@ -159,6 +159,7 @@ def test_no_bytes_from_the_peer_raise_anything_but_protocol_error(kind, data):
         if kind is Message.BUILD:
             codec.parts_of(body)
             codec.disks_of(body)
+            codec.taps_of(body)
     except ProtocolError:
         pass
 
@@ -191,6 +192,14 @@ def test_disks_are_checked():
         codec.disks_of({"disks": ["a", "a"]})
     with pytest.raises(ProtocolError, match="disks"):
         codec.disks_of({"disks": [1]})
+
+
+def test_taps_are_checked():
+    assert codec.taps_of({}) == {}
+    assert codec.taps_of({"taps": [["_net1", 1], ["_net2", 4]]}) == {"_net1": 1, "_net2": 4}
+    for taps in (5, [1], [["a"]], [[1, 1]], [["a", "1"]], [["a", True]], [["a", 0]], [["a", 1], ["a", 1]]):
+        with pytest.raises(ProtocolError, match=r"BUILD from the peer: (taps|a TAP)"):
+            codec.taps_of({"taps": taps})
 
 
 # Arguments

@@ -90,6 +90,10 @@ class ToyVm:
     def disk_fds(self) -> dict[str, int]:
         return {"_pulse0": self._fds["pulse"]}
 
+    def tap_fds(self) -> dict[str, list[int]]:
+        """No TAPs: any descriptors do, and these can be told from others."""
+        return {"_net1": [self._fds["pulse"]] * 2}
+
     def build_info(self) -> dict[str, Any]:
         return {"cpuid": [[1, 2, 3]], "blob": b"\0\xff"}
 
@@ -253,10 +257,20 @@ class Controller:
         self.say(path=path, exists=exists)
 
     async def _build(
-        self, config: dict[str, Any], parts: Any, ram: list[int], disks: dict[str, int], info: dict[str, Any]
+        self,
+        config: dict[str, Any],
+        parts: Any,
+        ram: list[int],
+        disks: dict[str, int],
+        taps: dict[str, list[int]],
+        info: dict[str, Any],
     ) -> ToyVm:
         assert config == {"payload": {"kernel": "toy"}} and info == {"cpuid": [[1, 2, 3]], "blob": b"\0\xff"}
-        assert parts == [(0, PAGE, 0, 0)] and list(disks) == ["_pulse0"]
+        assert parts == [(0, PAGE, 0, 0)] and list(disks) == ["_pulse0"] and list(taps) == ["_net1"]
+        for fd in taps["_net1"]:
+            assert os.path.sameopenfile(fd, disks["_pulse0"])
+            os.close(fd)
+        assert len(taps["_net1"]) == 2
         if self._faults.get("fail") == "build":
             for fd in (*ram, *disks.values()):
                 os.close(fd)

@@ -1,4 +1,4 @@
-"""controller.config.grammar: option strings."""
+"""shared.grammar: option strings."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controller.config import grammar
-from controller.config.grammar import Converter, parse, split
+from shared import grammar
 from shared.errors import ConfigError
+from shared.grammar import Converter, parse, split
 
 KEYS: dict[str, Converter] = {
     "path": grammar.string,
