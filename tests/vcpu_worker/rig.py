@@ -372,11 +372,12 @@ def first_wrong(values: Iterable[int], modulus: int) -> str:
 
 
 def native_variant(folder: Path, old: str, new: str, *flags: str) -> ctypes.CDLL:
-    """vcpu.c with one piece of text replaced, for proving that a test notices, and further compiler flags."""
+    """vcpu.c and once.h with a piece of text replaced, for proving that a test notices, and further compiler flags."""
     from shared import native
 
     loop = native.LOOPS["vcpu"]
-    source = (Path(native.ROOT) / loop.source).read_text()
+    path = Path(native.ROOT) / loop.source
+    source = path.read_text().replace('#include "once.h"', path.with_name("once.h").read_text())
     assert source.count(old) == 1, f"vcpu.c has {source.count(old)} times: {old}"
     changed = folder / "vcpu.c"
     changed.write_text(source.replace(old, new))
