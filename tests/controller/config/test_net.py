@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from controller.config.model import (
 from controller.config.validate import validate
 from controller.config.validate_net import mac_bytes
 from shared.errors import ConfigError, chain
+from shared.records import replace
 
 BASE = VmConfig(
     payload=PayloadConfig(kernel="/k"), cpus=CpusConfig(2, 2), console=ConsoleConfig(ConsoleMode.OFF)
