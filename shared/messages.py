@@ -41,6 +41,8 @@ class Verb(StrEnum):
     SEND = "send"  # controller -> migration agent
     RECEIVE = "receive"
     DELIVER = "deliver"  # a message for the peer, from shared/handover.py; its fds are one datagram on the sidecar
+    MAP = "map"  # guest RAM for the agent of a remote migration; the descriptors come by the sidecar
+    PUMP = "pump"  # one round of pages
     CANCEL = "cancel"  # the SEND or RECEIVE under way fails with MigrationCancelled
 
 
@@ -66,6 +68,8 @@ ARGUMENTS: dict[Verb, tuple[Field, ...]] = {
     Verb.SEND: (Field("url", str), Field("local", bool)),
     Verb.RECEIVE: (Field("url", str),),
     Verb.DELIVER: (Field("type", int), Field("body", bytes), Field("fds", int)),
+    Verb.MAP: (Field("regions", list), Field("bitmap", int)),
+    Verb.PUMP: (Field("sync", bool),),
     Verb.CANCEL: (),
 }
 

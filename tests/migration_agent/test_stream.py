@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from migration_agent.stream import Stream
-from migration_agent.wire import HEADER, Frame, Hello, encode, encode_hello
+from shared.wire import HEADER, Frame, Hello, encode, encode_hello
 from shared.errors import FlotillaError, MigrationError
 from shared.handover import MAX_BODY, Message
 from shared.linux import send_fds

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.probe
 
 SECONDS = 30
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
-# migration_agent/wire.py, written out: a test that imported it would agree with whatever it says.
+# shared/wire.py, written out: a test that imported it would agree with whatever it says.
 HELLO = b"FLOTILLA" + struct.pack("<H", 1)
 BUILD, BUILT, STARTED = 2, 3, 5
 GIGABYTE = 1 << 30

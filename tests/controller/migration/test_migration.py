@@ -8,7 +8,7 @@ import struct
 
 import pytest
 
-from migration_agent.wire import HEADER, encode, encode_hello
+from shared.wire import HEADER, encode, encode_hello
 from shared.handover import MAX_BODY, Message
 from shared.linux import recv_fds, send_fds
 
