@@ -15,6 +15,7 @@ from blk_worker.disk import open_disk
 from blk_worker.worker import BlockWorker
 from shared import log
 from shared.errors import FlotillaError
+from shared.messages import Verb
 from shared.reactor import Reactor, describe
 from shared.worker import Start, serve
 
@@ -37,7 +38,7 @@ def main(start: Start) -> int:
     worker = BlockWorker(backend)
     worker.attach(reactor, socket.socket(fileno=start.fds["vhost"]))
     try:
-        return serve(start, worker, reactor)
+        return serve(start, worker, reactor, {Verb.FLUSH: lambda _: worker.flush()})
     finally:
         backend.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -63,6 +64,13 @@ class BlockWorker:
         self._quiet = False
         if self._server is not None:
             self._server.resume()
+
+    def flush(self) -> dict[str, Any]:
+        """Completed writes are on stable storage when this returns. Waits as long as the disk takes. Raises OSError."""
+        disk = self.backend.disk
+        if not disk.readonly:
+            os.fdatasync(disk.fd)
+        return {}
 
     def stats(self) -> dict[str, int]:
         return self.backend.stats()

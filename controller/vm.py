@@ -18,7 +18,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from controller import disks
 from controller.backends import Backend
@@ -30,6 +30,7 @@ from controller.devices.events import GuestEvent
 from controller.early_device import console_device, disk_device, rng_device
 from controller.events import EventMonitor
 from controller.fleet import Fleet, WorkerSpec
+from controller.locks import unlock
 from controller.machine.acpi.description import Description
 from controller.machine.acpi.tables import write_tables
 from controller.machine.boot.loader import load
@@ -48,6 +49,9 @@ from shared.memory import GuestMemory
 from shared.reactor import Event, Reactor, describe, gather
 from vcpu_worker.process import Vcpu
 from vcpu_worker.state import VcpuCodec, set_cpuid, share_tsc_offset, tell_paused
+
+if TYPE_CHECKING:
+    from controller.dirty import DirtyLog
 
 STATE_VERSION = 1
 REDIAL_SECONDS = 5.0
@@ -376,6 +380,41 @@ class Vm:
         fields = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
         cpuid = [[getattr(entry, name) for name in fields] for entry in self.platform.cpuid]
         return {"version": STATE_VERSION, "cpuid": cpuid, "device_tree": self.device_tree()}
+
+    # Moving to another host (controller/migration/migratable.py)
+
+    @property
+    def ended_itself(self) -> bool:
+        return self.platform.stopped
+
+    def machine_info(self) -> dict[str, Any]:
+        from controller.migration.acceptance import machine_info
+
+        return self.build_info() | machine_info(self.platform.kvm, self.disk_fds())
+
+    def dirty_pages(self) -> DirtyLog:
+        from controller.dirty import DirtyLog
+
+        frontends = {name: self._frontend(name) for name in self.functions}
+        return DirtyLog(self.platform.kvm_vm, self.platform.memory, frontends, self._ready)
+
+    async def flush_disks(self) -> None:
+        backends = [disk.backend for disk in self._disks.values() if disk.backend is not None]
+        await gather(self._reactor, *(backend.call("flush") for backend in backends))
+
+    def unlock_disks(self) -> None:
+        for image in self.disk_fds().values():
+            unlock(image)
+
+    def lock_disks(self) -> None:
+        for number, disk in enumerate(self._disks.values()):
+            if disk.image is not None:
+                disks.take_lock(disk.config, number == 0, disk.image)
+
+    def drop_caches(self) -> None:
+        for disk in self._disks.values():
+            if disk.image is not None:
+                disks.drop_cache(disk.config, disk.image)
 
     async def save(self) -> dict[str, Any]:
         """The state of the paused VM. Changes nothing: a VM whose migration fails goes on."""

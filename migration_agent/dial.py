@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable
+from typing import Any
 
 from shared.errors import ConfigError, MigrationError
 from shared.reactor import Reactor, sleep, writable
@@ -17,7 +18,7 @@ SOCKET_BUFFER = 4 << 20
 _NOBODY = (errno.ENOENT, errno.ECONNREFUSED)
 
 
-def targets(url: str) -> list[tuple[int, object]]:
+def targets(url: str) -> list[tuple[int, Any]]:
     """(address family, address) of every place that a URL may mean. Raises ConfigError, MigrationError."""
     scheme, _, rest = url.partition(":")
     if scheme == "unix" and rest:
@@ -57,7 +58,7 @@ async def connect(reactor: Reactor, url: str, given_up: Callable[[], None]) -> s
     )
 
 
-async def _connect(reactor: Reactor, sock: socket.socket, address: object, given_up: Callable[[], None]) -> None:
+async def _connect(reactor: Reactor, sock: socket.socket, address: Any, given_up: Callable[[], None]) -> None:
     while True:
         given_up()
         code = sock.connect_ex(address)

@@ -8,11 +8,11 @@ import socket
 import pytest
 
 from migration_agent.stream import Stream
-from shared.wire import HEADER, Frame, Hello, encode, encode_hello
 from shared.errors import FlotillaError, MigrationError
 from shared.handover import MAX_BODY, Message
 from shared.linux import send_fds
 from shared.reactor import Future, Reactor
+from shared.wire import HEADER, Frame, Hello, encode, encode_hello
 
 SECONDS = 20
 

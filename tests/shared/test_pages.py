@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from shared.errors import ProtocolError
 from shared.linux import bytes_at, memfd
 from shared.pages import (
-    COUNTS, MAX_DATA_PAGES, MAX_RUNS, PAGE_SIZE, RUN, Bitmap, Frame, Regions, data_ranges, runs_size,
+    COUNTS,
+    MAX_DATA_PAGES,
+    MAX_RUNS,
+    PAGE_SIZE,
+    RUN,
+    Bitmap,
+    Frame,
+    Regions,
+    data_ranges,
+    runs_size,
 )  # fmt: skip
 
 HEADER = struct.Struct("<HHI")

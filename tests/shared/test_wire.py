@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.wire import HEADER, Decoder, Frame, Hello, encode, encode_hello
 from shared.errors import ProtocolError
 from shared.handover import LIMITS, MAX_BODY, Message
+from shared.wire import HEADER, Decoder, Frame, Hello, encode, encode_hello
 
 frames = st.lists(
     st.sampled_from([m for m in Message if LIMITS[m].body and m is not Message.PAGES]).flatmap(

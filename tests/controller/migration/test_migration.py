@@ -8,9 +8,9 @@ import struct
 
 import pytest
 
-from shared.wire import HEADER, encode, encode_hello
 from shared.handover import MAX_BODY, Message
 from shared.linux import recv_fds, send_fds
+from shared.wire import HEADER, encode, encode_hello
 
 GIGABYTE = 1 << 30
 

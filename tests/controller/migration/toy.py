@@ -231,7 +231,7 @@ class Controller:
             await vm.pause()
         outgoing = Outgoing(self.reactor, self.fleet, self.events, vm, was_running=not paused, settings=settings)
         self._migration = outgoing
-        await outgoing.run(faults["url"], faults.get("local", True))
+        await outgoing.run(faults["url"])
         self.vm = None
         await vm.destroy()
         return {"fate": str(outgoing.fate)}
@@ -239,7 +239,9 @@ class Controller:
     async def receive(self, faults: Faults) -> None:
         self._faults = faults
         settings = Settings(fault=faults.get("agent", ""), **faults.get("settings", {}))
-        incoming = Incoming(self.reactor, self.fleet, self.events, self._build, self._path, settings=settings)
+        incoming = Incoming(
+            self.reactor, self.fleet, self.events, self._build, self._accept, self._path, settings=settings
+        )
         self._migration = incoming
         try:
             await incoming.run(faults["url"])
@@ -263,6 +265,9 @@ class Controller:
         vm.reactor = self.reactor
         await vm.runner()
         return vm
+
+    def _accept(self, config: Any, parts: Any, info: Any) -> tuple[list[int], dict[str, int]]:
+        raise StateError("the toy takes no guest of another host")
 
     async def cancel(self, _: dict[str, Any]) -> None:
         assert self._migration is not None
