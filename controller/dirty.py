@@ -1,8 +1,8 @@
 """Which pages of a running guest have been written: KVM's log for its vCPUs, one shared bitmap for its device workers.
 
-KVM sees no write of another process's and no worker sees a guest's, so a page is dirty when either says so. Order, at the
-start: the workers' logs, then KVM's, then the caller looks at what RAM holds; whatever is written after its look is in
-a log. At the end the rings are stopped before the last harvest, so that nothing can be marked after it.
+KVM sees no write of another process's and no worker sees a guest's, so a page is dirty when either says so. Order, at
+the start: the workers' logs, then KVM's, then the caller looks at what RAM holds; whatever is written after its look is
+in a log. At the end the rings are stopped before the last harvest, so that nothing can be marked after it.
 """
 
 from __future__ import annotations

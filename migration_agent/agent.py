@@ -1,11 +1,13 @@
 """The agent: connects or accepts, relays messages between its controller and the peer's, moves pages, keeps time.
 
-    controller ──SEND/RECEIVE/DELIVER/MAP/PUMP/CANCEL (zmq)──▶ agent ══ stream ══ agent ──"deliver" (zmq event)──▶ controller
-               ──────── fds: one datagram on the sidecar, before the DELIVER, MAP or event that counts them ────────
+    controller ──verbs (zmq)──▶ agent ══ stream ══ agent ──"deliver" (zmq event)──▶ controller
+               ── fds: one datagram on the sidecar, before the verb or event that counts them ──
+
+Verbs: SEND or RECEIVE, then DELIVER, for a remote migration MAP and PUMP, CANCEL (shared/messages.py).
 
 Events to the controller, in the order in which things happened: `state` {before, why, after}, `accepted` {} (the
-listening path has served its purpose), `deliver` {type, body, fds}, `moved` {pages, zeros, bytes} (so far, of a round or,
-at the destination, of all), `handed` {residue} (the stream itself comes on the sidecar: the agent's part is over),
+listening path has served its purpose), `deliver` {type, body, fds}, `moved` {pages, zeros, bytes} (so far, of a round
+or, at the destination, of all), `handed` {residue} (the stream itself comes on the sidecar: the agent's part is over),
 `lost` {error} (no more messages will come, and why). Bodies are opaque here.
 """
 
@@ -198,8 +200,8 @@ class Agent:
         return fds
 
     def _map(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """MAP: guest RAM, `regions` [[gpa, size, offset]…] and a descriptor for each; with `bitmap` (bytes) one more, of
-        what a PUMP is to send. At the destination RAM is written."""
+        """MAP: guest RAM, `regions` [[gpa, size, offset]…] and a descriptor for each; with `bitmap` (bytes) one more,
+        of what a PUMP is to send. At the destination RAM is written."""
         regions, size = arguments["regions"], arguments["bitmap"]
         fds = self._take_fds(len(regions) + (1 if size else 0))
         try:
@@ -217,8 +219,8 @@ class Agent:
         return {}
 
     async def _send_round(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """PUMP: send every page that is set in the bitmap. Answered when the kernel has all of them or, with `sync`, the
-        peer. `seconds` is how long that took, `sync_seconds` how much of it the peer's answer did."""
+        """PUMP: send every page that is set in the bitmap. Answered when the kernel has all of them or, with `sync`,
+        the peer. `seconds` is how long that took, `sync_seconds` how much of it the peer's answer did."""
         if self._pump is None or self._stream is None:
             raise ProtocolError("PUMP before MAP, or without a connection")
         self._machine.check_pages(Message.PAGES)

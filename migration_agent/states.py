@@ -33,10 +33,10 @@
     any but the last ones ── failed ──▶ FAILED      the peer, the stream, a deadline, or a cancel
 
 FINISHED, HANDED, OVER and FAILED are the last: what still comes is dropped, and the end of the stream is no error any
-more. In HANDED the stream is the controllers', who say PREPARED, COMMIT and STARTED over it themselves: no agent's death
-decides anything then. PAGES, SYNC and SYNCED move no state; PAGES_IN says where they may come. A message that has no row in
-its state is a protocol error. Who runs the guest is written nowhere here: the controllers settle it, whatever an agent
-thinks (docs/migration.md).
+more. In HANDED the stream is the controllers', who say PREPARED, COMMIT and STARTED over it themselves: no agent's
+death decides anything then. PAGES, SYNC and SYNCED move no state; PAGES_IN says where they may come. A message that has
+no row in its state is a protocol error. Who runs the guest is written nowhere here: the controllers settle it, whatever
+an agent thinks (docs/migration.md).
 """
 
 from __future__ import annotations

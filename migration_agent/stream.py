@@ -1,7 +1,7 @@
 """One connection to the other agent: non-blocking both ways, frames in, bytes with descriptors out, pages both ways.
 
-Messages go out in order; between two of a pump's frames those that wait go first, so that a heartbeat or a WITHDRAWN does
-not wait for the end of a round.
+Messages go out in order; between two of a pump's frames those that wait go first, so that a heartbeat or a WITHDRAWN
+does not wait for the end of a round.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ MAX_QUEUE = 64 << 20
 
 
 class Stream:
-    """`on_item` gets each Hello, Frame and PageList; `on_end` once the reason why no more will come. Both from the reactor.
+    """`on_item` gets each Hello, Frame and PageList; `on_end` once the reason why no more will come. Both from the
+    reactor.
 
     `heard` is when the peer's last bytes came (time.monotonic). `sink` takes what a PageList announces.
     """

@@ -1,6 +1,6 @@
 """Bitmaps with one bit per 4 KiB of guest address, and frames of pages that go from one mapping to another (pages.c).
 
-    body of a PAGES frame    u32 data, u32 zero, then data + zero runs of (u64 gpa, u64 pages), then the data runs' pages
+    body of a PAGES frame    u32 data, u32 zero, data + zero runs of (u64 gpa, u64 pages), the data runs' pages
 
 Data runs are pages whose contents follow, in order; zero runs are pages that read as zeros and are not sent. Nothing
 is copied on the way: the kernel reads from one side's mapping and writes into the other's.
@@ -121,7 +121,8 @@ class Bitmap:
 
 
 class Regions:
-    """Guest RAM as pages.c wants it: (gpa, size, offset, fd) each, mapped here. The descriptors belong to this object."""
+    """Guest RAM as pages.c wants it: (gpa, size, offset, fd) each, mapped here. The descriptors belong to this
+    object."""
 
     def __init__(self, parts: Iterable[tuple[int, int, int, int]], *, writable: bool) -> None:
         """Raises HostError when a region can't be mapped; its descriptors stay the caller's then."""

@@ -91,7 +91,8 @@ def _foreign(first: bytes) -> ProtocolError:
 
 
 class Decoder:
-    """Bytes in, one Hello and then Frames and PageLists out. Raises ProtocolError; after that it is of no use but close()."""
+    """Bytes in, one Hello and then Frames and PageLists out. Raises ProtocolError; after that it is of no use but
+    close()."""
 
     def __init__(self) -> None:
         self._greeted = False

@@ -1,7 +1,7 @@
 """Can a VM from another host run here? Asked before a byte of its RAM moves; the answer names everything that differs.
 
-`machine_info()` is what the source tells beside the configuration, `accept()` what the destination makes of it. One check
-per row of CHECKS: a device with host resources of its own (a TAP) gets a row there.
+`machine_info()` is what the source tells beside the configuration, `accept()` what the destination makes of it. One
+check per row of CHECKS: a device with host resources of its own (a TAP) gets a row there.
 """
 
 from __future__ import annotations

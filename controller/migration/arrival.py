@@ -1,7 +1,8 @@
 """The destination's side of a remote migration, from MACHINE on: check, take RAM, build, load, and start at COMMIT.
 
-Until COMMIT it touches no disk (none of its locks is ours yet) and starts no ring; its RAM and processes are its own, and
-whatever goes wrong throws them away. REFUSED after COMMIT is still true: what could not be started has done nothing.
+Until COMMIT it touches no disk (none of its locks is ours yet) and starts no ring; its RAM and processes are its own,
+and whatever goes wrong throws them away. REFUSED after COMMIT is still true: what could not be started has done
+nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from shared.reactor import Reactor, describe
 class Arrival:
     """One VM that comes from another host.
 
-    `built` exists and is not ours; `vm` is ours for good. When run() raises and `vm` is not None it could not be started.
+    `built` exists and is not ours; `vm` is ours for good. When run() raises and `vm` is not None it could not be
+    started.
     """
 
     def __init__(
@@ -99,8 +101,8 @@ class Arrival:
         return timing
 
     async def _wait_for_commit(self, timing: dict[str, Any]) -> float | None:
-        """How long the guest has been paused. The source may count on it that a COMMIT which comes later than `prepared`
-        seconds is refused: so a stopped process looks at the clock when it goes on."""
+        """How long the guest has been paused. The source may count on it that a COMMIT which comes later than
+        `prepared` seconds is refused: so a stopped process looks at the clock when it goes on."""
         line = self._line
         assert line is not None
         line.check()

@@ -7,9 +7,9 @@
     gone          ◀─────────────── STARTED ───────────────  or REFUSED, if it could not: then it has started nothing
 
 The stream is ordered and the only channel, so each side knows only what it has said and heard. The destination runs the
-guest if and only if it has heard COMMIT (and could start). The source may run it only if that can't be: COMMIT was never
-said, or REFUSED was heard after it. In between it is in doubt: no protocol over a lone stream can know. It stays paused
-and says so until the answer comes after all, or somebody who can look at the other host says which it is.
+guest if and only if it has heard COMMIT (and could start). The source may run it only if that can't be: COMMIT was
+never said, or REFUSED was heard after it. In between it is in doubt: no protocol over a lone stream can know. It stays
+paused and says so until the answer comes after all, or somebody who can look at the other host says which it is.
 tests/controller/migration/test_remote_model.py enumerates every kill and every cut.
 """
 
@@ -83,7 +83,8 @@ class Line:
         reactor.add_reader(sock.fileno(), self._read)
 
     async def send(self, kind: Message, body: dict[str, Any], seconds: float) -> None:
-        """Returns when the kernel has all of it. Raises NothingSent when it has none of it, MigrationError otherwise."""
+        """Returns when the kernel has all of it. Raises NothingSent when it has none of it, MigrationError
+        otherwise."""
         data = memoryview(wire.encode(kind, codec.encode(kind, body)))
         whole = len(data)
         deadline = time.monotonic() + seconds

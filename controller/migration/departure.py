@@ -1,7 +1,7 @@
 """The source's side of a remote migration: copy RAM while the guest runs, pause it, and commit.
 
-The guest is here until COMMIT has been said, and again if REFUSED answers it (controller/migration/commit.py). Until then
-every failure is simply the end of it: dirty logs off, locks taken again, the guest goes on.
+The guest is here until COMMIT has been said, and again if REFUSED answers it (controller/migration/commit.py). Until
+then every failure is simply the end of it: dirty logs off, locks taken again, the guest goes on.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ BUILT_SECONDS = 0.05  # to wait for BUILT when there is nothing worth copying
 class Departure:
     """One attempt to send a VM to another host.
 
-    After run(): `fate`; if it is HERE, `running` tells whether the guest runs. When run() raises MigrationInDoubt the guest
-    is here, paused, and may run there: resolve() or the destination's late answer settles it, then `on_resolved` is called.
-    `ended` is set when nothing of the migration is left.
+    After run(): `fate`; if it is HERE, `running` tells whether the guest runs. When run() raises MigrationInDoubt the
+    guest is here, paused, and may run there: resolve() or the destination's late answer settles it, then `on_resolved`
+    is called. `ended` is set when nothing of the migration is left.
     """
 
     def __init__(
@@ -339,8 +339,8 @@ class Departure:
         self._reactor.spawn(wait(), "resolved")
 
     async def resolve(self, here: bool) -> None:
-        """Somebody has looked at the destination. Raises StateError when there is no doubt, or when a disk's lock or the
-        clock says that the guest may run there."""
+        """Somebody has looked at the destination. Raises StateError when there is no doubt, or when a disk's lock or
+        the clock says that the guest may run there."""
         if self._progress.phase is not Phase.IN_DOUBT:
             raise StateError("No migration is in doubt")
         if here:

@@ -179,7 +179,8 @@ class AgentLink:
     # Pages of a remote migration
 
     async def map_memory(self, parts: Parts, fds: list[int], bitmap: Bitmap | None = None) -> None:
-        """Give the agent guest RAM: to send what `bitmap` marks or, without one, to write. The descriptors stay ours."""
+        """Give the agent guest RAM: to send what `bitmap` marks or, without one, to write. The descriptors stay
+        ours."""
         self._remote = True
         regions = [[gpa, size, offset] for gpa, size, offset, _ in parts]
         with_bitmap = [*fds, bitmap.fd] if bitmap is not None else fds
