@@ -36,8 +36,14 @@ VERBS = {
     "migration-progress": Verb(
         "GET",
         "vm.migration-progress",
-        "State of the migration; --watch follows it to its end",
+        "State of the migration; --watch follows it to its end (on a terminal with a bar)",
         flags=("--watch",),
+    ),
+    "migration-resolve": Verb(
+        "PUT",
+        "vm.migration-resolve",
+        "Of a migration in doubt: say that the guest runs there, or that it does not and stays here",
+        flags=("--here", "--there"),
     ),
     "pause": Verb("PUT", "vm.pause", "Pause the VM"),
     "ping": Verb("GET", "vmm.ping", "Ask the VMM for its version and process id"),

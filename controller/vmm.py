@@ -172,6 +172,8 @@ class Vmm:
         """Power-off ends the VMM (or only the VM, with --no-shutdown); a reset boots again in place."""
         if self._ending:
             return
+        if self.migration is not None and self.migration.progress()["state"] == "ongoing":
+            self.migration.cancel()  # there is no guest to move any more
         if event is GuestEvent.RESET:
             self.reactor.spawn(self._guest_reset(), "guest reset")
         else:

@@ -106,8 +106,8 @@ class Arrival:
         line = self._line
         assert line is not None
         line.check()
+        deadline = time.monotonic() + self._settings.prepared  # from before PREPARED is said: never too late
         self._progress.to(Phase.PREPARED)
-        deadline = time.monotonic() + self._settings.prepared
         await line.send(Message.PREPARED, {"timing": timing}, self._settings.call)
         commit = await line.receive((Message.COMMIT,), self._settings.prepared)
         if time.monotonic() > deadline:

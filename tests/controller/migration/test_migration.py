@@ -169,14 +169,6 @@ def test_send_to_a_socket_nobody_listens_on(lab):
     lab.runs_on(source)
 
 
-def test_send_without_local_is_refused(lab):
-    source = lab.source()
-    sent = source.call("send", url=lab.url, local=False)
-    assert sent["kind"] == "ConfigError" and "remote migration is not available yet" in sent["error"][0]
-    assert source.phases == []
-    lab.runs_on(source)
-
-
 def test_receive_replaces_a_stale_socket(lab):
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(lab.url.removeprefix("unix:"))

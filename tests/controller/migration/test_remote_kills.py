@@ -339,7 +339,7 @@ def test_commit_that_comes_too_late_is_refused_and_settles_the_doubt(lab):
     """A destination that is stopped before it hears COMMIT, for longer than the source must fear it."""
     source, destination = lab.remote_source(), lab.controller()
     destination.receive_remote(lab.url, stop_at="prepared", settings={"prepared": 0.3})
-    # It is stopped before PREPARED goes out, so that the source waits; the clock runs from there.
+    # It is stopped before PREPARED goes out, so that the source waits; the clock runs already.
     source.do("send", url=lab.url, settings={"prepared": 30})
     source.wait_phase("preparing")
     destination.wait_phase("prepared")
