@@ -172,7 +172,11 @@ class AgentLink:
             except OSError as error:
                 raise WorkerLost(f"{kind.name}: the migration agent takes no descriptors: {error.strerror}") from error
         seconds = self._settings.relay if self._remote else self._settings.call
-        await self._call(Verb.DELIVER, seconds, type=int(kind), body=data, fds=len(fds))
+        try:
+            await self._call(Verb.DELIVER, seconds, type=int(kind), body=data, fds=len(fds))
+        except FlotillaError:
+            self.check()  # why the agent could not, rather than that it could not
+            raise
         self._progress.bytes_transferred += len(data)
         self._progress.fds_passed += len(fds)
 
