@@ -87,7 +87,9 @@ class Arrival:
     async def _receive_all(self) -> dict[str, Any]:
         """As long as the source's agent shows that it lives: a guest may take hours to copy."""
         delivery = await self._link.receive(Message.STATE, None)
-        await self._link.receive(Message.END_OF_RAM, None)
+        end = await self._link.receive(Message.END_OF_RAM, None)
+        if isinstance(copied := end.body.get("copied"), dict):
+            self._progress.breakdown["copied"] = copied
         self._line = Line(self._reactor, *await self._link.take_stream(self._settings.call))
         state: dict[str, Any] = delivery.body["state"]
         return state

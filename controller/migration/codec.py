@@ -7,7 +7,7 @@
     STARTED    timing, running_at (CLOCK_MONOTONIC of the moment in which the guest went on, seconds)
     MACHINE    config, parts, info, paused, release: a remote migration's BUILD
     ACCEPTED   took_ms (what the checks took)
-    END_OF_RAM nothing yet
+    END_OF_RAM copied (figures of the rounds; may be missing)
     PREPARED   timing
     COMMIT     paused_ms (how long the guest has been paused; None: it was paused before)
     REFUSED    error (shared.messages.error_to_wire);  WITHDRAWN the same

@@ -37,6 +37,7 @@ from shared.pages import PAGE_SIZE, Bitmap
 from shared.reactor import Cancelled, Event, Future, Reactor, describe, gather
 
 FRESH_SECONDS = 5.0  # a flush that is older than this is repeated before the pause
+LISTED_ROUNDS = 100  # the last ones, in the breakdown
 BUILT_SECONDS = 0.05  # to wait for BUILT when there is nothing worth copying
 
 
@@ -70,6 +71,9 @@ class Departure:
         self._dirty: DirtyPages | None = None
         self._bitmap: Bitmap | None = None
         self._sent = Transfer()  # by the rounds that are over
+        # What the destination is told, too: the source's VMM is gone when somebody asks.
+        self._copied: dict[str, Any] = {"rounds": []}
+        self._progress.breakdown["copied"] = self._copied
         self._paused_at: float | None = None
         self._unlocked = False
         self._committed_at: float | None = None
@@ -184,7 +188,7 @@ class Departure:
                     raise Timeout(f"no answer within {self._settings.build:g} s: BUILT from the peer")
                 built = await self._wait_for_built()
         self._progress.breakdown["build"] = built.body["timing"] if built is not None else {}
-        self._progress.breakdown["copy_ms"] = elapsed_ms(began)
+        self._copied["copy_ms"] = elapsed_ms(began)
 
     async def _start_logs(self) -> Bitmap:
         parts, fds = self._vm.memory_parts()
@@ -201,6 +205,9 @@ class Departure:
         moved = await self._link.pump(sync=True)
         rounds.sent(moved["bytes"], moved["seconds"], moved["sync_seconds"])
         self._count(moved)
+        listed = self._copied["rounds"]
+        listed.append({"bytes": moved["bytes"], "ms": round(moved["seconds"] * 1e3, 3)})
+        del listed[:-LISTED_ROUNDS]
 
     def _look(self, rounds: Rounds, bitmap: Bitmap, before: float) -> float:
         """Add what has been written meanwhile; when that was."""
@@ -263,11 +270,11 @@ class Departure:
         began = time.monotonic()
         assert self._dirty is not None and self._bitmap is not None
         self._dirty.harvest(self._bitmap)  # after the fence: nothing is written any more
-        breakdown["final_pages"] = self._bitmap.count()
+        self._copied["final_pages"] = self._bitmap.count()
         self._count(await link.pump(sync=False))
-        await link.send(Message.END_OF_RAM, {})
+        self._copied["final_pass_ms"] = elapsed_ms(began)
+        await link.send(Message.END_OF_RAM, {"copied": self._copied})
         self._line = Line(self._reactor, *await link.take_stream(self._settings.call))
-        breakdown["final_pass_ms"] = elapsed_ms(began)
 
     async def _flush(self) -> dict[str, Any]:
         await self._vm.flush_disks()

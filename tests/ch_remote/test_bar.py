@@ -26,7 +26,7 @@ def test_a_round_shows_share_rates_and_estimates():
     [
         ({"state": "none"}, "none"),
         ({"phase": "listening", "direction": "receive"}, "listening"),
-        ({"phase": "built", "direction": "receive", "ram_bytes": 1, "page_bytes": 3 << 20}, "built  3 MiB of RAM moved"),
+        ({"phase": "built", "ram_bytes": 1, "page_bytes": 3 << 20}, "built  3 MiB of RAM moved"),
         ({"phase": "copying", "direction": "send", "ram_bytes": "?", "round": None}, "copying"),
     ],
 )

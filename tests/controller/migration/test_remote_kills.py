@@ -1,5 +1,5 @@
-"""Remote migration with real controllers and agents: kills, cancels and cuts at every state. Never two guests; one wherever
-one can be; a doubt where nobody can know.
+"""Remote migration with real controllers and agents: kills, cancels and cuts at every state. Never two guests; one
+wherever one can be; a doubt where nobody can know.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def test_source_that_fails_tells_the_destination_why(lab, step):
     destination.receive_remote(lab.url)
     sent = source.call("send", url=lab.url, fail=step)
     assert sent["error"][1] == f"the toy can't {step} (that was the plan)"
-    assert destination.done("receive")["error"][1:] == ["the source gave up", f"the toy can't {step} (that was the plan)"]
+    received = destination.done("receive")
+    assert received["error"][1:] == ["the source gave up", f"the toy can't {step} (that was the plan)"]
     still_works(lab, source, destination)
 
 

@@ -2,10 +2,11 @@
 
     source controller ── agent A ── relay ── agent B ── destination controller
 
-What is modelled is what matters for the commit: who is alive, what each side has said and heard, what is under way in the
-stream and where the stream is cut. The controllers follow the real rules (`source_decision`, `destination_may_start`). Until
-END_OF_RAM the agents hold the stream, so that an agent's death cuts it; from then on the controllers do. Whatever can be
-killed can be killed between any two steps, and either side can fail, cancel, or give up waiting where the real one can.
+What is modelled is what matters for the commit: who is alive, what each side has said and heard, what is under way in
+the stream and where the stream is cut. The controllers follow the real rules (`source_decision`,
+`destination_may_start`). Until END_OF_RAM the agents hold the stream, so that an agent's death cuts it; from then on
+the controllers do. Whatever can be killed can be killed between any two steps, and either side can fail, cancel, or
+give up waiting where the real one can.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ class World:
         return self.source_alive and self.source == "doubt"
 
 
+Worlds = dict[World, list[World]]
+
+
 def say(w: World, message: str, **changes: object) -> World:
     """Into the stream, unless that is cut: then nobody will hear it."""
     if w.cut:
@@ -87,9 +91,8 @@ def source_steps(w: World, rule: SourceRule) -> Iterator[World]:
         else:
             yield say(w, "commit", source="committed", said_commit=True)
             yield replace(w, source="committed", said_commit=True, cut=True)  # and the stream broke over it
-    elif w.source == "doubt":
-        if w.back:  # a late answer
-            yield from listen(w, rule)
+    elif w.source == "doubt" and w.back:  # a late answer
+        yield from listen(w, rule)
 
 
 def listen(w: World, rule: SourceRule) -> Iterator[World]:
@@ -181,7 +184,7 @@ def progress(w: World, rule: SourceRule, may_start: StartRule) -> Iterator[World
         yield from destination_steps(w, may_start)
 
 
-def explore(rule: SourceRule = source_decision, may_start: StartRule = destination_may_start) -> dict[World, list[World]]:
+def explore(rule: SourceRule = source_decision, may_start: StartRule = destination_may_start) -> Worlds:
     """Every reachable world and its successors without a further kill."""
     seen: dict[World, list[World]] = {}
     waiting = [World()]
@@ -193,7 +196,7 @@ def explore(rule: SourceRule = source_decision, may_start: StartRule = destinati
     return seen
 
 
-def explore_with(rule: SourceRule, may_start: StartRule = destination_may_start) -> Callable[[], dict[World, list[World]]]:
+def explore_with(rule: SourceRule, may_start: StartRule = destination_may_start) -> Callable[[], Worlds]:
     return lambda: explore(rule, may_start)
 
 

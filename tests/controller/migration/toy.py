@@ -5,8 +5,8 @@ The test forks it and talks to it in JSON over a SOCK_SEQPACKET pair. Commands: 
 (ToyRemote) as to another host. It reports every event of the monitor and, at the
 end of a command, {"done": command, "error": [chain] | null, …}.
 
-Faults of one command, each at a phase: kill_at and stop_at (this controller), cancel_at, kill_runner_at, kill_agent_at; `agent` (for the
-agent, see migration_agent/agent.py); `fail`: the VM's step that raises; `settings`: deadlines.
+Faults of one command, each at a phase: kill_at and stop_at (this controller), cancel_at, kill_runner_at, kill_agent_at;
+`agent` (for the agent, see migration_agent/agent.py); `fail`: the VM's step that raises; `settings`: deadlines.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     RAM page   u32 owner (pid of the runner, 0: paused)   u32 violations   u64 count
 
-A toy that moves to another host has that page as a witness, which all hosts see, and RAM of its own: at each tick the next
-page's first word becomes the count, which is in the first page, too.
+A toy that moves to another host has that page as a witness, which all hosts see, and RAM of its own: at each tick the
+next page's first word becomes the count, which is in the first page, too.
 """
 
 from __future__ import annotations
