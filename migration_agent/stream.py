@@ -55,8 +55,8 @@ class Stream:
 
     @property
     def congested(self) -> bool:
-        """Something waits for the peer to read."""
-        return bool(self._out) or self._pump is not None
+        """A message waits for the peer to read. Pages may wait as well: a message goes before the next frame."""
+        return bool(self._out)
 
     def send(self, data: bytes, fds: list[int] | None = None) -> Future[None]:
         """Queue bytes; the future is done when the kernel has all of them. The descriptors are closed after that."""
@@ -182,7 +182,7 @@ class Stream:
     def detach(self) -> tuple[socket.socket, bytes]:
         """The socket, which is the caller's from now on, and what was read of a frame that is not whole. Nothing may be
         under way to the peer."""
-        assert not self.congested, "detach() with output"
+        assert not self._out and self._pump is None, "detach() with output"
         self.stop_reading()
         self._reactor.remove_writer(self._sock.fileno())
         self._closed = True

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from shared.handover import Message
+from tests.controller.migration.relay import Cut, Relay
 from tests.vmm import REMOTE, Vmm, environment, poll
 
 pytestmark = pytest.mark.probe
@@ -223,6 +225,35 @@ def test_kill_while_ram_is_copied_leaves_the_guest_at_the_source_and_a_retry_wor
             hop(source, destination, urls, "downtime_ms=5000")
         destination.expect("ram ok ")
         assert b"BAD" not in destination.output + source.output
+
+
+def test_stream_that_ends_between_commit_and_started_is_a_doubt_until_somebody_resolves_it(tmp_path, disk):
+    """Through a relay that dies over STARTED: the guest runs at the destination, and its source can't know."""
+    with (
+        Vmm.guest(tmp_path, "mode=equal", "--disk", f"path={disk}", name="one") as source,
+        Vmm(tmp_path, name="two") as destination,
+    ):
+        source.expect("equal 1 ")
+        source.wait_api()
+        receiver = Receiver(destination, f"unix:{tmp_path}/sock2")
+        relay = Relay(f"{tmp_path}/sock1", f"{tmp_path}/sock2", Cut(Message.STARTED))
+        sent = source.remote("send-migration", f"unix:{tmp_path}/sock1")
+        relay.close()
+        assert sent.returncode == 1 and "in doubt" in sent.stderr and "migration-resolve" in sent.stderr
+        assert receiver.end()[0] == 0
+        destination.expect("equal ")
+        info = source.ask("info")
+        assert (info["state"], info["migration"]) == ("Paused", "in-doubt")
+        assert source.ask("migration-progress")["state"] == "in-doubt"
+        for change in ("resume", "reboot", "shutdown", "delete"):
+            refused = source.remote(change)
+            assert refused.returncode == 1 and "migration-resolve" in refused.stderr, change
+        early = source.remote("migration-resolve", "--here")
+        assert early.returncode == 1 and "may still take the guest" in early.stderr
+        source.ask("migration-resolve", "--there")
+        assert source.wait() == 0 and not source.api.exists()
+        destination.more("equal ")
+        assert b"not equal" not in source.output + destination.output
 
 
 class Sending:
