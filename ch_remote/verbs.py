@@ -33,6 +33,9 @@ VERBS = {
     "delete": Verb("PUT", "vm.delete", "Delete the VM"),
     "fleet": Verb("GET", "vmm.fleet", "Every process of the VM; --table for people", flags=("--table",)),
     "info": Verb("GET", "vm.info", "Configuration and state of the VM"),
+    "migration-estimate": Verb(
+        "GET", "vm.migration-estimate", "How long a remote migration would take, and its pause; takes a second"
+    ),
     "migration-progress": Verb(
         "GET",
         "vm.migration-progress",

@@ -87,6 +87,7 @@ class Vmm:
             "vm.receive-migration": self.receive_migration,
             "vm.migration-progress": self.migration_progress,
             "vm.cancel-migration": self.cancel_migration,
+            "vm.migration-estimate": self.estimate_migration,
             "vm.migration-resolve": self.resolve_migration,
         }
 
@@ -423,6 +424,15 @@ class Vmm:
         self, config: dict[str, Any], parts: list[Any], ram_fds: list[int], disk_fds: dict[str, int], info: Any
     ) -> Vm:
         return await Vm.build_incoming(self._context, config, parts, ram_fds, disk_fds, info)
+
+    async def estimate_migration(self, _: None) -> dict[str, Any]:
+        from controller.migration.estimate import estimate
+
+        async with self._change():
+            vm = self._need_vm()
+            if self.state is not VmState.RUNNING:
+                raise StateError(f"No estimate for a VM whose state is {self.state}: it writes nothing")
+            return await estimate(self.reactor, vm)
 
     async def resolve_migration(self, body: Any) -> None:
         """Somebody has looked at the destination of a migration that is in doubt."""

@@ -115,6 +115,9 @@ class Bitmap:
         """Move the bits of a bitmap that others set bits of meanwhile into this one; how many."""
         return int(_library().bitmap_take(self.address, other.address, min(self.words, other.words)))
 
+    def clear(self) -> None:
+        ctypes.memset(self.address, 0, self.size)
+
     def close(self) -> None:
         munmap(self.address, self.size)
         os.close(self.fd)

@@ -190,6 +190,20 @@ def test_zero_pages_are_not_sent(tmp_path):
         assert destination.ask("migration-progress")["bytes_transferred"] < 8 << 20
 
 
+def test_estimate_knows_how_fast_the_guest_writes_and_leaves_it_running(tmp_path):
+    with Vmm.guest(tmp_path, "mode=ram ram.mb=32", name="one") as vmm:
+        vmm.expect("ram ok ")
+        vmm.wait_api()
+        answer = vmm.ask("migration-estimate")
+        assert 16 << 20 < answer["dirty_bytes_per_s"] < 48 << 20  # its working set, however often it is rewritten
+        assert 32 << 20 <= answer["ram_bytes_to_copy"] <= 128 << 20
+        assert [row["gbit_per_s"] for row in answer["forecasts"]] == [1, 10, 25]
+        vmm.more("ram ok ")
+        vmm.ask("pause")
+        refused = vmm.remote("migration-estimate")
+        assert refused.returncode == 1 and "Paused" in refused.stderr
+
+
 def test_paused_guest_arrives_paused(tmp_path):
     with (
         Vmm.guest(tmp_path, "mode=rng", name="one") as source,
