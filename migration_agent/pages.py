@@ -1,4 +1,4 @@
-"""Guest RAM through the stream: a Pump at the source, a Sink at the destination. Neither copies a page.
+"""Guest RAM through the stream: a Pump at the source, a Sink at the destination. Neither looks into a page.
 
 A pump owns a read-only mapping of RAM and the bitmap of what is to be sent. The bitmap is the controller's, too: it
 sets bits between two rounds, the pump clears what it takes. A frame that has begun is always finished, so a pump that

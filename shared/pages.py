@@ -3,7 +3,7 @@
     body of a PAGES frame    u32 data, u32 zero, data + zero runs of (u64 gpa, u64 pages), the data runs' pages
 
 Data runs are pages whose contents follow, in order; zero runs are pages that read as zeros and are not sent. Nothing
-is copied on the way: the kernel reads from one side's mapping and writes into the other's.
+is copied on the way out: the kernel reads from the guest's mapping. On the way in it is written to the region's file.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ PAGE_SIZE: Final = 4096
 MAX_RUNS: Final = 1024  # of one frame, both kinds
 MAX_DATA_PAGES: Final = 512  # of one frame
 WORD_PAGES: Final = 64
+_STORE: Final = 100000  # pages.c: RAM did not take what had been read
 COUNTS = struct.Struct("<II")
 RUN = struct.Struct("<QQ")
 MAX_BODY: Final = COUNTS.size + MAX_RUNS * RUN.size + MAX_DATA_PAGES * PAGE_SIZE
@@ -66,7 +67,7 @@ def _library() -> ctypes.CDLL:
         ("frame_map", u32, (pointer, pointer, u32)),
         ("frame_head", None, (pointer, pointer, u64)),
         ("frame_write", ctypes.c_int64, (pointer, ctypes.c_int)),
-        ("frame_read", ctypes.c_int64, (pointer, ctypes.c_int)),
+        ("frame_read", ctypes.c_int64, (pointer, ctypes.c_int, pointer, u32)),
         ("frame_zero", ctypes.c_int, (pointer, pointer, u32)),
     ):
         function = getattr(library, name)
@@ -231,8 +232,12 @@ class Frame:
         made.zeros = sum(made.runs[i].count for i in range(made.data, made.data + made.zero))
 
     def read(self, fd: int) -> int:
-        """Bytes that came, straight into RAM; 0 at the end of the stream. Raises BlockingIOError, OSError."""
-        return self._moved(_library().frame_read(self._at, fd))
+        """Bytes that came and are in RAM; 0 at the end of the stream. Raises BlockingIOError, OSError, and HostError
+        when this host has no memory for them."""
+        result = int(_library().frame_read(self._at, fd, *self._table))
+        if result <= -_STORE:
+            raise HostError(f"guest RAM can't be written: {os.strerror(-result - _STORE)}", "this host is out of memory")
+        return self._moved(result)
 
     def clear_zeros(self) -> None:
         """Raises HostError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import random
 import socket
 import struct
@@ -11,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.errors import ProtocolError
-from shared.linux import bytes_at, memfd
+from shared.errors import HostError, ProtocolError
+from shared.linux import F_ADD_SEALS, bytes_at, memfd
 from shared.pages import (
     COUNTS,
     MAX_DATA_PAGES,
@@ -27,6 +28,7 @@ from shared.pages import (
 )  # fmt: skip
 
 HEADER = struct.Struct("<HHI")
+F_SEAL_FUTURE_WRITE = 0x10
 LOW, HIGH_GPA, HIGH = 2 << 20, 1 << 32, 1 << 20
 
 
@@ -213,3 +215,15 @@ def test_a_stream_that_ends_and_one_that_breaks_are_told_apart(ram):
         theirs.close()
         assert frame.read(ours.fileno()) == 100 and frame.left == PAGE_SIZE - 100
         assert frame.read(ours.fileno()) == 0
+
+
+def test_ram_that_takes_nothing_is_told_from_a_stream_that_breaks(ram):
+    """A region's file that can't be written any more stands for a host that has no memory left."""
+    frame = Frame(ram.regions)
+    frame.parse(COUNTS.pack(1, 0), RUN.pack(0, 1), COUNTS.size + RUN.size + PAGE_SIZE)
+    fcntl.fcntl(ram.regions.table[0].fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.send(b"x" * 100)
+        with pytest.raises(HostError, match="guest RAM can't be written: Operation not permitted"):
+            frame.read(ours.fileno())
