@@ -1,4 +1,4 @@
-"""`python -m bench boot | footprint | migrate-local`. Exit code 1 when ours could not be measured."""
+"""`python -m bench boot | footprint | migrate-local | migrate-remote`. Exit code 1 when ours could not be measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bench import boot, footprint, lab, migrate_local, processes, report
+from bench import boot, footprint, lab, migrate_local, migrate_remote, processes, report
 from guest import build
 from shared.errors import FlotillaError
 
@@ -18,11 +18,12 @@ Figures of Flotilla beside its peers, in the same run on the same machine.
   boot            exec of the VMM to the first byte on the guest's serial port
   footprint       memory of each process beyond guest RAM
   migrate-local   downtime of a local migration as the guest sees it; --lab: on the lab's KVM
+  migrate-remote  throughput and downtime of a migration over loopback, idle and with a guest that writes
 
 Peers: QEMU from PATH; Cloud Hypervisor and Firecracker where FLOTILLA_BENCH_CLOUD_HYPERVISOR and
 FLOTILLA_BENCH_FIRECRACKER name a binary. A peer that can't be measured is reported with the reason.
 """
-RUNS = {"boot": 20, "footprint": 3, "migrate-local": 5}
+RUNS = {"boot": 20, "footprint": 3, "migrate-local": 5, "migrate-remote": 1}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -41,6 +42,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     migration.add_argument("--lab", action="store_true", help="inside the lab (deploy/lab/README.md)")
     migration.add_argument("--tick-us", type=_positive, default=1000, metavar="N", help="a heartbeat each N us")
     migration.add_argument("--sleep", action="store_true", help="the guest sleeps between heartbeats, not spins")
+    remote = verbs.add_parser("migrate-remote", parents=[common])
+    remote.add_argument("--sizes", nargs="+", type=_size, default=list(migrate_remote.SIZES), metavar="SIZE")
+    ways, rates = migrate_remote.WAYS, migrate_remote.RATES
+    remote.add_argument("--ways", nargs="+", choices=ways, default=list(ways))
+    remote.add_argument("--rates", nargs="+", type=int, default=list(rates), metavar="MIB", help="the guest writes")
     options = parser.parse_args(arguments)
     options.runs = options.runs or RUNS[options.bench]
     return options
@@ -66,6 +72,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return boot.run(kernel, options.runs, options.patience)
     if options.bench == "footprint":
         return footprint.run(kernel, options.runs, options.patience)
+    if options.bench == "migrate-remote":
+        return migrate_remote.run(
+            kernel, options.runs, options.patience, options.sizes, options.ways, options.rates
+        )
     if options.lab:
         words = ["migrate-local", "--sizes", *options.sizes, "--runs", str(options.runs)]
         words += ["--tick-us", str(lab.TICK_US), "--sleep"]

@@ -197,6 +197,103 @@ class QemuPair(Pair):
         return {"own_downtime_ms": float(self._status()["downtime"])}
 
 
+class FlotillaRemotePair(FlotillaPair):
+    """The same as if to another host: RAM is copied, by `way` tcp or unix."""
+
+    def __init__(self, folder: Path, kernel: str, words: str, size: str, way: str, downtime_ms: int) -> None:
+        super().__init__(folder, kernel, words, size)
+        self.way = way
+        self.downtime_ms = downtime_ms
+        self.url = f"unix:{folder}/migration" if way == "unix" else f"tcp:127.0.0.1:{free_port()}"
+
+    def migrate(self, patience: float) -> None:
+        with contextlib.ExitStack() as stack:
+            receiver = stack.enter_context(self.remote("api2", "receive-migration", self.url))
+            stack.callback(receiver.kill)
+            ready = partial(_listens, self.url)
+            _wait(lambda: ready() or receiver.poll() is not None, patience, "receive-migration that listens")
+            words = f"destination_url={self.url},downtime_ms={self.downtime_ms},timeout_s={patience:.0f}"
+            sender = stack.enter_context(self.remote("api1", "send-migration", words))
+            stack.callback(sender.kill)
+            for name, process in (("send", sender), ("receive", receiver)):
+                _must_succeed(f"{name}-migration", process, patience)
+
+    def _own_count(self, patience: float) -> dict[str, float]:
+        with self.remote("api2", "migration-progress") as process:
+            said, _ = process.communicate(timeout=patience)
+        progress = json.loads(said)
+        copied = progress["breakdown"]["copied"]
+        total = copied["copy_ms"] + float(progress["downtime_ms"])
+        return {
+            "own_downtime_ms": float(progress["downtime_ms"]),
+            "own_total_ms": total,
+            "wire_mb": progress["page_bytes"] / 1e6,
+            "mb_per_s": progress["page_bytes"] / total / 1e3,
+            "first_round_mb_per_s": copied["rounds"][0]["bytes"] / copied["rounds"][0]["ms"] / 1e3,
+            "rounds": len(copied["rounds"]) + 1,
+        }
+
+
+class QemuRemotePair(QemuPair):
+    """microvm with anonymous RAM; the one channel that QEMU has unless told otherwise, with no limit but the
+    machine."""
+
+    def __init__(self, folder: Path, kernel: str, words: str, size: str, way: str, downtime_ms: int) -> None:
+        super().__init__(folder, kernel, words, size)
+        self.downtime_ms = downtime_ms
+        self.uri = f"unix:{folder}/migration" if way == "unix" else f"tcp:127.0.0.1:{free_port()}"
+
+        def anonymous(command: list[str]) -> list[str]:
+            return [word.replace("microvm,memory-backend=ram", "microvm") for word in _without(command, "-object")]
+
+        self.source_command = anonymous(self.source_command)
+        self.destination_command = anonymous(self.destination_command)
+
+    def prepare(self, patience: float) -> None:
+        for side in ("source", "destination"):
+            self._monitors[side] = Monitor(self.folder / f"{side}.qmp", patience)
+        limits = {"max-bandwidth": 1 << 40, "downtime-limit": self.downtime_ms}
+        self._monitors["source"].call("migrate-set-parameters", **limits)
+        self._monitors["destination"].call("migrate-incoming", uri=self.uri)
+
+    def migrate(self, patience: float) -> None:
+        self._monitors["source"].call("migrate", uri=self.uri)
+        _wait(lambda: self._status()["status"] == "completed", patience, "end of QEMU's migration")
+
+    def finish(self, patience: float) -> dict[str, float]:
+        status = self._status()
+        ram = status["ram"]
+        return {
+            "own_downtime_ms": float(status["downtime"]),
+            "own_total_ms": float(status["total-time"]),
+            "wire_mb": ram["transferred"] / 1e6,
+            "mb_per_s": ram["transferred"] / max(1, status["total-time"]) / 1e3,
+            "rounds": float(ram["dirty-sync-count"]),
+        }
+
+
+def free_port() -> int:
+    """A port of loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _listens(url: str) -> bool:
+    scheme, _, rest = url.partition(":")
+    if scheme == "unix":
+        return os.path.exists(rest)
+    port = f":{int(rest.rpartition(':')[2]):04X}"
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return any(line.split()[1].endswith(port) and line.split()[3] == "0A" for line in lines)
+
+
+def _without(command: list[str], flag: str) -> list[str]:
+    """The command without a flag and its value."""
+    at = command.index(flag)
+    return command[:at] + command[at + 2 :]
+
+
 class Monitor:
     """A QMP connection."""
 

@@ -12,6 +12,7 @@ import socket
 
 from blk_worker.backend import BlockBackend
 from blk_worker.disk import open_disk
+from shared.messages import Verb
 from shared.reactor import Reactor
 from shared.vhost_worker import VhostWorker
 from shared.worker import Start, serve
@@ -31,7 +32,7 @@ def main(start: Start) -> int:
     worker = VhostWorker("blk_worker", backend)
     worker.attach(reactor, socket.socket(fileno=start.fds["vhost"]))
     try:
-        return serve(start, worker, reactor)
+        return serve(start, worker, reactor, {Verb.FLUSH: lambda _: backend.flush()})
     finally:
         backend.close()
 

@@ -207,6 +207,12 @@ class BlockBackend:
         """The live counters of one queue, written by the native loop."""
         return self._counters[index]
 
+    def flush(self) -> dict[str, Any]:
+        """Completed writes are on stable storage when this returns. Waits as long as the disk takes. Raises OSError."""
+        if not self.disk.geometry.readonly:
+            os.fdatasync(self.disk.fd)
+        return {}
+
     def stats(self) -> dict[str, int]:
         """Sums over the queues. Latencies in µs; the minimum is 2^64-1 before the first request."""
         result: dict[str, int] = {}

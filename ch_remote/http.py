@@ -69,12 +69,16 @@ class Interrupts:
 
 
 class Connection:
-    """A connection to the API socket at `path`. Raises HostError when nobody can be reached there."""
+    """A connection to the API socket at `path`. Raises HostError when nobody can be reached there.
+
+    `tick`: seconds, and what to call that often while an answer is waited for.
+    """
 
     def __init__(
         self, path: str, interrupts: Interrupts | None = None, on_interrupt: Callable[[], None] | None = None
     ) -> None:
         self._interrupts = interrupts
+        self.tick: tuple[float, Callable[[], None]] | None = None
         self._on_interrupt = on_interrupt
         self._buffer = bytearray()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -192,7 +196,9 @@ class Connection:
         poll.register(self._socket, select.POLLIN)
         poll.register(self._interrupts, select.POLLIN)
         while True:
-            ready = [fd for fd, _ in poll.poll()]
+            ready = [fd for fd, _ in poll.poll(None if self.tick is None else self.tick[0] * 1000)]
+            if not ready and self.tick is not None:
+                self.tick[1]()
             if self._interrupts.fileno() in ready and self._interrupts.take() and self._on_interrupt:
                 self._on_interrupt()
             if self._socket.fileno() in ready:

@@ -6,9 +6,11 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from ch_remote import report
 from ch_remote.arguments import Command, parse_argv
+from ch_remote.bar import TICK_SECONDS, Bar
 from ch_remote.devices import net_body
 from ch_remote.http import Connection, Interrupts, Response, ServerGone
 from ch_remote.migration import receive_body, send_body
@@ -71,6 +73,8 @@ def _request_body(command: Command) -> bytes | None:
     """Raises ConfigError for a migration's or a device's argument, HostError for a file that can't be read."""
     if command.name == "create":
         return _read(command.argument or "-")
+    if command.name == "migration-resolve":
+        return _resolution(command)
     if command.argument is None or command.name not in (*MIGRATIONS, "add-net"):
         return None
     if command.name == "add-net":
@@ -82,6 +86,12 @@ def _request_body(command: Command) -> bytes | None:
     import json
 
     return json.dumps(body, separators=(",", ":")).encode()
+
+
+def _resolution(command: Command) -> bytes:
+    if len(command.flags) != 1:
+        raise ConfigError("migration-resolve: say where the guest is", "either --here or --there")
+    return b'{"guest":"here"}' if "--here" in command.flags else b'{"guest":"there"}'
 
 
 def _read(path: str) -> bytes:
@@ -128,8 +138,14 @@ def _migrate(path: str, command: Command, body: bytes | None) -> int:
         if not report.succeeded(answer):
             report.print_refusal(answer)
 
+    bar = Bar(path)
     with Interrupts() as interrupts, Connection(path, interrupts, cancel) as connection:
-        response = connection.request(command.verb.method, command.verb.target, body)
+        if bar.visible:
+            connection.tick = TICK_SECONDS, bar.tick
+        try:
+            response = connection.request(command.verb.method, command.verb.target, body)
+        finally:
+            bar.clear()
     code = _finish(response, command)
     if not interrupted:
         return code
@@ -139,8 +155,10 @@ def _migrate(path: str, command: Command, body: bytes | None) -> int:
 
 
 def _watch(path: str, command: Command) -> int:
-    """Print the progress whenever it changed, until the migration or the VMM has ended."""
+    """Print the progress whenever it changed, until the migration or the VMM has ended. On a terminal a bar instead,
+    and the progress at the end."""
     last: Response | None = None
+    bar = Bar(path, sys.stdout)
     while True:
         try:
             with Connection(path) as connection:
@@ -148,24 +166,34 @@ def _watch(path: str, command: Command) -> int:
         except (HostError, ServerGone):
             if last is None:
                 raise
+            bar.clear()
             sys.stderr.write("The VMM has ended, as a source does after a migration that succeeded.\n")
             return 0
         if not report.succeeded(response):
             report.print_refusal(response)
             return 1
-        if response != last:
+        final = _state(response) in FINAL_STATES
+        if final or (response != last and not bar.visible):
+            bar.clear()
             report.print_body(response)
-        if _state(response) in FINAL_STATES:
+        elif bar.visible:
+            bar.draw(_json(response))
+        if final:
             return 0
         last = response
         time.sleep(WATCH_INTERVAL)
 
 
 def _state(response: Response) -> str:
+    return str(_json(response).get("state", "")).lower()
+
+
+def _json(response: Response) -> dict[str, Any]:
+    """The object in an answer, {} if there is none."""
     import json
 
     try:
         value = json.loads(response.body)
     except (ValueError, RecursionError):
-        return ""
-    return str(value.get("state", "")).lower() if isinstance(value, dict) else ""
+        return {}
+    return value if isinstance(value, dict) else {}

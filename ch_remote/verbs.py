@@ -36,11 +36,20 @@ VERBS = {
     "delete": Verb("PUT", "vm.delete", "Delete the VM"),
     "fleet": Verb("GET", "vmm.fleet", "Every process of the VM; --table for people", flags=("--table",)),
     "info": Verb("GET", "vm.info", "Configuration and state of the VM"),
+    "migration-estimate": Verb(
+        "GET", "vm.migration-estimate", "How long a remote migration would take, and its pause; takes a second"
+    ),
     "migration-progress": Verb(
         "GET",
         "vm.migration-progress",
-        "State of the migration; --watch follows it to its end",
+        "State of the migration; --watch follows it to its end (on a terminal with a bar)",
         flags=("--watch",),
+    ),
+    "migration-resolve": Verb(
+        "PUT",
+        "vm.migration-resolve",
+        "Of a migration in doubt: say that the guest runs there, or that it does not and stays here",
+        flags=("--here", "--there"),
     ),
     "pause": Verb("PUT", "vm.pause", "Pause the VM"),
     "ping": Verb("GET", "vmm.ping", "Ask the VMM for its version and process id"),

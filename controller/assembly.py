@@ -295,6 +295,11 @@ class Assembly:
         if worker is not None:
             worker.signal(signal.SIGWINCH)
 
+    @property
+    def disks(self) -> list[Disk]:
+        """In the order of the configuration."""
+        return list(self._disks.values())
+
     def disk_fds(self) -> dict[str, int]:
         """By disk id: the descriptions that hold the locks."""
         return {name: disk.image for name, disk in self._disks.items() if disk.image is not None}

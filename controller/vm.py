@@ -22,15 +22,23 @@ from controller.assembly import Assembly, VmContext
 from controller.config.hostfiles import check_files, detect_image_types
 from controller.config.identity import CONSOLE_ID, assign_ids
 from controller.config.model import VmConfig
+from controller.disks import drop_cache, take_lock
+from controller.locks import unlock
 from controller.machine.cpuid import CpuidEntry
 from shared import log
 from shared.errors import FlotillaError, ProtocolError, Timeout, WorkerLost
 from shared.memory import GuestMemory
 from shared.reactor import describe, gather, within
 from shared.records import Record
-from shared.typed import Any
+from shared.typed import TYPE_CHECKING, Any
 from vcpu_worker.process import Vcpu
 from vcpu_worker.state import VcpuCodec, share_tsc_offset, tell_paused
+
+if TYPE_CHECKING:
+    from controller.dirty import DirtyLog
+
+if TYPE_CHECKING:
+    from controller.dirty import DirtyLog
 
 STATE_VERSION = 1
 RESUME_SECONDS = 10.0
@@ -221,6 +229,40 @@ class Vm:
         fields = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
         cpuid = [[getattr(entry, name) for name in fields] for entry in self._platform.cpuid]
         return {"version": STATE_VERSION, "cpuid": cpuid, "device_tree": self.device_tree()}
+
+    # Moving to another host (controller/migration/migratable.py)
+
+    @property
+    def ended_itself(self) -> bool:
+        return self._platform.stopped
+
+    def machine_info(self) -> dict[str, Any]:
+        from controller.migration.acceptance import machine_info
+
+        return self.build_info() | machine_info(self._platform.kvm, self.disk_fds())
+
+    def dirty_pages(self) -> DirtyLog:
+        from controller.dirty import DirtyLog
+
+        frontends = {name: self._made.frontend(name) for name in self._functions}
+        return DirtyLog(self._platform.kvm_vm, self._platform.memory, frontends, self.wait_serving)
+
+    async def flush_disks(self) -> None:
+        await gather(self._reactor, *(disk.backend.call("flush") for disk in self._made.disks if disk.backend))
+
+    def unlock_disks(self) -> None:
+        for image in self.disk_fds().values():
+            unlock(image)
+
+    def lock_disks(self) -> None:
+        for number, disk in enumerate(self._made.disks):
+            if disk.image is not None:
+                take_lock(disk.config, number == 0, disk.image)
+
+    def drop_caches(self) -> None:
+        for disk in self._made.disks:
+            if disk.image is not None:
+                drop_cache(disk.config, disk.image)
 
     async def save(self) -> dict[str, Any]:
         """The state of the paused VM. Changes nothing: a VM whose migration fails goes on."""

@@ -37,6 +37,8 @@ from shared.records import replace
 from shared.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from controller.migration.arguments import SendArguments
+    from controller.migration.departure import Departure
     from controller.migration.incoming import Incoming
     from controller.migration.outgoing import Outgoing
     from controller.services import Services
@@ -67,7 +69,7 @@ class Vmm:
         self.vm: Vm | None = None
         self.state = VmState.CREATED
         self.services: Services | None = None
-        self.migration: Outgoing | Incoming | None = None
+        self.migration: Outgoing | Departure | Incoming | None = None
         self._operations = Lock()
         self._ending = False
         self._context = VmContext(self.reactor, self.fleet, self.events, self._guest_event, options.seccomp)
@@ -90,6 +92,8 @@ class Vmm:
             "vm.receive-migration": self.receive_migration,
             "vm.migration-progress": self.migration_progress,
             "vm.cancel-migration": self.cancel_migration,
+            "vm.migration-estimate": self.estimate_migration,
+            "vm.migration-resolve": self.resolve_migration,
         }
 
     # The process ------------------------------------------------------------------------------------------------
@@ -182,6 +186,8 @@ class Vmm:
         """Power-off ends the VMM (or only the VM, with --no-shutdown); a reset boots again in place."""
         if self._ending:
             return
+        if self.migration is not None and self.migration.progress()["state"] == "ongoing":
+            self.migration.cancel()  # there is no guest to move any more
         if event is GuestEvent.RESET:
             self.reactor.spawn(self._guest_reset(), "guest reset")
         else:
@@ -229,6 +235,8 @@ class Vmm:
         answer["memory_actual_size"] = config.memory.size
         if self.vm is not None:
             answer["device_tree"] = self.vm.device_tree()
+        if self.migration is not None and self.migration.progress()["state"] == "in-doubt":
+            answer["migration"] = "in-doubt"
         return answer
 
     async def counters(self, _: None) -> dict[str, Any]:
@@ -259,8 +267,11 @@ class Vmm:
         return self._operations
 
     def _not_migrating(self) -> None:
-        if self.migration is not None and self.migration.progress()["state"] == "ongoing":
+        state = self.migration.progress()["state"] if self.migration is not None else "none"
+        if state == "ongoing":
             raise StateError("VM is being migrated", "wait for the migration's end, or cancel it")
+        if state == "in-doubt":
+            raise StateError("VM may run at the destination of its migration", "vm.migration-resolve says whose it is")
 
     async def create(self, body: Any) -> None:
         from controller.config.codec import from_json
@@ -366,6 +377,8 @@ class Vmm:
         from controller.migration.outgoing import Fate, Outgoing
 
         arguments = parse_send(body)
+        if not arguments.local:
+            return await self._send_away(arguments)
         async with self._change():
             vm = self._need_vm()
             await vm.wait_serving()  # it can't be paused before; the destination need not build for nothing
@@ -373,7 +386,7 @@ class Vmm:
             self.migration = outgoing
             code = 0
             try:
-                await outgoing.run(arguments.url, arguments.local, **arguments.options)
+                await outgoing.run(arguments.url)
             except GuestLost:
                 code = 1
                 raise
@@ -387,7 +400,37 @@ class Vmm:
                     await vm.release()
                     self.end(code)
 
+    async def _send_away(self, arguments: SendArguments) -> None:
+        """To another host."""
+        from controller.migration.departure import Departure
+
+        async with self._change():
+            vm = self._need_vm()
+            departure = Departure(self.reactor, self.fleet, self.events, vm, was_running=self.state is VmState.RUNNING)
+            self.migration = departure
+            departure.on_resolved = lambda: self._resolved(departure)
+            try:
+                await departure.run(arguments.url, arguments.bounds)
+            finally:
+                await self._departed(departure)
+
+    def _resolved(self, departure: Departure) -> None:
+        self.reactor.spawn(self._departed(departure), "departed")
+
+    async def _departed(self, departure: Departure) -> None:
+        """What has become of the VM; called again when a doubt is resolved."""
+        from controller.migration.outgoing import Fate
+
+        if departure.fate is Fate.HERE:
+            self.state = VmState.RUNNING if departure.running else VmState.PAUSED
+        elif self.vm is not None:
+            # The guest runs elsewhere: nothing of it may be touched here any more, only let go.
+            vm, self.vm = self.vm, None
+            await vm.release()
+            self.end(0)
+
     async def receive_migration(self, body: Any) -> None:
+        from controller.migration.acceptance import accept
         from controller.migration.arguments import parse_receive
         from controller.migration.incoming import Incoming
 
@@ -395,7 +438,8 @@ class Vmm:
         async with self._change():
             if self.config is not None:
                 raise StateError("Can't receive a migration: a VM is already created", "vm.delete removes it")
-            incoming = Incoming(self.reactor, self.fleet, self.events, self._build_incoming, self._context.on_path)
+            build, on_path = self._build_incoming, self._context.on_path
+            incoming = Incoming(self.reactor, self.fleet, self.events, build, accept, on_path)
             self.migration = incoming
             try:
                 await incoming.run(url)
@@ -415,6 +459,25 @@ class Vmm:
         info: Any,
     ) -> Vm:
         return await Vm.build_incoming(self._context, config, parts, ram_fds, disk_fds, tap_fds, info)
+
+    async def estimate_migration(self, _: None) -> dict[str, Any]:
+        from controller.migration.estimate import estimate
+
+        async with self._change():
+            vm = self._need_vm()
+            if self.state is not VmState.RUNNING:
+                raise StateError(f"No estimate for a VM whose state is {self.state}: it writes nothing")
+            return await estimate(self.reactor, vm)
+
+    async def resolve_migration(self, body: Any) -> None:
+        """Somebody has looked at the destination of a migration that is in doubt."""
+        from controller.migration.arguments import parse_resolve
+        from controller.migration.departure import Departure
+
+        here = parse_resolve(body)
+        if not isinstance(self.migration, Departure):
+            raise StateError("No migration is in doubt")
+        await self.migration.resolve(here)
 
     async def cancel_migration(self, _: None) -> None:
         if self.migration is None or self.migration.progress()["state"] != "ongoing":

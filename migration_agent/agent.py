@@ -1,17 +1,19 @@
-"""The agent: connects or accepts, relays messages between its controller and the peer's, keeps time.
+"""The agent: connects or accepts, relays messages between its controller and the peer's, moves pages, keeps time.
 
-    controller ──SEND/RECEIVE/DELIVER/CANCEL (zmq)──▶ agent ══ stream ══ agent ──"deliver" (zmq event)──▶ controller
-               ──────── fds: one datagram on the sidecar, before the DELIVER or event that counts them ────────
+    controller ──verbs (zmq)──▶ agent ══ stream ══ agent ──"deliver" (zmq event)──▶ controller
+               ── fds: one datagram on the sidecar, before the verb or event that counts them ──
+
+Verbs: SEND or RECEIVE, then DELIVER, for a remote migration MAP and PUMP, CANCEL (shared/messages.py).
 
 Events to the controller, in the order in which things happened: `state` {before, why, after}, `accepted` {} (the
-listening path has served its purpose), `deliver` {type, body, fds}, `lost` {error} (no more messages will come, and
-why). Bodies are opaque here.
+listening path has served its purpose), `deliver` {type, body, fds}, `moved` {pages, zeros, bytes} (so far, of a round
+or, at the destination, of all), `handed` {residue} (the stream itself comes on the sidecar: the agent's part is over),
+`lost` {error} (no more messages will come, and why). Bodies are opaque here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import socket
@@ -21,13 +23,13 @@ from typing import Any
 
 import msgpack
 
+from migration_agent.dial import connect, tune
+from migration_agent.pages import Pump, Sink
 from migration_agent.states import Event, Machine, Role, State, event_of
 from migration_agent.stream import Stream
-from migration_agent.wire import VERSION, Frame, Hello, encode, encode_hello
 from shared import log
 from shared.control import Channel
 from shared.errors import (
-    ConfigError,
     FlotillaError,
     MigrationCancelled,
     MigrationError,
@@ -37,20 +39,14 @@ from shared.errors import (
 from shared.handover import MAX_FDS, Message
 from shared.linux import recv_fds, send_fds
 from shared.messages import error_to_wire
-from shared.reactor import Future, Reactor, Timer, describe, readable, sleep, within
+from shared.pages import Bitmap, Regions
+from shared.reactor import Future, Reactor, Timer, describe, readable, within
+from shared.wire import VERSION, Frame, Hello, Item, PageList, encode, encode_hello
 from shared.worker import Start
 
 HELLO_SECONDS = 10.0
 IDLE_SECONDS = 30.0
-RETRY_SECONDS = 0.05  # between two attempts at a listener whose backlog is full
-
-
-def unix_path(url: str) -> str:
-    """Path of a unix: URL. Raises ConfigError for another one."""
-    scheme, _, path = url.partition(":")
-    if scheme != "unix" or not path:
-        raise ConfigError(f"migration URL {url}: only unix:<path> is available yet")
-    return path
+REPORT_SECONDS = 0.2
 
 
 class Agent:
@@ -70,7 +66,9 @@ class Agent:
         self._stream: Stream | None = None
         self._greeting: Future[Hello] = Future()
         self._opening: Future[None] = Future()  # fails when connecting or accepting is to end
-        self._heard = 0.0
+        self._pump: Pump | None = None
+        self._sink: Sink | None = None
+        self._synced: Future[None] = Future()
         self._pulse: Timer | None = None
         self._beats = 0
         self._relayed = {"messages": 0, "bytes": 0, "fds": 0}
@@ -82,6 +80,8 @@ class Agent:
         channel.handlers["send"] = self._send
         channel.handlers["receive"] = self._receive
         channel.handlers["deliver"] = self._deliver
+        channel.handlers["map"] = self._map
+        channel.handlers["pump"] = self._send_round
         channel.handlers["cancel"] = self._cancel
 
     def stats(self) -> dict[str, int]:
@@ -100,6 +100,9 @@ class Agent:
             self._pulse.cancel()
         if self._stream is not None:
             self._stream.close()
+        for mapped in (self._pump, self._sink):
+            if mapped is not None:
+                mapped.close()
         if self._listener is not None:
             self._listener.close()
         self._sidecar.close()
@@ -109,13 +112,11 @@ class Agent:
     async def _send(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """SEND: connect and greet. The answer names the peer's version."""
         url = arguments["url"]
-        if not arguments["local"]:
-            raise ConfigError(f"{url}: remote migration is not available yet", "use local=on with a unix: URL")
-        path = unix_path(url)
         self._machine.role = Role.SOURCE
         self._machine.to(Event.CONNECT)
         try:
-            sock = await within(self._reactor, self._hello_seconds, self._connect(path), f"connection to {path}")
+            opening = connect(self._reactor, url, self._check_opening)
+            sock = await within(self._reactor, self._hello_seconds, opening, f"connection to {url}")
             self._machine.to(Event.CONNECTED)
             self._open(sock)
             assert self._stream is not None
@@ -125,28 +126,9 @@ class Agent:
             self._fail(error)
             raise
 
-    async def _connect(self, path: str) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            while True:
-                if self._opening.done():
-                    self._opening.result()
-                try:
-                    sock.connect(path)
-                    return sock
-                except BlockingIOError:
-                    await sleep(self._reactor, RETRY_SECONDS)
-        except OSError as error:
-            sock.close()
-            nobody = error.errno in (errno.ENOENT, errno.ECONNREFUSED)
-            reason = error.strerror or str(error)
-            raise MigrationError(
-                f"nobody listens on {path}: {reason}" if nobody else f"cannot connect to {path}: {reason}",
-                "start receive-migration at the destination first" if nobody else "",
-            ) from None
-        except BaseException:
-            sock.close()
-            raise
+    def _check_opening(self) -> None:
+        if self._opening.done():
+            self._opening.result()
 
     async def _receive(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """RECEIVE: accept one connection on the descriptor "listen", however long that takes, and greet."""
@@ -159,6 +141,7 @@ class Agent:
             self._machine.to(Event.ACCEPTED)
             self._listener.close()
             self._listener = None
+            tune(sock)
             self.emit("accepted")
             self._open(sock)
             return await self._greeted()
@@ -198,7 +181,13 @@ class Agent:
             _close_all(fds)
             raise
         self._count(data, fds)
+        if self._machine.over and self._pump is not None:  # WITHDRAWN: no more pages, but the frame's end
+            self._pump.halt(MigrationCancelled("the source gave up"))
+        if message is Message.END_OF_RAM:
+            self._stream.stop_reading()  # what comes after it is the controller's
         await self._stream.send(data, fds)
+        if message is Message.END_OF_RAM:
+            self._hand_over()
         return {}
 
     def _take_fds(self, count: int) -> list[int]:
@@ -210,6 +199,66 @@ class Agent:
             raise ProtocolError(f"the sidecar brought {len(fds)} file descriptors, not {count}")
         return fds
 
+    def _map(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """MAP: guest RAM, `regions` [[gpa, size, offset]…] and a descriptor for each; with `bitmap` (bytes) one more,
+        of what a PUMP is to send. At the destination RAM is written."""
+        regions, size = arguments["regions"], arguments["bitmap"]
+        fds = self._take_fds(len(regions) + (1 if size else 0))
+        try:
+            parts = [(gpa, length, offset, fd) for (gpa, length, offset), fd in zip(regions, fds, strict=False)]
+            mapped = Regions(parts, writable=not size)
+        except BaseException:
+            _close_all(fds)
+            raise
+        if size:
+            self._pump = Pump(mapped, Bitmap(fds[-1], size))
+        else:
+            self._sink = Sink(mapped)
+            if self._stream is not None:
+                self._stream.sink = self._sink
+        return {}
+
+    async def _send_round(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """PUMP: send every page that is set in the bitmap. Answered when the kernel has all of them or, with `sync`,
+        the peer. `seconds` is how long that took, `sync_seconds` how much of it the peer's answer did."""
+        if self._pump is None or self._stream is None:
+            raise ProtocolError("PUMP before MAP, or without a connection")
+        self._machine.check_pages(Message.PAGES)
+        pump = self._pump
+        done = self._stream.pump(pump)
+        report = self._reactor.call_later(REPORT_SECONDS, lambda: self._report_round(pump))
+        try:
+            await done
+        finally:
+            report.cancel()
+        written = time.monotonic()
+        if arguments["sync"] and not self._machine.over:
+            self._synced = Future()
+            self._stream.send(encode(Message.SYNC))
+            await self._synced
+        ended = time.monotonic()
+        return {**pump.moved.wire(), "seconds": ended - pump.began, "sync_seconds": ended - written}
+
+    def _report_round(self, pump: Pump) -> None:
+        if not pump.done.done():
+            self.emit("moved", **pump.moved.wire())
+            self._reactor.call_later(REPORT_SECONDS, lambda: self._report_round(pump))
+
+    def _hand_over(self) -> None:
+        """Everything has been said that agents say: the stream is the controller's."""
+        stream, self._stream = self._stream, None
+        if stream is None:
+            return
+        sock, residue = stream.detach()
+        try:
+            send_fds(self._sidecar, b"stream", [sock.fileno()])
+        except OSError as error:
+            log.error(f"the controller does not take the stream: {error.strerror}")
+            return
+        finally:
+            sock.close()
+        self.emit("handed", residue=residue)
+
     def _cancel(self, _: dict[str, Any]) -> dict[str, Any]:
         self._fail(MigrationCancelled("the migration was cancelled"))
         return {}
@@ -217,17 +266,36 @@ class Agent:
     # The peer ----------------------------------------------------------------------------------------------------
 
     def _open(self, sock: socket.socket) -> None:
-        self._heard = time.monotonic()
         self._stream = Stream(self._reactor, sock, self._item, self._fail)
 
-    def _item(self, item: Hello | Frame) -> None:
-        self._heard = time.monotonic()
+    def _item(self, item: Item) -> None:
         if isinstance(item, Hello):
             self._hello(item)
+        elif isinstance(item, PageList):
+            self._expect(Message.PAGES, Role.DESTINATION)
+        elif item.type is Message.SYNC:
+            self._expect(Message.SYNC, Role.DESTINATION)
+            self._report_all()
+            assert self._stream is not None
+            self._stream.send(encode(Message.SYNCED))
+        elif item.type is Message.SYNCED:
+            self._expect(Message.SYNCED, Role.SOURCE)
+            self._synced.set_result(None)
         elif item.type is not Message.HEARTBEAT and not self._machine.over:
             self._frame(item)
         else:
             _close_all(item.fds)
+
+    def _expect(self, message: Message, role: Role) -> None:
+        """An agents' message of the peer's. Raises ProtocolError when it has no place here."""
+        if self._machine.role is not role:
+            raise ProtocolError(f"{message.name} is not for a migration's {self._machine.role!s}")
+        if not self._machine.over:
+            self._machine.check_pages(message)
+
+    def _report_all(self) -> None:
+        if self._sink is not None:
+            self.emit("moved", **self._sink.moved.wire())
 
     def _hello(self, hello: Hello) -> None:
         assert self._stream is not None
@@ -254,18 +322,27 @@ class Agent:
         finally:
             _close_all(frame.fds)
         self.emit("deliver", type=int(frame.type), body=frame.body, fds=count)
+        if self._machine.over and self._pump is not None:  # REFUSED
+            self._pump.halt(MigrationError("the destination refused it"))
+            self._synced.set_exception(MigrationError("the destination refused it"))
+        if frame.type is Message.END_OF_RAM:
+            self._report_all()
+            assert self._stream is not None
+            self._stream.stop_reading()
+            self._stream.send(b"").add_done_callback(lambda _: self._hand_over())  # behind what is still to go out
 
     def _beat(self) -> None:
         """Say that we live, and see whether the peer does."""
         self._beats += 1
         if self._machine.over or self._stream is None:
             return
-        silence = time.monotonic() - self._heard
+        silence = time.monotonic() - self._stream.heard
         if silence > self._idle_seconds:
             self._fail(Timeout(f"the peer has been silent for {self._idle_seconds:g} s"))
             return
         if not self._stream.congested:
             self._stream.send(encode(Message.HEARTBEAT))
+        self._report_all()
         self._pulse = self._reactor.call_later(self._idle_seconds / 6, self._beat)
 
     # Ends --------------------------------------------------------------------------------------------------------
@@ -284,6 +361,9 @@ class Agent:
         greeted = self._greeting.done()
         self._opening.set_exception(error)
         self._greeting.set_exception(error)
+        self._synced.set_exception(error)
+        if self._pump is not None:
+            self._pump.halt(error)
         if greeted:
             self.emit("lost", error=error_to_wire(error))
         if self._stream is not None:

@@ -1,4 +1,4 @@
-"""The states of an agent: one enum, one table, one event per transition.
+"""The states of an agent: one enum, one table, one event per transition. Two ways lead on from READY.
 
     source                                           destination
                        IDLE                                              IDLE
@@ -8,6 +8,7 @@
                       GREETING ········· hello ·········▶               GREETING
         hello            │     ◀········ hello ··········  hello          │
                        READY                                             READY
+    local
         build sent       │     ········· BUILD ·········▶  build received  │
                       BUILDING                                          BUILDING
         built received   │     ◀········ BUILT ··········  built sent      │
@@ -16,13 +17,26 @@
                       OFFERED                                           OFFERED
         started received │     ◀········ STARTED ········  started sent    │
                       FINISHED                                          FINISHED
+    remote
+        machine sent     │     ········ MACHINE ········▶  machine received│
+                      PROPOSED                                          PROPOSED
+        accepted received│     ◀······· ACCEPTED ········  accepted sent   │
+                      COPYING  ········ PAGES … ········▶               COPYING
+        built received   │     ◀········ BUILT ··········  built sent      │
+                      ROUNDS   ········ PAGES … ········▶               ROUNDS
+        state sent       │     ········· STATE ·········▶  state received  │
+                      FINAL    ········ PAGES … ········▶               FINAL
+        end of ram sent  │     ······ END_OF_RAM ·······▶  … received      │
+                      HANDED                                            HANDED
 
-    READY … OFFERED ── withdrawn sent, refused received ──▶ OVER ◀── refused sent, withdrawn received ── READY … OFFERED
-    any but FINISHED and OVER ── failed ──▶ FAILED      the peer, the stream, a deadline, or a cancel
+    READY … FINAL ── withdrawn sent, refused received ──▶ OVER ◀── refused sent, withdrawn received ── READY … FINAL
+    any but the last ones ── failed ──▶ FAILED      the peer, the stream, a deadline, or a cancel
 
-FINISHED, OVER and FAILED are final: what still comes is dropped, and the end of the stream is no error any more. A
-message that has no row in its state is a protocol error. Who runs the guest is written nowhere here: the controllers
-settle it over the ownership word, whatever an agent thinks (docs/migration.md).
+FINISHED, HANDED, OVER and FAILED are the last: what still comes is dropped, and the end of the stream is no error any
+more. In HANDED the stream is the controllers', who say PREPARED, COMMIT and STARTED over it themselves: no agent's
+death decides anything then. PAGES, SYNC and SYNCED move no state; PAGES_IN says where they may come. A message that has
+no row in its state is a protocol error. Who runs the guest is written nowhere here: the controllers settle it, whatever
+an agent thinks (docs/migration.md).
 """
 
 from __future__ import annotations
@@ -32,7 +46,7 @@ from enum import StrEnum
 from typing import Final
 
 from shared.errors import ProtocolError
-from shared.handover import Message
+from shared.handover import AGENTS_ONLY, Message
 
 
 class Role(StrEnum):
@@ -49,6 +63,11 @@ class State(StrEnum):
     BUILDING = "building"
     BUILT = "built"
     OFFERED = "offered"
+    PROPOSED = "proposed"
+    COPYING = "copying"
+    ROUNDS = "rounds"
+    FINAL = "final"
+    HANDED = "handed"
     FINISHED = "finished"
     OVER = "over"
     FAILED = "failed"
@@ -68,6 +87,12 @@ class Event(StrEnum):
     STATE_RECEIVED = "state received"
     STARTED_SENT = "started sent"
     STARTED_RECEIVED = "started received"
+    MACHINE_SENT = "machine sent"
+    MACHINE_RECEIVED = "machine received"
+    ACCEPTED_SENT = "accepted sent"
+    ACCEPTED_RECEIVED = "accepted received"
+    END_OF_RAM_SENT = "end of ram sent"
+    END_OF_RAM_RECEIVED = "end of ram received"
     REFUSED_SENT = "refused sent"
     REFUSED_RECEIVED = "refused received"
     WITHDRAWN_SENT = "withdrawn sent"
@@ -75,8 +100,12 @@ class Event(StrEnum):
     FAILED = "failed"
 
 
-FINAL: Final = frozenset({State.FINISHED, State.OVER, State.FAILED})
-_CONVERSATION: Final = (State.READY, State.BUILDING, State.BUILT, State.OFFERED)
+LAST: Final = frozenset({State.FINISHED, State.HANDED, State.OVER, State.FAILED})
+PAGES_IN: Final = frozenset({State.COPYING, State.ROUNDS, State.FINAL})
+_CONVERSATION: Final = (
+    *(State.READY, State.BUILDING, State.BUILT, State.OFFERED),
+    *(State.PROPOSED, State.COPYING, State.ROUNDS, State.FINAL),
+)
 
 _SOURCE: Final[dict[tuple[State, Event], State]] = {
     (State.IDLE, Event.CONNECT): State.CONNECTING,
@@ -86,6 +115,11 @@ _SOURCE: Final[dict[tuple[State, Event], State]] = {
     (State.BUILDING, Event.BUILT_RECEIVED): State.BUILT,
     (State.BUILT, Event.STATE_SENT): State.OFFERED,
     (State.OFFERED, Event.STARTED_RECEIVED): State.FINISHED,
+    (State.READY, Event.MACHINE_SENT): State.PROPOSED,
+    (State.PROPOSED, Event.ACCEPTED_RECEIVED): State.COPYING,
+    (State.COPYING, Event.BUILT_RECEIVED): State.ROUNDS,
+    (State.ROUNDS, Event.STATE_SENT): State.FINAL,
+    (State.FINAL, Event.END_OF_RAM_SENT): State.HANDED,
     **{(state, Event.WITHDRAWN_SENT): State.OVER for state in _CONVERSATION},
     **{(state, Event.REFUSED_RECEIVED): State.OVER for state in _CONVERSATION},
 }
@@ -97,10 +131,15 @@ _DESTINATION: Final[dict[tuple[State, Event], State]] = {
     (State.BUILDING, Event.BUILT_SENT): State.BUILT,
     (State.BUILT, Event.STATE_RECEIVED): State.OFFERED,
     (State.OFFERED, Event.STARTED_SENT): State.FINISHED,
+    (State.READY, Event.MACHINE_RECEIVED): State.PROPOSED,
+    (State.PROPOSED, Event.ACCEPTED_SENT): State.COPYING,
+    (State.COPYING, Event.BUILT_SENT): State.ROUNDS,
+    (State.ROUNDS, Event.STATE_RECEIVED): State.FINAL,
+    (State.FINAL, Event.END_OF_RAM_RECEIVED): State.HANDED,
     **{(state, Event.REFUSED_SENT): State.OVER for state in _CONVERSATION},
     **{(state, Event.WITHDRAWN_RECEIVED): State.OVER for state in _CONVERSATION},
 }
-_FAILURES: Final = {(state, Event.FAILED): State.FAILED for state in State if state not in FINAL}
+_FAILURES: Final = {(state, Event.FAILED): State.FAILED for state in State if state not in LAST}
 
 TRANSITIONS: Final[dict[Role, dict[tuple[State, Event], State]]] = {
     Role.SOURCE: _SOURCE | _FAILURES,
@@ -111,9 +150,10 @@ TRANSITIONS: Final[dict[Role, dict[tuple[State, Event], State]]] = {
 def event_of(message: Message, *, sent: bool) -> Event:
     """Raises ProtocolError for a message that moves no state."""
     try:
-        return Event(f"{message.name.lower()} {'sent' if sent else 'received'}")
+        return Event(f"{message.name.lower().replace('_', ' ')} {'sent' if sent else 'received'}")
     except ValueError:
-        raise ProtocolError(f"{message.name} is not for a controller") from None
+        who = "another agent" if message in AGENTS_ONLY else "the controllers' own conversation"
+        raise ProtocolError(f"{message.name} is for {who} and has no place here") from None
 
 
 class Machine:
@@ -126,7 +166,12 @@ class Machine:
 
     @property
     def over(self) -> bool:
-        return self.state in FINAL
+        return self.state in LAST
+
+    def check_pages(self, message: Message) -> None:
+        """Raises ProtocolError where no pages may be under way."""
+        if self.state not in PAGES_IN:
+            raise ProtocolError(f"{message.name}: not in state {self.state!s} of a migration's {self.role!s}")
 
     def to(self, event: Event) -> None:
         """Raises ProtocolError when the table has no such transition; the state stays then."""

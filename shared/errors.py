@@ -14,6 +14,7 @@
     ├── ProtocolError             a peer (control plane, vhost-user, migration) broke its protocol
     ├── MigrationError            a migration failed; the guest's fate is in the message
     │   ├── MigrationCancelled    somebody asked for it
+    │   ├── MigrationInDoubt      the destination was told to go on and has not answered
     │   ├── PeerRefused           the other side said no; the message is its reason
     │   └── GuestLost             its only owner died: the guest runs nowhere
     └── Timeout                   a deadline passed; the message says what was waited for
@@ -85,6 +86,10 @@ class MigrationError(FlotillaError):
 
 
 class MigrationCancelled(MigrationError):
+    pass
+
+
+class MigrationInDoubt(MigrationError):
     pass
 
 

@@ -34,6 +34,12 @@ class Region(Record):
         return self.gpa + self.size
 
 
+def spans(size: int) -> list[tuple[int, int]]:
+    """(gpa, length) of each region of a VM with `size` bytes of RAM."""
+    low = (0, min(size, LOW_RAM_END))
+    return [low, (HIGH_RAM_START, size - LOW_RAM_END)] if size > LOW_RAM_END else [low]
+
+
 class GuestMemory:
     """All regions of one VM in this process. Accessors raise BadGuestAddress for what is not RAM."""
 
@@ -44,14 +50,11 @@ class GuestMemory:
     @classmethod
     def create(cls, size: int) -> GuestMemory:
         """Fresh RAM of `size` bytes. Raises HostError when the host has not got it."""
-        spans = [(0, min(size, LOW_RAM_END))]
-        if size > LOW_RAM_END:
-            spans.append((HIGH_RAM_START, size - LOW_RAM_END))
         fds: list[int] = []
         try:
-            for _, length in spans:
+            for _, length in spans(size):
                 fds.append(memfd(MEMFD_NAME, length))
-            return cls.attach([(gpa, length, fds[slot], 0, slot) for slot, (gpa, length) in enumerate(spans)])
+            return cls.attach([(gpa, length, fds[slot], 0, slot) for slot, (gpa, length) in enumerate(spans(size))])
         except OSError as error:
             for fd in fds:
                 os.close(fd)

@@ -38,10 +38,13 @@ class Verb(StrEnum):
     FAULT = "fault"
     SHUTDOWN = "shutdown"
     ANNOUNCE = "announce"  # network workers: the guest lives here now, let it and the network know
+    FLUSH = "flush"  # a disk's worker: what the guest has written is on stable storage when this is answered
     API = "api"  # api process -> controller: one HTTP request
     SEND = "send"  # controller -> migration agent
     RECEIVE = "receive"
     DELIVER = "deliver"  # a message for the peer, from shared/handover.py; its fds are one datagram on the sidecar
+    MAP = "map"  # guest RAM for the agent of a remote migration; the descriptors come by the sidecar
+    PUMP = "pump"  # one round of pages
     CANCEL = "cancel"  # the SEND or RECEIVE under way fails with MigrationCancelled
 
 
@@ -63,10 +66,13 @@ ARGUMENTS: dict[Verb, tuple[Field, ...]] = {
     Verb.FAULT: (Field("what", str), Field("value", int, required=False)),
     Verb.SHUTDOWN: (),
     Verb.ANNOUNCE: (),
+    Verb.FLUSH: (),
     Verb.API: (Field("method", str), Field("path", str), Field("body", (bytes, type(None)), required=False)),
     Verb.SEND: (Field("url", str), Field("local", bool)),
     Verb.RECEIVE: (Field("url", str),),
     Verb.DELIVER: (Field("type", int), Field("body", bytes), Field("fds", int)),
+    Verb.MAP: (Field("regions", list), Field("bitmap", int)),
+    Verb.PUMP: (Field("sync", bool),),
     Verb.CANCEL: (),
 }
 

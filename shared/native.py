@@ -46,6 +46,7 @@ LOOPS: Final[dict[str, Loop]] = {
         "shared/libatomics.so",
         ("-O2", "-ffreestanding", "-nostdlib", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,--no-undefined"),
     ),
+    "pages": Loop("shared/pages.c", "shared/libpages.so", ("-O3", "-fPIC", "-shared", "-fvisibility=hidden")),
 }
 
 

@@ -1,4 +1,4 @@
-"""Bodies of vm.send-migration and vm.receive-migration, checked. Raises ConfigError that names the key.
+"""Bodies and URLs of vm.send-migration and vm.receive-migration, checked. Raises ConfigError that names the key.
 
 What bounds the rounds of a remote migration (downtime_ms, timeout_s, timeout_strategy) holds for a local one anyway: it
 has no rounds. Keys of Cloud Hypervisor that would change what is done are refused by name.
@@ -7,11 +7,14 @@ has no rounds. Keys of Cloud Hypervisor that would change what is done are refus
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from shared.errors import ConfigError
 
 MAX_PATH = 107  # bytes of a unix socket's path
+DOWNTIME_MS = 300
+TIMEOUT_S = 3600
 _BOUNDS = ("downtime_ms", "timeout_s", "timeout_strategy")
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "connections": (None, 1),
@@ -25,11 +28,37 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
 }
 
 
+class Strategy(StrEnum):
+    """When the guest writes faster than the network carries, until the time is up."""
+
+    CANCEL = "cancel"  # the guest stays
+    IGNORE = "ignore"  # it goes, whatever the pause takes
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How long the guest may stand still, and how long all may take."""
+
+    downtime_ms: int = DOWNTIME_MS
+    timeout_s: int = TIMEOUT_S
+    strategy: Strategy = Strategy.CANCEL
+
+
+@dataclass(frozen=True, slots=True)
+class Url:
+    """Where a migration goes: `path` of a unix socket, or `host` and `port`."""
+
+    text: str
+    path: str = ""
+    host: str = ""
+    port: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class SendArguments:
     url: str
     local: bool
-    options: dict[str, Any] = field(default_factory=dict)
+    bounds: Bounds = field(default_factory=Bounds)
 
 
 def parse_send(body: Any) -> SendArguments:
@@ -39,7 +68,21 @@ def parse_send(body: Any) -> SendArguments:
     if not isinstance(local, bool):
         raise ConfigError("vm.send-migration: local is not a boolean")
     url = _url(given, "destination_url")
-    return SendArguments(url, local, {key: given[key] for key in _BOUNDS if key in given})
+    return SendArguments(url, local, _bounds(given))
+
+
+def _bounds(given: dict[str, Any]) -> Bounds:
+    numbers = {"downtime_ms": DOWNTIME_MS, "timeout_s": TIMEOUT_S}
+    for key in numbers:
+        if given.get(key) is not None:
+            value = given[key]
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"vm.send-migration: {key} is not a whole number of at least 1")
+            numbers[key] = value
+    strategy = given.get("timeout_strategy") or "cancel"
+    if not isinstance(strategy, str) or strategy.lower() not in set(Strategy):
+        raise ConfigError("vm.send-migration: timeout_strategy is neither Cancel nor Ignore")
+    return Bounds(numbers["downtime_ms"], numbers["timeout_s"], Strategy(strategy.lower()))
 
 
 def parse_receive(body: Any) -> str:
@@ -63,25 +106,34 @@ def _known(body: Any, request: str, keys: tuple[str, ...]) -> dict[str, Any]:
 def _url(body: dict[str, Any], key: str) -> str:
     url = body.get(key)
     if not isinstance(url, str):
-        raise ConfigError(f"{key} is missing", f"give {key} as unix:<path>")
+        raise ConfigError(f"{key} is missing", f"give {key} as unix:<path> or tcp:<host>:<port>")
     return url
 
 
+def parse_url(url: str) -> Url:
+    """Raises ConfigError that says what is wrong with it."""
+    scheme, _, rest = url.partition(":")
+    if scheme == "unix" and rest and "\0" not in rest:
+        if len(rest.encode()) > MAX_PATH:
+            raise ConfigError(f"migration URL {url}: a unix socket's path has {MAX_PATH} bytes at most")
+        return Url(url, path=rest)
+    host, _, port = rest.rpartition(":")
+    if scheme == "tcp" and host and port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 65536:
+        return Url(url, host=host.strip("[]"), port=int(port))
+    raise ConfigError(f"migration URL {url!r}: expected unix:<path> or tcp:<host>:<port>")
+
+
 def unix_path(url: str) -> str:
-    """The path of a URL that names a unix socket. Raises ConfigError that says what is wrong with it."""
-    scheme, _, path = url.partition(":")
-    if scheme == "tcp":
-        raise ConfigError(f"{url}: remote migration is not available yet", "use a unix: URL on the same host")
-    if scheme != "unix" or not path or "\0" in path:
-        raise ConfigError(f"migration URL {url!r}: expected unix:<path>")
-    if len(path.encode()) > MAX_PATH:
-        raise ConfigError(f"migration URL {url}: a unix socket's path has {MAX_PATH} bytes at most")
+    """The path of the URL of a local migration, whose descriptors pass by a unix socket only. Raises ConfigError."""
+    path = parse_url(url).path
+    if not path:
+        raise ConfigError(f"migration URL {url}: a local migration needs unix:<path>", "leave local out")
     return path
 
 
-def require_local(url: str, local: bool) -> None:
-    """Raises ConfigError for a send that would have to copy RAM."""
-    if not local:
-        raise ConfigError(
-            f"{url}: remote migration is not available yet in this version", "use --local (local=on) on the same host"
-        )
+def parse_resolve(body: Any) -> bool:
+    """{"guest": "here" | "there"} of vm.migration-resolve; whether it is here."""
+    guest = _known(body, "vm.migration-resolve", ("guest",)).get("guest")
+    if guest not in ("here", "there"):
+        raise ConfigError("vm.migration-resolve: guest is neither here nor there")
+    return bool(guest == "here")

@@ -4,9 +4,14 @@
                taps [[id, queue pairs]…], info, paused, release
                fds: ownership page, eventfd, the source's pidfd, RAM (one per part), disks (in the order of `disks`),
                TAPs (in the order of `taps`, one per queue pair)
-    BUILT      timing;  fd: the destination's pidfd
+    BUILT      timing;  fd: the destination's pidfd (local)
     STATE      state (Migratable.save), paused_at (CLOCK_MONOTONIC in seconds; None: it was paused before)
     STARTED    timing, running_at (CLOCK_MONOTONIC of the moment in which the guest went on, seconds)
+    MACHINE    config, parts, info, paused, release: a remote migration's BUILD
+    ACCEPTED   took_ms (what the checks took)
+    END_OF_RAM copied (figures of the rounds; may be missing)
+    PREPARED   timing
+    COMMIT     paused_ms (how long the guest has been paused; None: it was paused before)
     REFUSED    error (shared.messages.error_to_wire);  WITHDRAWN the same
 """
 
@@ -33,6 +38,16 @@ FIELDS: dict[Message, tuple[Field, ...]] = {
     Message.BUILT: (Field("timing", dict),),
     Message.STATE: (Field("state", dict),),
     Message.STARTED: (Field("timing", dict), Field("running_at", (float, int))),
+    Message.MACHINE: (
+        Field("config", dict),
+        Field("parts", list),
+        Field("info", dict),
+        Field("paused", bool),
+    ),
+    Message.ACCEPTED: (Field("took_ms", (float, int)),),
+    Message.END_OF_RAM: (),
+    Message.PREPARED: (Field("timing", dict),),
+    Message.COMMIT: (),
     Message.REFUSED: (Field("error", dict),),
     Message.WITHDRAWN: (Field("error", dict),),
 }

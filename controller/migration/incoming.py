@@ -1,4 +1,6 @@
-"""The destination's side of a local migration. It builds everything beside the running guest and touches nothing of it.
+"""The destination's side of a migration. What the source says first makes it a local or a remote one (arrival.py).
+
+Local: it builds everything beside the running guest and touches nothing of it.
 
 With the complete state in hand and loaded it claims the guest by one compare-and-swap. Won: the guest runs here,
 whatever has become of the source and the agents. Lost: the source has taken it back, and what was built is thrown away.
@@ -15,11 +17,12 @@ from typing import Any
 from controller.events import EventMonitor
 from controller.fleet import Fleet
 from controller.migration import codec
-from controller.migration.arguments import unix_path
+from controller.migration.arguments import Url, parse_url
+from controller.migration.arrival import Arrival
 from controller.migration.descriptors import check_eventfd, check_ram, close_all, pidfd_pid
 from controller.migration.link import AgentLink, Delivery, Settings
-from controller.migration.listener import Listener
-from controller.migration.migratable import Build, Migratable
+from controller.migration.listener import Listener, TcpListener, listen
+from controller.migration.migratable import Accept, Build, Migratable
 from controller.migration.ownership import Owner, Ownership, destination_may_abort
 from controller.migration.progress import Direction, Phase, Progress, elapsed_ms
 from shared import log
@@ -45,6 +48,7 @@ class Incoming:
         fleet: Fleet,
         events: EventMonitor,
         build: Build,
+        accept: Accept,
         on_path: Callable[[str, bool], None] = lambda _path, _exists: None,
         *,
         settings: Settings | None = None,
@@ -52,11 +56,13 @@ class Incoming:
         """`on_path(path, exists)` hears of the listening socket's name, for whoever removes it after a kill."""
         self._reactor = reactor
         self._build = build
+        self._accept = accept
         self._on_path = on_path
         self._settings = settings or Settings()
         self._progress = Progress(events, Direction.RECEIVE)
         self._link = AgentLink(reactor, fleet, self._settings, self._progress)
-        self._listener: Listener | None = None
+        self._listener: Listener | TcpListener | None = None
+        self._arrival: Arrival | None = None
         self._ownership: Ownership | None = None
         self._eventfd = -1
         self._source = -1  # pidfd of the source's controller
@@ -74,47 +80,64 @@ class Incoming:
         """Give up, as long as the source can still go on; run() tells the outcome."""
         if not self._cancelled and self._progress.ongoing:
             self._cancelled = True
-            self._link.cancel()
+            if self._arrival is None or not self._arrival.cancel():
+                self._link.cancel()
 
     async def run(self, url: str) -> Migratable:
         """Listen, receive and start one VM. Raises ConfigError (the URL or its path), MigrationError and its children.
 
         Whatever it raised, another Incoming may try again at once.
         """
-        path = unix_path(url)
-        task = self._reactor.spawn(self._run(url, path), "incoming migration")
+        task = self._reactor.spawn(self._run(parse_url(url)), "incoming migration")
         try:
             return await task
         except Cancelled:
             self.cancel()
             raise
 
-    async def _run(self, url: str, path: str) -> Migratable:
+    async def _run(self, url: Url) -> Migratable:
         try:
             try:
-                await self._meet(url, path)
-                await self._prepare()
-                await self._take_over()
+                await self._meet(url)
+                first = await self._link.receive((Message.BUILD, Message.MACHINE), self._settings.build)
+                if first.type is Message.MACHINE:
+                    await self._arrive(first)
+                else:
+                    await self._prepare(first)
+                    await self._take_over()
             except Exception as error:
-                await self._give_up(url, error)
+                await self._give_up(url.text, error)
             assert self.vm is not None
             self._progress.succeed()
             return self.vm
         finally:
+            if self._arrival is not None:
+                self._arrival.close()
             await self._link.close()
             self._let_go()
             self.ended.set()
 
+    async def _arrive(self, machine: Delivery) -> None:
+        """From another host."""
+        self._arrival = arrival = Arrival(
+            self._reactor, self._link, self._progress, self._settings, self._build, self._accept
+        )
+        try:
+            await arrival.run(machine)
+        finally:
+            self.vm, self._built, self.running = arrival.vm, arrival.built, arrival.running
+
     # The straight way --------------------------------------------------------------------------------------------
 
-    async def _meet(self, url: str, path: str) -> None:
+    async def _meet(self, url: Url) -> None:
         self._progress.to(Phase.LISTENING)
-        self._listener = Listener(path)
-        self._on_path(self._listener.path, True)
+        self._listener = listen(url)
+        if self._listener.path:
+            self._on_path(self._listener.path, True)
         self._link.on_accepted = self._accepted
         await self._link.start(self._listener.sock)
         self._progress.emit("migration-receive-ready")
-        await self._link.accept(url)
+        await self._link.accept(url.text)
         self._progress.to(Phase.READY)
         self._progress.emit("migration-receive-started")
 
@@ -122,9 +145,8 @@ class Incoming:
         self._remove_name()
         self._progress.to(Phase.GREETING)
 
-    async def _prepare(self) -> None:
+    async def _prepare(self, delivery: Delivery) -> None:
         """Build everything that the source describes."""
-        delivery = await self._link.receive(Message.BUILD, self._settings.build)
         self._progress.to(Phase.BUILDING)
         began = time.monotonic()
         self._built = await self._build_from(delivery)
@@ -220,7 +242,10 @@ class Incoming:
         """Always raises. The source hears first: its guest may be waiting for it."""
         if self._ownership is not None and self._ownership.move(Owner.CLAIMED, Owner.OFFERED):
             self._signal()  # nothing was touched yet, so it is the source's to take back
-        await self._link.give_up(Message.REFUSED, problem)
+        if self._arrival is not None:
+            await self._arrival.refuse(problem)
+        else:
+            await self._link.give_up(Message.REFUSED, problem)
         if self._built is not None:
             try:
                 await self._built.destroy()
@@ -241,7 +266,8 @@ class Incoming:
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.close()
-            self._on_path(listener.path, False)
+            if listener.path:
+                self._on_path(listener.path, False)
 
     def _let_go(self) -> None:
         self._remove_name()

@@ -16,6 +16,7 @@ from typing import Any
 from controller.fleet import Fleet, Process, ProcessState, WorkerSpec
 from controller.migration import codec
 from controller.migration.descriptors import close_all
+from controller.migration.migratable import Parts
 from controller.migration.progress import Progress
 from shared import log
 from shared.errors import (
@@ -29,6 +30,7 @@ from shared.errors import (
 from shared.handover import MAX_FDS, Message
 from shared.linux import recv_fds, send_fds
 from shared.messages import Verb, error_from_wire, error_to_wire
+from shared.pages import Bitmap
 from shared.reactor import Event, Reactor, describe, within
 
 GOODBYE_SECONDS = 1.0
@@ -44,6 +46,9 @@ class Settings:
     build: float = 60.0  # for BUILD at the destination, BUILT at the source
     state: float = 300.0  # for STATE at the destination: a source may have to wait long for its workers
     started: float = 30.0  # for STARTED at the source, whose guest is paused
+    relay: float = 30.0  # for our own agent to see off a message of a remote migration, over a network as slow as it is
+    prepared: float = 60.0  # for PREPARED at the source, whose guest is paused, and COMMIT at the destination
+    copied: float = 60.0  # for the destination to take what the kernel has of a round
     report: float = 2.0  # for STARTED once the ownership word says RUNNING: only the figures are missing
     fault: str = ""
 
@@ -74,9 +79,12 @@ class AgentLink:
         self._sidecar: socket.socket | None = None
         self._inbox: deque[Delivery | FlotillaError] = deque()
         self._arrived = Event()
+        self._handed: tuple[socket.socket, bytes] | None = None
         self._opening = False
         self._closed = False
+        self._remote = False
         self.connected = False
+        self.on_moved: Callable[[dict[str, Any]], None] = lambda _: None
         self.on_accepted: Callable[[], None] = lambda: None
 
     async def start(self, listener: socket.socket | None = None) -> None:
@@ -105,9 +113,9 @@ class AgentLink:
 
     # Opening -----------------------------------------------------------------------------------------------------
 
-    async def connect(self, url: str) -> None:
+    async def connect(self, url: str, *, local: bool = True) -> None:
         """Reach the peer's agent and exchange hellos. Raises what went wrong."""
-        await self._open(Verb.SEND, 2 * self._settings.hello + self._settings.call, url=url, local=True)
+        await self._open(Verb.SEND, 2 * self._settings.hello + self._settings.call, url=url, local=local)
 
     async def accept(self, url: str) -> None:
         """Wait for a peer, for as long as it takes, and exchange hellos."""
@@ -163,25 +171,91 @@ class AgentLink:
                 send_fds(self._sidecar, b"fds", fds)
             except OSError as error:
                 raise WorkerLost(f"{kind.name}: the migration agent takes no descriptors: {error.strerror}") from error
-        await self._call(Verb.DELIVER, self._settings.call, type=int(kind), body=data, fds=len(fds))
+        seconds = self._settings.relay if self._remote else self._settings.call
+        try:
+            await self._call(Verb.DELIVER, seconds, type=int(kind), body=data, fds=len(fds))
+        except FlotillaError:
+            self.check()  # why the agent could not, rather than that it could not
+            raise
         self._progress.bytes_transferred += len(data)
         self._progress.fds_passed += len(fds)
 
-    async def receive(self, wanted: Message, seconds: float) -> Delivery:
-        """The next message, which must be `wanted`. Raises what was posted, the peer's reason, Timeout."""
+    # Pages of a remote migration
+
+    async def map_memory(self, parts: Parts, fds: list[int], bitmap: Bitmap | None = None) -> None:
+        """Give the agent guest RAM: to send what `bitmap` marks or, without one, to write. The descriptors stay
+        ours."""
+        self._remote = True
+        regions = [[gpa, size, offset] for gpa, size, offset, _ in parts]
+        with_bitmap = [*fds, bitmap.fd] if bitmap is not None else fds
+        assert self._sidecar is not None
+        try:
+            send_fds(self._sidecar, b"fds", with_bitmap)
+        except OSError as error:
+            raise WorkerLost(f"the migration agent takes no descriptors: {error.strerror}") from error
+        size = bitmap.size if bitmap is not None else 0
+        await self._call(Verb.MAP, self._settings.call, regions=regions, bitmap=size)
+
+    async def pump(self, *, sync: bool) -> dict[str, Any]:
+        """Send what the bitmap marks; how much it was and how long it took. With `sync` until the destination has it.
+
+        Raises at once whatever trouble comes meanwhile; the round is then over or about to be.
+        """
+        assert self._process is not None
+        task = self._reactor.spawn(self._process.call(Verb.PUMP, None, sync=sync), "pump")
+        task.add_done_callback(lambda _: self._arrived.set())
+        while not task.done():
+            self.check()
+            self._arrived.clear()
+            if not task.done():
+                await self._arrived.wait()
+        self.check()
+        try:
+            return task.result()
+        except WorkerLost as error:
+            raise WorkerLost(f"the migration agent is gone: {error.message}") from None
+
+    def poll(self, wanted: Message) -> Delivery | None:
+        """The next message if it is there already and is `wanted`. Raises what check() raises."""
+        self.check()
+        item = self._inbox[0] if self._inbox else None
+        if not isinstance(item, Delivery) or item.type is not wanted:
+            return None
+        self._inbox.popleft()
+        return item
+
+    async def take_stream(self, seconds: float) -> tuple[socket.socket, bytes]:
+        """After END_OF_RAM: the stream itself, the caller's from now on, and what was read of a message that is not
+        whole. The agent's end means nothing any more."""
         deadline = time.monotonic() + seconds
-        while not self._inbox:
+        while self._handed is None:
+            self.check()
             self._arrived.clear()
             left = max(0.0, deadline - time.monotonic())
-            await within(self._reactor, left, self._arrived.wait(), f"{wanted.name} from the peer")
+            await within(self._reactor, left, self._arrived.wait(), "the stream from our own agent")
+        handed, self._handed = self._handed, None
+        self._closed = True  # nothing that comes by the agent counts any more
+        return handed
+
+    async def receive(self, wanted: Message | tuple[Message, ...], seconds: float | None) -> Delivery:
+        """The next message, which must be (one of) `wanted`. Raises what was posted, the peer's reason, Timeout.
+
+        None waits for as long as the peer's agent shows that it lives.
+        """
+        deadline = None if seconds is None else time.monotonic() + seconds
+        names = " or ".join(kind.name for kind in (wanted if isinstance(wanted, tuple) else (wanted,)))
+        while not self._inbox:
+            self._arrived.clear()
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            await within(self._reactor, left, self._arrived.wait(), f"{names} from the peer")
         item = self._inbox.popleft()
         if isinstance(item, FlotillaError):
             raise item
         if (reason := reason_of(item)) is not None:
             raise reason
-        if item.type is not wanted:
+        if item.type not in (wanted if isinstance(wanted, tuple) else (wanted,)):
             close_all(item.fds)
-            raise ProtocolError(f"the peer sent {item.type.name}, not {wanted.name}")
+            raise ProtocolError(f"the peer sent {item.type.name}, not {names}")
         return item
 
     def post(self, error: FlotillaError) -> None:
@@ -204,9 +278,11 @@ class AgentLink:
         elif name == "lost":
             self.connected = False
             self.post(error_from_wire(arguments.get("error")))
-        elif name == "deliver":
+        elif name == "moved":
+            self.on_moved(arguments)
+        elif name in ("deliver", "handed"):
             try:
-                self._deliver(arguments)
+                self._deliver(arguments) if name == "deliver" else self._take_handed(arguments)
             except (FlotillaError, OSError, ValueError) as error:
                 self.post(ProtocolError(f"a message from the peer is unusable: {describe(error)}"))
 
@@ -226,6 +302,15 @@ class AgentLink:
         self._progress.bytes_transferred += len(arguments["body"])
         self._progress.fds_passed += len(fds)
         self._inbox.append(Delivery(kind, body, fds))
+        self._arrived.set()
+
+    def _take_handed(self, arguments: dict[str, Any]) -> None:
+        assert self._sidecar is not None
+        _, fds = recv_fds(self._sidecar, 16, 1)
+        if len(fds) != 1:
+            raise ProtocolError("the stream did not come with its announcement")
+        self._handed = socket.socket(fileno=fds[0]), bytes(arguments["residue"])
+        self.connected = False  # the agent can deliver nothing any more
         self._arrived.set()
 
     def _ended(self, process: Process) -> None:
@@ -259,6 +344,9 @@ class AgentLink:
         if self._sidecar is not None:
             self._sidecar.close()
             self._sidecar = None
+        if self._handed is not None:
+            self._handed[0].close()
+            self._handed = None
         while self._inbox:
             item = self._inbox.popleft()
             if isinstance(item, Delivery):

@@ -1,4 +1,4 @@
-"""The receiver's listening socket: a name that exists only while it is waited on."""
+"""The receiver's listening socket: a name, or a port, that exists only while it is waited on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,39 @@ import os
 import socket
 import stat
 
-from controller.migration.arguments import MAX_PATH
+from controller.migration.arguments import MAX_PATH, Url
 from shared.errors import ConfigError, HostError
+
+
+def listen(url: Url) -> Listener | TcpListener:
+    """Raises ConfigError that names what is in the way, HostError when the host refuses."""
+    return Listener(url.path) if url.path else TcpListener(url)
+
+
+class TcpListener:
+    """A port. It has no name that a kill could leave behind."""
+
+    path = ""
+
+    def __init__(self, url: Url) -> None:
+        try:
+            found = socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, _, _, _, address = found[0]
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"cannot listen on {url.text}: {reason}", "give an address of this host") from None
+        self.sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            # The port of a migration that has just ended must be free for the next.
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.sock.bind(address)
+            self.sock.listen(1)
+        except OSError as error:
+            self.sock.close()
+            raise HostError(f"cannot listen on {url.text}: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        self.sock.close()
 
 
 class Listener:

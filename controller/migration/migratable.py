@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
+from shared.pages import Bitmap
+
 Parts = list[tuple[int, int, int, int]]  # (gpa, size, offset, slot)
 
 
@@ -45,8 +47,51 @@ class Migratable(Protocol):
     async def destroy(self) -> None: ...
 
 
+class DirtyPages(Protocol):
+    """Which pages are written while they are copied (controller/dirty.py)."""
+
+    async def start(self) -> None: ...
+
+    def mark_all(self, into: Bitmap) -> None: ...
+
+    def harvest(self, into: Bitmap) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class RemoteMigratable(Migratable, Protocol):
+    """What moving to another host takes beside that. At the source all but the last two; at the destination those."""
+
+    @property
+    def ended_itself(self) -> bool:
+        """The guest has switched itself off or reset itself: there is nothing to move any more."""
+
+    def machine_info(self) -> dict[str, Any]:
+        """build_info(), and what the destination compares itself with before it takes a byte."""
+
+    def dirty_pages(self) -> DirtyPages: ...
+
+    async def flush_disks(self) -> None:
+        """What the guest has written is on stable storage, for another host to read. Raises WorkerError."""
+
+    def unlock_disks(self) -> None:
+        """The guest is paused and about to be committed: the destination takes the locks before it starts."""
+
+    def lock_disks(self) -> None:
+        """Raises HostError that names the disk and its holder. At the source after a rollback, at the destination
+        before the start."""
+
+    def drop_caches(self) -> None:
+        """Forget what this host has cached of the disks: the source has written them."""
+
+
 # config_json, parts, ram_fds, disk_fds, tap_fds, info. The descriptors belong to the callee from the call on, also if
 # it raises.
 Build = Callable[
     [dict[str, Any], Parts, list[int], dict[str, int], dict[str, list[int]], dict[str, Any]], Awaitable[Migratable]
 ]
+# config_json, parts, info: RAM's descriptors, one per part, and disks that are open and not locked. Raises
+# MigrationError and ConfigError that name what this host lacks.
+Accept = Callable[[dict[str, Any], Parts, dict[str, Any]], tuple[list[int], dict[str, int]]]

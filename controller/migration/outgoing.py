@@ -14,7 +14,7 @@ from typing import Any
 from controller.config.version import BUILD_VERSION
 from controller.events import EventMonitor
 from controller.fleet import Fleet
-from controller.migration.arguments import require_local, unix_path
+from controller.migration.arguments import unix_path
 from controller.migration.descriptors import pidfd_pid
 from controller.migration.link import AgentLink, Settings
 from controller.migration.migratable import Migratable
@@ -93,13 +93,12 @@ class Outgoing:
             self._cancelled = True
             self._link.cancel()
 
-    async def run(self, url: str, local: bool, **_options: Any) -> None:
+    async def run(self, url: str) -> None:
         """Returns when the destination runs the guest (or has it, paused, if it was paused here).
 
         Raises ConfigError (a URL that won't do; nothing was tried), MigrationError and its children MigrationCancelled
         (the guest is back, its message says in which state) and GuestLost (the destination ran it and died).
         """
-        require_local(url, local)
         path = unix_path(url)
         # In a task of its own: when the requester goes away the migration must still come to a clean end.
         task = self._reactor.spawn(self._run(f"unix:{path}"), "outgoing migration")

@@ -1,18 +1,26 @@
 """Where a migration stands: phases with checked transitions, events, and what `vm.migration-progress` answers.
 
-    send       CONNECTING ▶ BUILDING ▶ PAUSING ▶ SAVING ▶ OFFERED ▶ HANDED_OVER ▶ COMPLETED
+    send       CONNECTING
+      local       ▶ BUILDING ▶ PAUSING ▶ SAVING ▶ OFFERED ▶ HANDED_OVER ▶ COMPLETED
+      remote      ▶ PROPOSING ▶ COPYING ▶ PAUSING ▶ SAVING ▶ FINAL_PASS ▶ PREPARING ▶ COMMITTED ▶ COMPLETED
                     any but the last ──▶ SETTLING ──▶ RESUMING ──▶ FAILED | CANCELLED
                                             └──▶ COMPLETED | LOST
-    receive    LISTENING ▶ GREETING ▶ READY ▶ BUILDING ▶ BUILT ▶ LOADING ▶ CLAIMED ▶ RUNNING ▶ COMPLETED
+                    COMMITTED ──▶ IN_DOUBT ──▶ COMPLETED | SETTLING
+    receive    LISTENING ▶ GREETING ▶ READY
+      local       ▶ BUILDING ▶ BUILT ▶ LOADING ▶ CLAIMED ▶ RUNNING ▶ COMPLETED
+      remote      ▶ CHECKING ▶ BUILDING ▶ BUILT ▶ LOADING ▶ PREPARED ▶ COMMITTED ▶ RUNNING ▶ COMPLETED
                     any but the last ──▶ FAILED | CANCELLED
 
 OFFERED: the word says so, nothing has been sent. HANDED_OVER: the kernel has the whole state. SETTLING: something went
-wrong and the word decides whose the guest is; it lasts while the destination holds the word at CLAIMED.
+wrong and the word decides whose the guest is; it lasts while the destination holds the word at CLAIMED. COPYING: RAM
+moves while the guest runs, round after round. PREPARING: the destination has everything and loads. COMMITTED: it was
+told to go on. IN_DOUBT: and has not answered (controller/migration/commit.py).
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from itertools import pairwise
 from typing import Any, Final
@@ -41,6 +49,14 @@ class Phase(StrEnum):
     LOADING = "loading"
     CLAIMED = "claimed"
     RUNNING = "running"
+    PROPOSING = "proposing"
+    CHECKING = "checking"
+    COPYING = "copying"
+    FINAL_PASS = "final-pass"
+    PREPARING = "preparing"
+    PREPARED = "prepared"
+    COMMITTED = "committed"
+    IN_DOUBT = "in-doubt"
     SETTLING = "settling"
     RESUMING = "resuming"
     COMPLETED = "completed"
@@ -53,26 +69,45 @@ _SEND: Final = (
     *(Phase.IDLE, Phase.CONNECTING, Phase.BUILDING, Phase.PAUSING, Phase.SAVING, Phase.OFFERED),
     *(Phase.HANDED_OVER, Phase.COMPLETED),
 )
+_SEND_REMOTE: Final = (
+    *(Phase.CONNECTING, Phase.PROPOSING, Phase.COPYING, Phase.PAUSING, Phase.SAVING, Phase.FINAL_PASS),
+    *(Phase.PREPARING, Phase.COMMITTED, Phase.COMPLETED),
+)
 _RECEIVE: Final = (
     *(Phase.IDLE, Phase.LISTENING, Phase.GREETING, Phase.READY, Phase.BUILDING, Phase.BUILT, Phase.LOADING),
     *(Phase.CLAIMED, Phase.RUNNING, Phase.COMPLETED),
 )
+_RECEIVE_REMOTE: Final = (
+    *(Phase.READY, Phase.CHECKING, Phase.BUILDING, Phase.BUILT, Phase.LOADING),
+    *(Phase.PREPARED, Phase.COMMITTED, Phase.RUNNING, Phase.COMPLETED),
+)
+Table = dict[Phase, frozenset[Phase]]
 
 
-def _table(path: tuple[Phase, ...], detours: frozenset[Phase]) -> dict[Phase, frozenset[Phase]]:
-    """The straight way, and from each of its phases but the last to the detours."""
-    return {phase: detours | {successor} for phase, successor in pairwise(path)}
+def _table(paths: tuple[tuple[Phase, ...], ...], detours: frozenset[Phase]) -> Table:
+    """The straight ways, and from each of their phases but the last to the detours."""
+    table: Table = {}
+    for phase, successor in (pair for path in paths for pair in pairwise(path)):
+        table[phase] = table.get(phase, frozenset()) | detours | {successor}
+    return table
 
 
-SUCCESSORS: Final[dict[Direction, dict[Phase, frozenset[Phase]]]] = {
-    Direction.SEND: {
-        **_table(_SEND, frozenset({Phase.SETTLING})),
-        # A VM that was paused already needs no pausing.
-        Phase.BUILDING: frozenset({Phase.PAUSING, Phase.SAVING, Phase.SETTLING}),
+def _send() -> Table:
+    table = _table((_SEND, _SEND_REMOTE), frozenset({Phase.SETTLING}))
+    # A VM that was paused already needs no pausing.
+    table[Phase.BUILDING] |= {Phase.SAVING}
+    table[Phase.COPYING] |= {Phase.SAVING}
+    table[Phase.COMMITTED] |= {Phase.IN_DOUBT}
+    return table | {
+        Phase.IN_DOUBT: frozenset({Phase.COMPLETED, Phase.SETTLING}),
         Phase.SETTLING: frozenset({Phase.RESUMING, Phase.COMPLETED, Phase.FAILED, Phase.CANCELLED, Phase.LOST}),
         Phase.RESUMING: frozenset({Phase.FAILED, Phase.CANCELLED}),
-    },
-    Direction.RECEIVE: _table(_RECEIVE, frozenset({Phase.FAILED, Phase.CANCELLED})),
+    }
+
+
+SUCCESSORS: Final[dict[Direction, Table]] = {
+    Direction.SEND: _send(),
+    Direction.RECEIVE: _table((_RECEIVE, _RECEIVE_REMOTE), frozenset({Phase.FAILED, Phase.CANCELLED})),
 }
 ENDED: Final = {
     Phase.IDLE: "none",
@@ -87,6 +122,22 @@ _EVENTS: Final = {
 }
 
 
+@dataclass(slots=True)
+class Transfer:
+    """RAM's way to another host. Pages have 4096 bytes; `remaining_bytes` is what is known to be left."""
+
+    round: int = 0
+    ram_bytes: int = 0
+    pages: int = 0
+    zero_pages: int = 0
+    page_bytes: int = 0  # in the stream, lists included
+    remaining_bytes: int = 0
+    dirty_bytes_per_s: float = 0.0
+    throughput_bytes_per_s: float = 0.0
+    estimated_downtime_ms: float | None = None
+    time_left_s: float | None = None
+
+
 class Progress:
     """The record of one migration. Times in milliseconds."""
 
@@ -98,6 +149,7 @@ class Progress:
         self.downtime_ms: float | None = None
         self.bytes_transferred = 0
         self.fds_passed = 0
+        self.transfer: Transfer | None = None  # of a remote migration
         self._error: FlotillaError | None = None
         self._began = time.monotonic()
         self._total_ms: float | None = None
@@ -126,18 +178,26 @@ class Progress:
         self.to(phase or (Phase.CANCELLED if isinstance(error, MigrationCancelled) else Phase.FAILED))
         self.emit(_EVENTS[self.direction][1])
 
+    def doubt(self, error: FlotillaError) -> None:
+        """The guest is here, paused, and may run there."""
+        self._error = error
+        self.to(Phase.IN_DOUBT)
+        self.emit("migration-in-doubt")
+
     def report(self) -> dict[str, Any]:
         """What the API answers. `error` is a list of messages, outermost first, or None."""
+        transfer = {} if self.transfer is None else asdict(self.transfer)
         return {
-            "state": ENDED.get(self.phase, "ongoing"),
+            "state": "in-doubt" if self.phase is Phase.IN_DOUBT else ENDED.get(self.phase, "ongoing"),
             "phase": str(self.phase),
             "direction": str(self.direction),
-            "bytes_transferred": self.bytes_transferred,
+            "bytes_transferred": self.bytes_transferred + transfer.get("page_bytes", 0),
             "fds_passed": self.fds_passed,
             "downtime_ms": self.downtime_ms,
             "total_ms": elapsed_ms(self._began) if self._total_ms is None else self._total_ms,
             "breakdown": self.breakdown,
             "error": None if self._error is None else chain(self._error),
+            **transfer,
         }
 
 

@@ -67,6 +67,15 @@ def test_migrate_local():
     assert rows["qemu-microvm"]["missing"] or rows["qemu-microvm"]["figures"]["downtime_ms"]["n"] == 1
 
 
+def test_migrate_remote():
+    code, answer, rows = bench("migrate-remote", "--sizes", "256M", "--ways", "unix", "--rates", "50")
+    assert code == 0 and answer["bench"] == "migrate-remote"
+    own = rows["flotilla"]
+    has_figures(own, "downtime_ms", "guest_gap_ms", "total_ms", "mb_per_s", "wire_mb", "wire_per_ram", "rounds")
+    assert own["figures"]["wire_mb"]["min"] > 128  # half of RAM is filled
+    assert rows["qemu-microvm"]["missing"] or rows["qemu-microvm"]["figures"]["wire_mb"]["n"] == 1
+
+
 def test_peer_that_cannot_run_is_reported_with_the_reason(tmp_path):
     broken = tmp_path / "cloud-hypervisor"
     broken.write_text("#!/bin/sh\necho not today >&2; exit 3\n")

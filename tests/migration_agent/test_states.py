@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 
-from migration_agent.states import FINAL, TRANSITIONS, Event, Machine, Role, State, event_of
+from migration_agent.states import LAST, TRANSITIONS, Event, Machine, Role, State, event_of
 from shared.errors import ProtocolError
-from shared.handover import Message
+from shared.handover import AGENTS_ONLY, Message
 
 STRAIGHT = {
     Role.SOURCE: [
@@ -22,6 +22,18 @@ STRAIGHT = {
         (Event.STARTED_SENT, State.FINISHED),
     ],
 }  # fmt: skip
+REMOTE = {
+    Role.SOURCE: [
+        *STRAIGHT[Role.SOURCE][:3], (Event.MACHINE_SENT, State.PROPOSED), (Event.ACCEPTED_RECEIVED, State.COPYING),
+        (Event.BUILT_RECEIVED, State.ROUNDS), (Event.STATE_SENT, State.FINAL), (Event.END_OF_RAM_SENT, State.HANDED),
+    ],
+    Role.DESTINATION: [
+        *STRAIGHT[Role.DESTINATION][:3], (Event.MACHINE_RECEIVED, State.PROPOSED),
+        (Event.ACCEPTED_SENT, State.COPYING), (Event.BUILT_SENT, State.ROUNDS), (Event.STATE_RECEIVED, State.FINAL),
+        (Event.END_OF_RAM_RECEIVED, State.HANDED),
+    ],
+}  # fmt: skip
+COMMIT = (Message.PREPARED, Message.COMMIT)  # over the stream that the agents have handed over
 
 
 def machine(role: Role) -> tuple[Machine, list[tuple[State, Event, State]]]:
@@ -31,14 +43,15 @@ def machine(role: Role) -> tuple[Machine, list[tuple[State, Event, State]]]:
     return made, seen
 
 
+@pytest.mark.parametrize("way", [STRAIGHT, REMOTE], ids=["local", "remote"])
 @pytest.mark.parametrize("role", Role)
-def test_the_straight_way_and_one_event_per_transition(role):
+def test_the_straight_way_and_one_event_per_transition(role, way):
     made, seen = machine(role)
-    for event, state in STRAIGHT[role]:
+    for event, state in way[role]:
         made.to(event)
         assert made.state is state
     assert made.over
-    assert [event for _, event, _ in seen] == [event for event, _ in STRAIGHT[role]]
+    assert [event for _, event, _ in seen] == [event for event, _ in way[role]]
     assert all(after is before for (_, _, after), (before, _, _) in itertools.pairwise(seen))
 
 
@@ -47,8 +60,8 @@ def test_every_state_but_the_final_ones_can_fail_and_final_ones_are_final(role):
     table = TRANSITIONS[role]
     for state in State:
         leaves = [event for before, event in table if before is state]
-        assert (Event.FAILED in leaves) == (state not in FINAL)
-        assert bool(leaves) == (state not in FINAL)
+        assert (Event.FAILED in leaves) == (state not in LAST)
+        assert bool(leaves) == (state not in LAST)
 
 
 @pytest.mark.parametrize("role", Role)
@@ -65,7 +78,7 @@ def test_everything_without_a_row_is_refused_and_changes_nothing(role):
 
 def test_each_message_goes_one_way_only():
     for message in Message:
-        if message is Message.HEARTBEAT:
+        if message in AGENTS_ONLY or message in COMMIT:
             with pytest.raises(ProtocolError):
                 event_of(message, sent=True)
             continue
@@ -80,3 +93,17 @@ def test_each_message_goes_one_way_only():
             if any(event is event_of(message, sent=False) for _, event in TRANSITIONS[role])
         ]
         assert len(senders) == len(receivers) == 1 and senders != receivers
+
+
+@pytest.mark.parametrize("role", Role)
+def test_pages_may_come_from_accepted_to_the_end_of_ram_only(role):
+    made, _ = machine(role)
+    allowed = []
+    for event, state in REMOTE[role]:
+        made.to(event)
+        try:
+            made.check_pages(Message.PAGES)
+            allowed.append(state)
+        except ProtocolError:
+            pass
+    assert allowed == [State.COPYING, State.ROUNDS, State.FINAL]

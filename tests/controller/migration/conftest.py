@@ -30,6 +30,7 @@ class Remote:
     """The test's end of one controller."""
 
     def __init__(self, lab: Lab) -> None:
+        self._lab = lab
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._runtime = tempfile.mkdtemp(prefix="m.", dir=lab.folder)
         self.pid = fork_controller(theirs, self._runtime)
@@ -39,6 +40,11 @@ class Remote:
         self.events: list[str] = []
         self.phases: list[str] = []
         self.paths: list[tuple[str, bool]] = []
+
+    def receive_remote(self, url: str, **faults: Any) -> None:
+        """The same from another host."""
+        lab = self._lab
+        self.receive(url, ram=lab.ram_fd, pulse=lab.pulse, disk=lab.disk, **faults)
 
     def do(self, what: str, **arguments: Any) -> None:
         self._line.send(json.dumps({"do": what, **arguments}).encode())
@@ -121,6 +127,8 @@ class Lab:
         self.pulse = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.ram = Ram(self.ram_fd)
         self.url = f"unix:{folder}/sock"
+        self.disk = str(folder / "disk")
+        Path(self.disk).write_bytes(bytes(512))
         self._remotes: list[Remote] = []
 
     def controller(self) -> Remote:
@@ -134,6 +142,17 @@ class Lab:
         remote.call("boot", ram=self.ram_fd, pulse=self.pulse)
         self.runs_on(remote)
         return remote
+
+    def remote_source(self) -> Remote:
+        """A controller whose guest runs and can be copied to another host."""
+        remote = self.controller()
+        remote.call("boot", ram=self.ram_fd, pulse=self.pulse, disk=self.disk)
+        self.runs_on(remote)
+        return remote
+
+    def pass_time(self, seconds: float) -> None:
+        """Not a wait for anything: a clock is what is tested."""
+        select.select([], [], [], seconds)
 
     def beats(self) -> bool:
         """Whether the guest runs, somewhere; waits for it."""
@@ -165,6 +184,14 @@ class Lab:
     def migrate(self, source: Remote, destination: Remote, **faults: Any) -> None:
         """One that must work."""
         destination.receive(self.url)
+        report = source.call("send", url=self.url, **faults)
+        assert report["error"] is None, report["error"]
+        assert destination.done("receive")["error"] is None
+        self.runs_on(destination)
+
+    def copy(self, source: Remote, destination: Remote, **faults: Any) -> None:
+        """One to another host that must work."""
+        destination.receive_remote(self.url)
         report = source.call("send", url=self.url, **faults)
         assert report["error"] is None, report["error"]
         assert destination.done("receive")["error"] is None

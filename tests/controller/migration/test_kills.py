@@ -134,7 +134,8 @@ def test_cancelled_by_the_source(lab, phase):
         destination.do("cancel")  # it may not have seen anybody
     received = outcome(destination, "receive")
     if sent["error"] is None:
-        assert phase == "handed-over" and received["error"] is None  # too late
+        # Too late: the destination may have claimed it by the time that the source looks at the word.
+        assert phase in ("offered", "handed-over") and received["error"] is None
         lab.runs_on(destination)
     else:
         assert sent["kind"] == "MigrationCancelled" and sent["progress"]["state"] == "cancelled"

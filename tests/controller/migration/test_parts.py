@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from controller.events import EventMonitor
 from controller.migration import codec
-from controller.migration.arguments import SendArguments, parse_receive, parse_send, require_local, unix_path
+from controller.migration.arguments import (
+    Bounds,
+    SendArguments,
+    Strategy,
+    parse_receive,
+    parse_resolve,
+    parse_send,
+    parse_url,
+    unix_path,
+)  # fmt: skip
 from controller.migration.descriptors import check_eventfd, check_ram, pidfd_pid
 from controller.migration.listener import Listener
 from controller.migration.ownership import Action, Owner, Ownership, source_action
@@ -209,7 +218,10 @@ def test_bodies_of_both_requests():
     assert parse_receive({"receiver_url": "unix:/a"}) == "unix:/a"
     assert parse_send({"destination_url": "unix:/a"}) == SendArguments("unix:/a", False)
     given_all = {"destination_url": "unix:/a", "local": True, "timeout_s": 5, "connections": 1, "tls_dir": None}
-    assert parse_send(given_all) == SendArguments("unix:/a", True, {"timeout_s": 5})
+    assert parse_send(given_all) == SendArguments("unix:/a", True, Bounds(timeout_s=5))
+    bounded = {"destination_url": "tcp:h:1", "downtime_ms": 20, "timeout_s": 7, "timeout_strategy": "Ignore"}
+    assert parse_send(bounded) == SendArguments("tcp:h:1", False, Bounds(20, 7, Strategy.IGNORE))
+    assert parse_resolve({"guest": "here"}) and not parse_resolve({"guest": "there"})
 
 
 @pytest.mark.parametrize(
@@ -220,6 +232,10 @@ def test_bodies_of_both_requests():
         ({"destination_url": 5}, "destination_url is missing"),
         ({"destination_url": "unix:/a", "local": "on"}, "local is not a boolean"),
         ({"destination_url": "unix:/a", "loacl": True}, "unknown field loacl"),
+        ({"destination_url": "unix:/a", "downtime_ms": 0}, "downtime_ms is not a whole number"),
+        ({"destination_url": "unix:/a", "timeout_s": "5"}, "timeout_s is not a whole number"),
+        ({"destination_url": "unix:/a", "timeout_s": True}, "timeout_s is not a whole number"),
+        ({"destination_url": "unix:/a", "timeout_strategy": "retry"}, "timeout_strategy is neither"),
         ({"destination_url": "unix:/a", "connections": 4}, "connections is not available yet"),
         ({"destination_url": "unix:/a", "memory_mode": "postcopy"}, "memory_mode is not available yet"),
         ({"destination_url": "unix:/a", "tls_dir": "/tls"}, "tls_dir is not available yet"),
@@ -230,17 +246,31 @@ def test_bad_bodies_are_named(body, complaint):
         parse_send(body)
 
 
-@pytest.mark.parametrize("url", ["", "unix:", "/tmp/x", "file:/x", "unix:/a\0b", "unix:/" + "x" * 107])
+BAD_URLS = ["", "unix:", "/tmp/x", "file:/x", "unix:/a\0b", "unix:/" + "x" * 107]
+BAD_URLS += ["tcp:", "tcp:h", "tcp:h:", "tcp::1", "tcp:h:0", "tcp:h:65536", "tcp:h:-1", "tcp:h:1x"]
+
+
+@pytest.mark.parametrize("url", BAD_URLS)
 def test_bad_urls_are_refused(url):
     with pytest.raises(ConfigError, match="URL"):
-        unix_path(url)
+        parse_url(url)
 
 
-def test_remote_migration_is_refused_by_name():
-    with pytest.raises(ConfigError, match="tcp:h:1: remote migration is not available yet"):
+def test_urls_of_both_kinds():
+    assert parse_url("unix:/a").path == "/a"
+    tcp = parse_url("tcp:[::1]:80")
+    assert (tcp.host, tcp.port, tcp.path) == ("::1", 80, "")
+
+
+def test_local_migration_needs_a_unix_socket():
+    with pytest.raises(ConfigError, match="tcp:h:1: a local migration needs unix:<path>"):
         unix_path("tcp:h:1")
-    with pytest.raises(ConfigError, match="remote migration is not available yet"):
-        require_local("unix:/a", False)
+
+
+@pytest.mark.parametrize("body", [None, {}, {"guest": "nowhere"}, {"guest": "here", "sure": True}])
+def test_a_resolution_says_here_or_there(body):
+    with pytest.raises(ConfigError, match=r"vm.migration-resolve"):
+        parse_resolve(body)
 
 
 # Progress

@@ -1,11 +1,12 @@
 """A controller with a toy VM: real reactor, fleet, zygote, agents and migration; only the guest is small.
 
 The test forks it and talks to it in JSON over a SOCK_SEQPACKET pair. Commands: {"boot"}, {"send", "url", …faults},
-{"receive", "url", …faults}, {"cancel"}, {"resume"}, {"quit"}. It reports every event of the monitor and, at the
+{"receive", "url", …faults}, {"cancel"}, {"resolve"}, {"resume"}, {"quit"}. With `remote` a send copies the guest's RAM
+(ToyRemote) as to another host. It reports every event of the monitor and, at the
 end of a command, {"done": command, "error": [chain] | null, …}.
 
-Faults of one command, each at a phase: kill_at, stop_at (this controller), cancel_at, kill_runner_at; `agent` (for the
-agent, see migration_agent/agent.py); `fail`: the VM's step that raises; `settings`: deadlines.
+Faults of one command, each at a phase: kill_at, stop_at (this controller), cancel_at, kill_runner_at, kill_agent_at;
+`agent` (for the agent, see migration_agent/agent.py); `fail`: the VM's step that raises; `settings`: deadlines.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from typing import Any
 from controller import zygote
 from controller.events import EventMonitor
 from controller.fleet import Fleet, Process, WorkerSpec
+from controller.locks import try_lock, unlock
+from controller.migration.arguments import Bounds
+from controller.migration.departure import Departure
 from controller.migration.incoming import Incoming
 from controller.migration.link import Settings
-from controller.migration.outgoing import Outgoing
+from controller.migration.outgoing import Fate, Outgoing
 from controller.spawn import Zygote
 from shared import control
-from shared.errors import FlotillaError, StateError, WorkerLost, chain
-from shared.linux import die_with_parent
+from shared.errors import FlotillaError, HostError, StateError, WorkerLost, chain
+from shared.linux import die_with_parent, memfd
+from shared.pages import Bitmap
 from shared.reactor import Lock, Reactor
-from tests.controller.migration.toy_runner import PAGE, Ram
+from tests.controller.migration.toy_runner import GUEST_SIZE, PAGE, GuestRam, Ram
 
 Faults = dict[str, Any]
 
@@ -138,6 +143,71 @@ class ToyVm:
                 os.close(fd)
 
 
+class ToyDirty:
+    """The toy's runner keeps no log: every page may have been written at any time."""
+
+    def __init__(self, vm: ToyRemote) -> None:
+        self._vm = vm
+
+    async def start(self) -> None:
+        self._vm._fail("log")
+
+    def mark_all(self, into: Bitmap) -> None:
+        into.set(0, GUEST_SIZE)
+
+    def harvest(self, into: Bitmap) -> None:
+        into.set(0, GUEST_SIZE)
+
+    async def stop(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class ToyRemote(ToyVm):
+    """Has RAM of its own beside the page that tells two runners apart, and a disk with a lock."""
+
+    def __init__(self, fleet: Fleet, witness: int, pulse_fd: int, guest: int, disk: int, faults: Faults) -> None:
+        super().__init__(fleet, witness, pulse_fd, faults)
+        self._fds |= {"guest": guest, "disk": disk}
+        self._guest = GuestRam(guest)
+
+    ended_itself = False
+
+    def memory_parts(self) -> tuple[list[tuple[int, int, int, int]], list[int]]:
+        return [(0, GUEST_SIZE, 0, 0)], [self._fds["guest"]]
+
+    def machine_info(self) -> dict[str, Any]:
+        return self.build_info()
+
+    def dirty_pages(self) -> ToyDirty:
+        return ToyDirty(self)
+
+    async def flush_disks(self) -> None:
+        self._fail("flush")
+
+    def unlock_disks(self) -> None:
+        unlock(self._fds["disk"])
+
+    def lock_disks(self) -> None:
+        self._fail("lock")
+        if not try_lock(self._fds["disk"], exclusive=True):
+            raise HostError("the toy's disk is locked by somebody else")
+
+    def drop_caches(self) -> None:
+        pass
+
+    async def save(self) -> dict[str, Any]:
+        return await super().save() | {"guest": self._guest.count}
+
+    async def start_loaded(self) -> None:
+        assert self._saved is not None
+        if self._guest.count != self._saved["guest"] or not self._guest.whole:
+            self._ram.violate()  # RAM is not what it was when the state was saved
+        await super().start_loaded()
+
+
 class ForkedZygote(Zygote):
     """The real zygote, forked instead of exec'd: the test has paid for its imports already."""
 
@@ -172,7 +242,7 @@ class Controller:
         self.fleet = Fleet(self.reactor, self._zygote, runtime)
         self.vm: ToyVm | None = None
         self._new: ToyVm | None = None  # at a destination, while it is built
-        self._migration: Outgoing | Incoming | None = None
+        self._migration: Outgoing | Departure | Incoming | None = None
         self._faults: Faults = {}
         self._paths: set[str] = set()
         self.reactor.add_reader(line.fileno(), self._command)
@@ -189,6 +259,10 @@ class Controller:
             os.kill(os.getpid(), signal.SIGKILL)
         if self._faults.get("stop_at") == phase:
             os.kill(os.getpid(), signal.SIGSTOP)
+        if self._faults.get("kill_agent_at") == phase:
+            for process in self.fleet.processes:
+                if process.kind == "migration_agent":
+                    os.kill(process.pid, signal.SIGKILL)
         if self._faults.get("kill_runner_at") == phase and (vm := self.vm or self._new):
             vm.kill_runner()
         if self._faults.get("cancel_at") == phase and self._migration is not None:
@@ -223,7 +297,13 @@ class Controller:
         )
 
     async def boot(self, arguments: dict[str, Any]) -> None:
-        self.vm = ToyVm(self.fleet, os.dup(arguments["ram"]), os.dup(arguments["pulse"]), {})
+        witness, pulse = os.dup(arguments["ram"]), os.dup(arguments["pulse"])
+        if disk := arguments.get("disk"):
+            vm = ToyRemote(self.fleet, witness, pulse, memfd("guest", GUEST_SIZE), os.open(disk, os.O_RDWR), {})
+            vm.lock_disks()
+            self.vm = vm
+        else:
+            self.vm = ToyVm(self.fleet, witness, pulse, {})
         self.vm.reactor = self.reactor
         await self.vm._go()
 
@@ -235,17 +315,41 @@ class Controller:
         paused = bool(faults.get("paused"))
         if paused:
             await vm.pause()
+        if isinstance(vm, ToyRemote):
+            return await self._depart(vm, faults, settings, paused)
         outgoing = Outgoing(self.reactor, self.fleet, self.events, vm, was_running=not paused, settings=settings)
         self._migration = outgoing
-        await outgoing.run(faults["url"], faults.get("local", True))
+        await outgoing.run(faults["url"])
         self.vm = None
         await vm.destroy()
         return {"fate": str(outgoing.fate)}
 
+    async def _depart(self, vm: ToyRemote, faults: Faults, settings: Settings, paused: bool) -> dict[str, Any]:
+        departure = Departure(self.reactor, self.fleet, self.events, vm, was_running=not paused, settings=settings)
+        self._migration = departure
+        departure.on_resolved = lambda: self.say(event="resolved", fate=str(departure.fate))
+        bounds = Bounds(**faults.get("bounds", {}))
+        try:
+            await departure.run(faults["url"], bounds)
+        finally:
+            if departure.fate is not Fate.HERE:
+                self.vm = None
+                await vm.destroy()
+        return {"fate": str(departure.fate)}
+
+    async def resolve(self, arguments: Faults) -> None:
+        assert isinstance(self._migration, Departure)
+        await self._migration.resolve(arguments["here"])
+        if self._migration.fate is not Fate.HERE and self.vm is not None:
+            vm, self.vm = self.vm, None
+            await vm.destroy()
+
     async def receive(self, faults: Faults) -> None:
         self._faults = faults
         settings = Settings(fault=faults.get("agent", ""), **faults.get("settings", {}))
-        incoming = Incoming(self.reactor, self.fleet, self.events, self._build, self._path, settings=settings)
+        incoming = Incoming(
+            self.reactor, self.fleet, self.events, self._build, self._accept, self._path, settings=settings
+        )
         self._migration = incoming
         try:
             await incoming.run(faults["url"])
@@ -265,6 +369,8 @@ class Controller:
         taps: dict[str, list[int]],
         info: dict[str, Any],
     ) -> ToyVm:
+        if "disk" in disks:
+            return await self._build_remote(ram[0], disks["disk"])
         assert config == {"payload": {"kernel": "toy"}} and info == {"cpuid": [[1, 2, 3]], "blob": b"\0\xff"}
         assert parts == [(0, PAGE, 0, 0)] and list(disks) == ["_pulse0"] and list(taps) == ["_net1"]
         for fd in taps["_net1"]:
@@ -276,6 +382,24 @@ class Controller:
                 os.close(fd)
             raise StateError("the toy can't build", "that was the plan") from FlotillaError("for a reason below")
         self._new = vm = ToyVm(self.fleet, ram[0], disks["_pulse0"], self._faults)
+        vm.reactor = self.reactor
+        await vm.runner()
+        return vm
+
+    def _accept(self, config: Any, parts: Any, info: Any) -> tuple[list[int], dict[str, int]]:
+        assert config == {"payload": {"kernel": "toy"}} and info == {"cpuid": [[1, 2, 3]], "blob": b"\0\xff"}
+        assert parts == [(0, GUEST_SIZE, 0, 0)]
+        if self._faults.get("fail") == "accept":
+            raise StateError("the toy can't accept", "that was the plan")
+        return [memfd("guest", GUEST_SIZE)], {"disk": os.open(self._faults["disk"], os.O_RDWR)}
+
+    async def _build_remote(self, guest: int, disk: int) -> ToyRemote:
+        if self._faults.get("fail") == "build":
+            os.close(guest)
+            os.close(disk)
+            raise StateError("the toy can't build", "that was the plan")
+        witness, pulse = os.dup(self._faults["ram"]), os.dup(self._faults["pulse"])
+        self._new = vm = ToyRemote(self.fleet, witness, pulse, guest, disk, self._faults)
         vm.reactor = self.reactor
         await vm.runner()
         return vm

@@ -1,6 +1,9 @@
 """The toy guest's one vCPU: a worker that counts in shared memory and proves that nobody else does so at the same time.
 
     RAM page   u32 owner (pid of the runner, 0: paused)   u32 violations   u64 count
+
+A toy that moves to another host has that page as a witness, which all hosts see, and RAM of its own: at each tick the
+next page's first word becomes the count, which is in the first page, too.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from shared.reactor import Reactor, Timer
 from shared.worker import Start, serve
 
 PAGE = 4096
+GUEST_SIZE = 256 * PAGE
 OWNER, VIOLATIONS, COUNT = 0, 4, 8
 TICK = 0.001
 
@@ -66,11 +70,38 @@ class Ram:
         self._count.value += 1
 
 
+class GuestRam:
+    """What a remote migration copies."""
+
+    def __init__(self, fd: int) -> None:
+        self.address = mmap_fd(fd, GUEST_SIZE)
+
+    def _word(self, page: int) -> ctypes.c_uint64:
+        return ctypes.c_uint64.from_address(self.address + page * PAGE)
+
+    @property
+    def count(self) -> int:
+        return self._word(0).value
+
+    @property
+    def whole(self) -> bool:
+        """Whether every page holds what the ticks so far have left there."""
+        count, pages = self.count, GUEST_SIZE // PAGE - 1
+        last = {n % pages: n for n in range(max(1, count - pages + 1), count + 1)}
+        return all(self._word(1 + page).value == n for page, n in last.items())
+
+    def tick(self) -> None:
+        count = self.count + 1
+        self._word(1 + count % (GUEST_SIZE // PAGE - 1)).value = count
+        self._word(0).value = count
+
+
 class Runner:
     kind = "toy_runner"
     version = 1
 
-    def __init__(self, reactor: Reactor, ram: Ram, pulse: int) -> None:
+    def __init__(self, reactor: Reactor, ram: Ram, pulse: int, guest: GuestRam | None) -> None:
+        self._guest = guest
         self._reactor = reactor
         self._ram = ram
         self._pulse = pulse
@@ -96,6 +127,8 @@ class Runner:
 
     def _tick(self) -> None:
         self._ram.tick()
+        if self._guest is not None:
+            self._guest.tick()
         os.eventfd_write(self._pulse, 1)
         self._timer = self._reactor.call_later(TICK, self._tick)
 
@@ -111,4 +144,5 @@ class Runner:
 
 def main(start: Start) -> int:
     reactor = Reactor()
-    return serve(start, Runner(reactor, Ram(start.fds["ram"]), start.fds["pulse"]), reactor)
+    guest = GuestRam(start.fds["guest"]) if "guest" in start.fds else None
+    return serve(start, Runner(reactor, Ram(start.fds["ram"]), start.fds["pulse"], guest), reactor)

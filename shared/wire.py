@@ -7,7 +7,8 @@
 Hypervisor's stream begins with the bytes 01 00, so that one look at the first byte tells the two protocols apart.
 
 The decoder trusts nothing: it says how many bytes it can use next (`wants`), so that descriptors always belong to the
-part that is being read, and it allocates a body only as that arrives and only after its length was checked.
+part that is being read, and it allocates a body only as that arrives and only after its length was checked. Of a PAGES
+frame it reads the list (an item PageList); the pages themselves are its caller's to read, straight into RAM.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 
 from shared.errors import ProtocolError
 from shared.handover import LIMITS, Message
+from shared.pages import COUNTS, runs_size
 
 MAGIC = b"FLOTILLA"
 VERSION = 1
@@ -49,6 +51,18 @@ class Frame:
     fds: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class PageList:
+    """Head of a PAGES frame whose body has `length` bytes; the pages follow in the stream."""
+
+    counts: bytes
+    runs: bytes
+    length: int
+
+
+Item = Hello | Frame | PageList
+
+
 def encode_hello(version: int = VERSION) -> bytes:
     return HELLO.pack(MAGIC, version)
 
@@ -77,19 +91,40 @@ def _foreign(first: bytes) -> ProtocolError:
 
 
 class Decoder:
-    """Bytes in, one Hello and then Frames out. Raises ProtocolError; after that it is of no use but close()."""
+    """Bytes in, one Hello and then Frames and PageLists out. Raises ProtocolError; after that it is of no use but
+    close()."""
 
     def __init__(self) -> None:
         self._greeted = False
         self._header: tuple[Message, int, int] | None = None
+        self._list_size = 0  # of a PAGES frame: the part of its body that is read here
         self._buffer = bytearray()
         self._fds: list[int] = []
+
+    @classmethod
+    def resumed(cls, residue: bytes) -> Decoder:
+        """One that goes on behind the hello where another one has left off, with what that had of a frame."""
+        made = cls()
+        made._greeted = True
+        for start in range(len(residue)):
+            if made.feed(residue[start : start + 1]) is not None:
+                raise ProtocolError("a whole message was left over")
+        return made
+
+    def residue(self) -> bytes:
+        """What is here of a frame that has not come whole."""
+        if self._header is None:
+            return bytes(self._buffer)
+        kind, fds, length = self._header
+        return HEADER.pack(kind, fds, length) + bytes(self._buffer)
 
     @property
     def _target(self) -> int:
         if not self._greeted:
             return HELLO.size
-        return HEADER.size if self._header is None else self._header[2]
+        if self._header is None:
+            return HEADER.size
+        return self._list_size or self._header[2]
 
     @property
     def wants(self) -> int:
@@ -101,7 +136,7 @@ class Decoder:
         """Between two frames: an end of the stream cuts nothing."""
         return self._greeted and self._header is None and not self._buffer
 
-    def feed(self, data: bytes, fds: Sequence[int] = ()) -> Hello | Frame | None:
+    def feed(self, data: bytes, fds: Sequence[int] = ()) -> Item | None:
         """The item that `data` (at most `wants` bytes) completes. The descriptors become the decoder's."""
         self._fds += fds
         self._buffer += data
@@ -115,11 +150,30 @@ class Decoder:
         elif fds:
             raise ProtocolError(f"{len(fds)} file descriptors in the middle of a message")
         kind, _, length = self._header
+        if kind is Message.PAGES:
+            return self._page_list(length)
         if len(self._buffer) < length:
             return None
         frame = Frame(kind, bytes(self._buffer), self._fds)
         self._header, self._buffer, self._fds = None, bytearray(), []
         return frame
+
+    def _page_list(self, length: int) -> PageList | None:
+        if not self._list_size:
+            if length < COUNTS.size:
+                raise ProtocolError(f"PAGES of {length} bytes")
+            self._list_size = COUNTS.size
+        if len(self._buffer) < self._list_size:
+            return None
+        counts = bytes(self._buffer[: COUNTS.size])
+        self._list_size = COUNTS.size + runs_size(counts)
+        if self._list_size > length:
+            raise ProtocolError(f"PAGES of {length} bytes with a list of {self._list_size}")
+        if len(self._buffer) < self._list_size:
+            return None
+        item = PageList(counts, bytes(self._buffer[COUNTS.size :]), length)
+        self._header, self._buffer, self._list_size = None, bytearray(), 0
+        return item
 
     def _hello(self) -> Hello | None:
         # Byte by byte: a stranger is told at its first wrong byte, not after a deadline.

@@ -1,0 +1,88 @@
+"""A line on a terminal that says how far a migration is; on anything but a terminal, nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, TextIO
+
+from ch_remote.http import Connection
+from ch_remote.verbs import VERBS
+from shared.errors import FlotillaError
+
+TICK_SECONDS = 0.25
+_CELLS = 20
+_CLEAR = "\r\033[K"
+
+
+def line(progress: dict[str, Any], width: int = 80) -> str:
+    """One line of at most `width` characters from an answer of vm.migration-progress."""
+    phase = str(progress.get("phase", progress.get("state", "")))
+    total, left = _number(progress, "ram_bytes"), _number(progress, "remaining_bytes")
+    words = [phase]
+    if total and progress.get("direction") == "send" and phase == "copying":
+        done = max(0.0, min(1.0, 1 - left / total))
+        full = round(done * _CELLS)
+        words = [f"[{'#' * full}{'.' * (_CELLS - full)}] {done:4.0%}", f"round {_number(progress, 'round'):.0f}"]
+        words.append(f"{_size(_number(progress, 'throughput_bytes_per_s'))}/s")
+        words.append(f"dirty {_size(_number(progress, 'dirty_bytes_per_s'))}/s")
+        if isinstance(progress.get("estimated_downtime_ms"), (int, float)):
+            words.append(f"pause ~{progress['estimated_downtime_ms']:.0f} ms")
+        if isinstance(progress.get("time_left_s"), (int, float)):
+            words.append(f"{progress['time_left_s']:.0f} s left")
+    elif total:
+        words.append(f"{_size(_number(progress, 'page_bytes'))} of RAM moved")
+    return "  ".join(words)[: width - 1]
+
+
+def _number(progress: dict[str, Any], key: str) -> float:
+    value = progress.get(key)
+    return float(value) if isinstance(value, (int, float)) else 0.0
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+class Bar:
+    """Asks the VMM at `path` and draws at each tick(); clear() leaves an empty line."""
+
+    def __init__(self, path: str, stream: TextIO | None = None) -> None:
+        self._path = path
+        self._stream = sys.stderr if stream is None else stream
+        self._drawn = False
+        self.visible = self._stream.isatty()
+
+    def tick(self) -> None:
+        """Never raises: a VMM that has other worries is asked again at the next tick."""
+        import json
+
+        verb = VERBS["migration-progress"]
+        try:
+            with Connection(self._path) as connection:
+                progress = json.loads(connection.request(verb.method, verb.target).body)
+        except (FlotillaError, OSError, ValueError, RecursionError):
+            return
+        if isinstance(progress, dict):
+            self.draw(progress)
+
+    def draw(self, progress: dict[str, Any]) -> None:
+        self._stream.write(_CLEAR + line(progress, self._width()))
+        self._stream.flush()
+        self._drawn = True
+
+    def _width(self) -> int:
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or 80
+        except (OSError, ValueError):
+            return 80
+
+    def clear(self) -> None:
+        if self._drawn:
+            self._stream.write(_CLEAR)
+            self._stream.flush()
+            self._drawn = False

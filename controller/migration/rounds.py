@@ -1,0 +1,90 @@
+"""When to stop copying and pause: the arithmetic of precopy, without I/O.
+
+A round sends what the one before has left dirty. Pausing now would cost
+
+    downtime = what is dirty / throughput + fixed        fixed: pause, state, two turns of the network, load, start
+
+and the guest is paused once that is within the bound, and the last round has not made it much smaller any more: another
+round of a few milliseconds that halves the downtime is worth it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from controller.migration.arguments import Bounds, Strategy
+from shared.pages import PAGE_SIZE
+
+# Pause, save, load and start together on a development machine, in milliseconds, until this guest's own are known.
+FIXED_MS = 40.0
+TURNS = 3  # of the network within the downtime: END_OF_RAM, PREPARED and COMMIT, STARTED
+SHRINKS = 0.7  # a round that leaves less than this share of what it found is worth another one
+SMALL_MS = 5.0  # of copying: not worth a round
+ENOUGH_BYTES = 1 << 20  # a round of less says nothing about throughput
+GUESS = 100e6  # bytes per second, before the first round that says something
+
+
+class Next(StrEnum):
+    ROUND = "another round"
+    PAUSE = "pause"
+    GIVE_UP = "give up"
+
+
+@dataclass(slots=True)
+class Rounds:
+    """Fed after each round, asked before the next. Bytes and seconds."""
+
+    bounds: Bounds
+    fixed_ms: float = FIXED_MS
+    turn_s: float = 0.0  # the network's shortest turn so far
+    throughput: float = GUESS
+    dirty_rate: float = 0.0
+    number: int = 0
+    remaining: int = 0
+    _before: int = 0
+
+    def sent(self, count: int, seconds: float, turn_s: float) -> None:
+        """A round of `count` bytes of the stream, the last of which took a turn of the network to be confirmed."""
+        self.number += 1
+        self.turn_s = min(turn_s, self.turn_s) if self.turn_s else turn_s
+        if count >= ENOUGH_BYTES:
+            self.throughput = count / max(1e-6, seconds)
+
+    def found(self, pages: int, seconds: float) -> None:
+        """So many pages are dirty `seconds` after the last look."""
+        self._before, self.remaining = self.remaining, pages * PAGE_SIZE
+        if seconds > 0:
+            self.dirty_rate = self.remaining / seconds
+
+    @property
+    def copy_ms(self) -> float:
+        return self.remaining / self.throughput * 1e3
+
+    @property
+    def downtime_ms(self) -> float:
+        """If the guest were paused now."""
+        return self.copy_ms + self.fixed_ms + TURNS * self.turn_s * 1e3
+
+    @property
+    def converges(self) -> bool:
+        return self.dirty_rate < self.throughput
+
+    @property
+    def time_left_s(self) -> float | None:
+        """Until the guest runs there; None when it does not look like that. A geometric series of rounds."""
+        share = self.dirty_rate / self.throughput
+        if share >= 1:
+            return None
+        return self.remaining / self.throughput / (1 - share) + self.downtime_ms / 1e3
+
+    def next(self, elapsed_s: float, built: bool) -> Next:
+        """`built`: the destination is ready. Nothing is paused before."""
+        if elapsed_s >= self.bounds.timeout_s:
+            if self.bounds.strategy is Strategy.CANCEL:
+                return Next.GIVE_UP
+            return Next.PAUSE if built else Next.ROUND
+        if not built or self.downtime_ms > self.bounds.downtime_ms:
+            return Next.ROUND
+        shrinks = self.number < 2 or self.remaining < SHRINKS * self._before
+        return Next.ROUND if shrinks and self.copy_ms > SMALL_MS else Next.PAUSE

@@ -1,0 +1,47 @@
+"""ch_remote.bar: what the line says, and that only a terminal sees it."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from ch_remote.bar import Bar, line
+
+COPYING = {
+    "direction": "send", "phase": "copying", "round": 3, "ram_bytes": 1 << 30, "remaining_bytes": 1 << 28,
+    "throughput_bytes_per_s": 1.5 * (1 << 30), "dirty_bytes_per_s": 50 << 20, "estimated_downtime_ms": 61.4,
+    "time_left_s": 2.2,
+}  # fmt: skip
+
+
+def test_a_round_shows_share_rates_and_estimates():
+    assert line(COPYING, 200) == (
+        "[###############.....]  75%  round 3  1.5 GiB/s  dirty 50 MiB/s  pause ~61 ms  2 s left"
+    )
+
+
+@pytest.mark.parametrize(
+    ("progress", "text"),
+    [
+        ({"state": "none"}, "none"),
+        ({"phase": "listening", "direction": "receive"}, "listening"),
+        ({"phase": "built", "ram_bytes": 1, "page_bytes": 3 << 20}, "built  3 MiB of RAM moved"),
+        ({"phase": "copying", "direction": "send", "ram_bytes": "?", "round": None}, "copying"),
+    ],
+)
+def test_what_is_not_known_is_left_out(progress, text):
+    assert line(progress) == text
+
+
+def test_a_line_fits_the_terminal():
+    assert len(line(COPYING, 30)) == 29
+
+
+def test_only_a_terminal_sees_it():
+    stream = io.StringIO()
+    bar = Bar("/nowhere", stream)
+    assert not bar.visible
+    bar.tick()  # nobody is there, which is nobody's error here
+    bar.clear()
+    assert stream.getvalue() == ""

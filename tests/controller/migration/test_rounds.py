@@ -1,0 +1,81 @@
+"""controller.migration.rounds: when to go on, when to pause, when to give up."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controller.migration.arguments import Bounds, Strategy
+from controller.migration.rounds import Next, Rounds
+
+MB = 1_000_000
+PAGE = 4096
+
+
+def after(rounds: Rounds, sent: int, seconds: float, dirty_pages: int, *, turn: float = 0.001) -> Rounds:
+    rounds.sent(sent, seconds, turn)
+    rounds.found(dirty_pages, seconds)
+    return rounds
+
+
+def test_the_estimate_is_what_is_left_and_the_fixed_costs():
+    rounds = after(Rounds(Bounds(), fixed_ms=20), 1000 * MB, 1.0, 25000, turn=0.002)
+    assert rounds.throughput == 1000 * MB
+    assert rounds.downtime_ms == pytest.approx(25000 * PAGE / (1000 * MB) * 1000 + 20 + 6)
+    assert rounds.dirty_rate == 25000 * PAGE
+
+
+def test_an_idle_guest_is_paused_after_its_first_round_once_the_destination_is_built():
+    rounds = after(Rounds(Bounds()), 100 * MB, 0.1, 3)
+    assert rounds.next(0.1, built=False) is Next.ROUND
+    assert rounds.next(0.1, built=True) is Next.PAUSE
+
+
+def test_a_round_that_shrinks_a_lot_is_worth_another_though_the_bound_is_met():
+    rounds = after(Rounds(Bounds(downtime_ms=300)), 1000 * MB, 1.0, 40000)  # 160 ms
+    assert rounds.next(1.0, built=True) is Next.ROUND
+    after(rounds, 160 * MB, 0.16, 6000)  # 25 ms
+    assert rounds.next(1.2, built=True) is Next.ROUND
+    after(rounds, 25 * MB, 0.025, 5900)  # as good as it gets
+    assert rounds.next(1.3, built=True) is Next.PAUSE
+
+
+def test_a_guest_that_writes_too_fast_never_fits_until_the_time_is_up():
+    for strategy, outcome in ((Strategy.CANCEL, Next.GIVE_UP), (Strategy.IGNORE, Next.PAUSE)):
+        rounds = Rounds(Bounds(downtime_ms=100, timeout_s=10, strategy=strategy))
+        for _ in range(5):
+            after(rounds, 1000 * MB, 1.0, 244200)
+            assert rounds.next(5.0, built=True) is Next.ROUND
+        assert not rounds.converges and rounds.time_left_s is None
+        assert rounds.next(10.0, built=True) is outcome
+
+
+def test_nothing_is_paused_before_the_destination_is_built():
+    rounds = after(Rounds(Bounds(timeout_s=1, strategy=Strategy.IGNORE)), 100 * MB, 0.1, 0)
+    assert rounds.next(5.0, built=False) is Next.ROUND
+
+
+def test_a_small_round_says_nothing_about_throughput():
+    rounds = after(Rounds(Bounds()), 1000 * MB, 1.0, 1)
+    after(rounds, PAGE, 1.0, 1)
+    assert rounds.throughput == 1000 * MB
+
+
+@given(st.integers(10, 2000), st.integers(0, 900), st.integers(50, 1000))
+def test_a_guest_slower_than_the_network_ends_within_the_bound(network_mb, dirty_mb, downtime_ms):
+    """A simulation that knows the dirty rate: a geometric series, which always fits in the end."""
+    dirty_mb = min(dirty_mb, network_mb * 0.8)
+    rounds = Rounds(Bounds(downtime_ms=downtime_ms), fixed_ms=10)
+    left, clock = 4096 * MB, 0.0
+    for _ in range(200):
+        seconds = max(left / (network_mb * MB), 0.001)
+        clock += seconds
+        dirty = int(dirty_mb * MB * seconds / PAGE)
+        after(rounds, left, seconds, dirty, turn=0.0001)
+        left = dirty * PAGE
+        if rounds.next(clock, built=True) is Next.PAUSE:
+            break
+    else:
+        pytest.fail(f"{rounds} does not come to an end")
+    assert left / (network_mb * MB) * 1000 + 10 <= downtime_ms
