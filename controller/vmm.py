@@ -147,7 +147,7 @@ class Vmm:
 
     async def _end(self, code: int) -> None:
         try:
-            if self.migration is not None:
+            if self.migration is not None and self.migration.progress()["state"] != "in-doubt":
                 self.migration.cancel()
                 await within(self.reactor, MIGRATION_SECONDS, self.migration.ended.wait(), "the migration's end")
             if self.vm is not None:

@@ -236,8 +236,8 @@ class Frame:
         when this host has no memory for them."""
         result = int(_library().frame_read(self._at, fd, *self._table))
         if result <= -_STORE:
-            reason = os.strerror(-result - _STORE)
-            raise HostError(f"guest RAM can't be written: {reason}", "this host is out of memory")
+            why = os.strerror(-result - _STORE)
+            raise HostError(f"guest RAM can't be written: {why}", "this host is out of memory")
         return self._moved(result)
 
     def clear_zeros(self) -> None:

@@ -122,3 +122,7 @@ def test_fault_by_message(worker: Running) -> None:
     worker.call("fault", what="clear")
     with pytest.raises(ProtocolError, match="unknown fault"):
         worker.call("fault", what="explode")
+
+
+def test_flush_is_answered_once_the_disk_has_everything(worker: Running) -> None:
+    assert worker.call("flush") == {}
