@@ -3,49 +3,63 @@
 #
 #   deploy/test.sh                      all floors
 #   deploy/test.sh unit|probe|lab ...   some of them
-#   deploy/test.sh soak                 the lab tests that take many minutes each; they are in no other floor
 #   deploy/test.sh FLOOR -- PYTEST-ARGUMENTS
 #
-# unit needs nothing; probe a /dev/kvm; lab builds and starts the lab (see deploy/lab/README.md).
+# unit needs nothing; probe a /dev/kvm; lab builds and starts the lab (see deploy/lab/README.md). The lab emulates one
+# CPU, so its tests run beside the others; their lines begin with "lab:".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 floors=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
   case $1 in
-    unit | probe | lab | soak) floors+=("$1") ;;
-    *) echo "test: no floor is called $1; there are unit, probe, lab and soak" >&2; exit 2 ;;
+    unit | probe | lab) floors+=("$1") ;;
+    *) echo "test: no floor is called $1; there are unit, probe and lab" >&2; exit 2 ;;
   esac
   shift
 done
 [ "${1:-}" = -- ] && shift
-if [ ${#floors[@]} -eq 0 ]; then
-  floors=(unit probe lab)
-  echo "test: the soak floor is left out: many minutes of an emulated machine (bash deploy/test.sh soak)"
-fi
+[ ${#floors[@]} -gt 0 ] || floors=(unit probe lab)
 
 python=$(bash deploy/setup.sh | tail -n 1)/python
 
-selected=()
+here=() lab=''
 for floor in "${floors[@]}"; do
   case $floor in
-    unit) selected+=("(not probe and not lab and not external)") ;;
-    probe)
-      if reason=$("$python" -m deploy.floors probe); then selected+=(probe); else echo "test: no probe floor: $reason"; fi ;;
-    lab | soak)
-      if ! reason=$("$python" -m deploy.floors lab); then
+    unit) here+=("(not probe and not lab and not external)") ;;
+    *)
+      if ! reason=$("$python" -m deploy.floors "$floor"); then
         echo "test: no $floor floor: $reason"
+      elif [ "$floor" = probe ]; then
+        here+=(probe)
       else
         bash deploy/lab.sh build # before pytest, whose limits are for tests and not for debootstrap
-        if [ "$floor" = soak ]; then selected+=(soak); else selected+=("(lab and not soak)"); fi
+        lab=yes
       fi ;;
   esac
 done
-[ ${#selected[@]} -gt 0 ] || { echo "test: no floor can run here" >&2; exit 1; }
+[ ${#here[@]} -gt 0 ] || [ -n "$lab" ] || { echo "test: no floor can run here" >&2; exit 1; }
 
-printf -v expression '%s or ' "${selected[@]}"
-code=0
-"$python" -m pytest -q -m "${expression% or }" --durations=15 "$@" || code=$?
-# Exit code 5: nothing was selected. That is no failure of a floor that has no test yet.
-[ "$code" -eq 5 ] && [ "${#floors[@]}" -lt 3 ] && code=0
+# tests EXPRESSION PYTEST-ARGUMENT...
+tests() {
+  local code=0
+  "$python" -m pytest -q -m "$1" --durations=15 "${@:2}" || code=$?
+  # Exit code 5: nothing was selected. With arguments of the user's own that may be meant.
+  [ "$code" -eq 5 ] && [ $# -gt 1 ] && code=0
+  return "$code"
+}
+
+beside='' code=0
+if [ -n "$lab" ]; then
+  tests lab "$@" 2>&1 | sed -u 's/^/lab: /' &
+  beside=$!
+fi
+if [ ${#here[@]} -gt 0 ]; then
+  printf -v expression '%s or ' "${here[@]}"
+  # By whole lines: two of these write here side by side.
+  tests "${expression% or }" "$@" 2>&1 | sed -u '' || code=$?
+fi
+if [ -n "$beside" ]; then
+  wait "$beside" || code=$?
+fi
 exit "$code"

@@ -12,9 +12,6 @@ import pytest
 
 from tests.lab.lab import Lab, Outcome
 
-# Minutes of emulated machine each: not among what every change is checked with (deploy/test.sh soak).
-pytestmark = pytest.mark.soak
-
 SCRIPT = Path(__file__).with_name("scripts") / "boots.sh"
 GUEST_LIMIT = 240
 LIMIT = 900

@@ -13,9 +13,6 @@ import pytest
 
 from tests.lab.lab import Lab
 
-# Minutes of emulated machine each: not among what every change is checked with (deploy/test.sh soak).
-pytestmark = pytest.mark.soak
-
 LIMIT = 600
 HOPS = 5
 MOST_STATE = 256 << 10  # bytes: that of devices and vCPUs, without RAM
