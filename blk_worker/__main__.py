@@ -12,10 +12,10 @@ import socket
 
 from blk_worker.backend import BlockBackend
 from blk_worker.disk import open_disk
-from blk_worker.worker import BlockWorker
 from shared import log
 from shared.errors import FlotillaError
 from shared.reactor import Reactor, describe
+from shared.vhost_worker import VhostWorker
 from shared.worker import Start, serve
 
 
@@ -34,7 +34,7 @@ def main(start: Start) -> int:
     except (FlotillaError, OSError) as error:
         log.error(describe(error))
         return 1
-    worker = BlockWorker(backend)
+    worker = VhostWorker("blk_worker", backend)
     worker.attach(reactor, socket.socket(fileno=start.fds["vhost"]))
     try:
         return serve(start, worker, reactor)

@@ -14,9 +14,10 @@ from typing import Any
 from blk_worker import native
 from blk_worker.config import CONFIG_SIZE, WRITEBACK_OFFSET, BlkConfig, Feature, config_of, features_of
 from blk_worker.disk import Disk
-from blk_worker.native import Flag, Kind, Step, VringError, check
+from blk_worker.native import Flag, Kind
 from shared import log
 from shared.errors import ConfigError, ProtocolError
+from shared.native_ring import Pulse, Step, VringError, check, regions_of, setup_of
 from shared.reactor import Reactor, drain_eventfd
 from shared.vhost_backend import Mapping as MemoryMapping
 from shared.vhost_backend import Ring
@@ -51,7 +52,9 @@ class BlockBackend:
         self.features = int(features_of(disk, num_queues, sparse))
         self.config = config_of(disk, num_queues, queue_size, sparse)
         self.disk = disk
+        self.name = f"disk path={disk.path}"
         self.on_broken: Callable[[int], None] = lambda index: None
+        self.on_config: Callable[[], None] = lambda: None
         self._reactor = reactor
         self._io_threads = io_threads
         self._native = native.load()
@@ -59,8 +62,7 @@ class BlockBackend:
         self._mappings: tuple[MemoryMapping, ...] = ()
         self._log = (0, 0)
         self._running: set[int] = set()
-        self._epoch = 0
-        self._seen: dict[int, int] = {}
+        self._pulse = Pulse()
         self._reported: dict[int, tuple[int, int, int]] = {}
         self._report_timer = False
         self._fault = native.blk_fault()
@@ -123,9 +125,7 @@ class BlockBackend:
 
     def set_memory(self, mappings: tuple[MemoryMapping, ...]) -> None:
         self._mappings = mappings
-        table = (native.vring_region * len(mappings))()
-        for entry, mapping in zip(table, mappings, strict=True):
-            entry.gpa, entry.size, entry.host = mapping.gpa, mapping.size, mapping.address
+        table = regions_of(mappings)
         check(self._native.blk_set_memory(self._device, table, len(mappings)), "block device: guest memory")
 
     def set_log(self, address: int, size: int) -> None:
@@ -133,15 +133,11 @@ class BlockBackend:
         self._native.blk_set_log(self._device, address, size)
 
     def start_queue(self, ring: Ring) -> None:
-        config = native.blk_queue_config(
-            desc=ring.desc, avail=ring.avail, used=ring.used,
-            used_gpa=ring.used_gpa if ring.log_used else native.NO_GPA,
-            inflight=ring.inflight, inflight_desc_num=ring.inflight_desc_num,
-            index=ring.index, size=ring.size, base=ring.base, kick_fd=ring.kick_fd, call_fd=ring.call_fd,
-            event_idx=bool(self._acked & Feature.RING_EVENT_IDX),
+        setup = setup_of(
+            ring, event_idx=bool(self._acked & Feature.RING_EVENT_IDX),
             indirect=bool(self._acked & Feature.RING_INDIRECT_DESC),
         )  # fmt: skip
-        check(self._native.blk_start(self._device, ctypes.byref(config)), f"block device: queue {ring.index}")
+        check(self._native.blk_start(self._device, ctypes.byref(setup)), f"block device: queue {ring.index}")
         self._running.add(ring.index)
 
     def request_stop(self) -> None:
@@ -149,10 +145,15 @@ class BlockBackend:
         for index in self._running:
             self._native.blk_stop_request(self._device, index)
 
+    def quiet(self) -> None:
+        """Beside its queues a disk does nothing."""
+
+    def resumed(self) -> None:
+        """See quiet()."""
+
     def stop_queue(self, index: int) -> int:
         base = check(self._native.blk_stop_wait(self._device, index), f"block device: queue {index}")
         self._running.discard(index)
-        self._seen.pop(index, None)
         return base
 
     def get_config(self, offset: int, size: int) -> bytes:
@@ -198,12 +199,9 @@ class BlockBackend:
 
     def epoch(self) -> int:
         """Rises from call to call while every running ring thread takes turns; this call asks for the next turn."""
-        turns = {index: self._counters[index].epoch for index in self._running}
-        if all(self._seen.get(index) != turn for index, turn in turns.items()):
-            self._epoch += 1
-        self._seen = turns
+        epoch = self._pulse.take({index: self._counters[index].epoch for index in self._running})
         self._native.blk_nudge(self._device)
-        return self._epoch
+        return epoch
 
     def counters(self, index: int) -> native.blk_counters:
         """The live counters of one queue, written by the native loop."""

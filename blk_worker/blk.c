@@ -140,7 +140,7 @@ void blk_nudge(struct blk_device *d)
 {
     for (uint32_t i = 0; i < d->config.num_queues; i++)
         if (d->queue[i].running)
-            blk_signal(d->queue[i].control_fd);
+            loop_signal(d->queue[i].control_fd);
 }
 
 int blk_event_fd(struct blk_device *d)
@@ -171,7 +171,7 @@ void blk_set_fault(struct blk_device *d, const struct blk_fault *fault)
 uint32_t blk_abi_size(uint32_t which)
 {
     static const uint32_t sizes[] = {
-        sizeof(struct blk_config), sizeof(struct blk_queue_config), sizeof(struct blk_op_counters),
+        sizeof(struct blk_config), sizeof(struct vring_setup), sizeof(struct blk_op_counters),
         sizeof(struct blk_counters), sizeof(struct blk_fault), sizeof(struct vring_region),
     };
     return which < sizeof(sizes) / sizeof(sizes[0]) ? sizes[which] : 0;
@@ -195,53 +195,26 @@ static bool blk_make_room(struct blk_queue *q, uint16_t size)
     return true;
 }
 
-static int blk_set_up_ring(struct blk_queue *q, const struct blk_queue_config *config)
+int blk_start(struct blk_device *d, const struct vring_setup *setup)
 {
-    struct vring *v = &q->vring;
-    uint16_t die_at = v->die_at;
-    uint32_t die_after = v->die_after;
-    *v = (struct vring){
-        .desc = (void *)(uintptr_t)config->desc,
-        .avail = (void *)(uintptr_t)config->avail,
-        .used = (void *)(uintptr_t)config->used,
-        .inflight = (void *)(uintptr_t)config->inflight,
-        .memory = &q->device->memory->table,
-        .log = q->device->log,
-        .log_size = q->device->log_size,
-        .used_gpa = config->used_gpa,
-        .size = config->size,
-        .event_idx = config->event_idx,
-        .indirect = config->indirect,
-        .die_at = die_at,
-        .die_after = die_after,
-    };
-    if (v->used_gpa == UINT64_MAX)
-        v->used_gpa = vring_gpa_of(v->memory, config->used);
-    return vring_start(v, config->base, q->resubmit, &q->resubmits);
-}
-
-int blk_start(struct blk_device *d, const struct blk_queue_config *config)
-{
-    if (config->index >= d->config.num_queues || !blk_power_of_two(config->size) || config->size > VRING_MAX_SIZE)
+    if (setup->index >= d->config.num_queues || !vring_setup_valid(setup))
         return -EINVAL;
-    if (config->inflight && config->inflight_desc_num < config->size)
-        return -EINVAL;
-    struct blk_queue *q = &d->queue[config->index];
+    struct blk_queue *q = &d->queue[setup->index];
     if (q->running)
         return -EBUSY;
-    if (!blk_make_room(q, config->size))
+    if (!blk_make_room(q, setup->size))
         return -ENOMEM;
-    q->kick_fd = config->kick_fd;
-    q->call_fd = config->call_fd;
+    q->kick_fd = setup->kick_fd;
+    q->call_fd = setup->call_fd;
     q->inflight = 0;
     q->ring_done = false;
     q->stopping = false;
     q->counters.broken = 0;
     q->counters.inflight = 0;
-    blk_drain(q->control_fd);
-    if (blk_set_up_ring(q, config))
+    loop_drain(q->control_fd);
+    if (vring_set_up(&q->vring, setup, &d->memory->table, d->log, d->log_size, q->resubmit, &q->resubmits))
         return -EINVAL;
-    int error = blk_spawn(&q->thread, blk_ring_main, q);
+    int error = loop_spawn(&q->thread, blk_ring_main, q);
     q->running = !error;
     return -error;
 }
@@ -253,7 +226,7 @@ int blk_stop_request(struct blk_device *d, uint32_t index)
     if (!d->queue[index].running)
         return 0;
     __atomic_store_n(&d->queue[index].stopping, true, __ATOMIC_RELEASE);
-    blk_signal(d->queue[index].control_fd);
+    loop_signal(d->queue[index].control_fd);
     return 0;
 }
 

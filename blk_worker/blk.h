@@ -7,14 +7,14 @@
  *
  * Threads and not io_uring: docs/adr/0002-block-io-threads.md.
  *
- * Structs marked "ABI" are mirrored in blk_worker/native.py; tests compare their sizes (blk_abi_size).
+ * Structs marked "ABI" are mirrored in blk_worker/native.py, those of shared/ in shared/native_ring.py; tests compare
+ * their sizes (blk_abi_size).
  */
 #ifndef FLOTILLA_BLK_H
 #define FLOTILLA_BLK_H
 
-#include <pthread.h>
-
-#include "vring.h"
+#include "loop.h"
+#include "vring_setup.h"
 
 #define BLK_API __attribute__((visibility("default")))
 #define BLK_SECTOR_SHIFT 9
@@ -62,23 +62,6 @@ struct blk_config {
     uint32_t offset_align;  /* O_DIRECT: alignment of offset and length, bytes */
     char id[BLK_ID_BYTES];  /* GET_ID, zero padded */
     uint32_t writeback;
-};
-
-/* ABI. One queue at its start; addresses are this process's. */
-struct blk_queue_config {
-    uint64_t desc;
-    uint64_t avail;
-    uint64_t used;
-    uint64_t used_gpa;   /* UINT64_MAX: derive it from `used` */
-    uint64_t inflight;   /* 0: none */
-    uint32_t index;
-    uint16_t size;
-    uint16_t base;
-    int32_t kick_fd;     /* borrowed, non-blocking */
-    int32_t call_fd;     /* borrowed, non-blocking; its owner may put another eventfd under it by dup2 */
-    uint16_t inflight_desc_num;
-    uint8_t event_idx;
-    uint8_t indirect;
 };
 
 enum blk_kind { BLK_READ, BLK_WRITE, BLK_FLUSH, BLK_DISCARD, BLK_ZERO, BLK_OTHER, BLK_KINDS };
@@ -201,7 +184,7 @@ BLK_API int blk_set_memory(struct blk_device *device, const struct vring_region 
 /* When it returns, no thread uses the old bitmap, and what is written from now on is marked in the new. 0, 0: off. */
 BLK_API void blk_set_log(struct blk_device *device, uint64_t address, uint64_t size);
 BLK_API void blk_set_writeback(struct blk_device *device, uint32_t writeback);
-BLK_API int blk_start(struct blk_device *device, const struct blk_queue_config *config);
+BLK_API int blk_start(struct blk_device *device, const struct vring_setup *setup);
 /* Take no more requests. Returns at once; event_fd is signalled when the queue has drained (see blk_stopped). */
 BLK_API int blk_stop_request(struct blk_device *device, uint32_t index);
 BLK_API int blk_stopped(struct blk_device *device, uint32_t index);

@@ -3,32 +3,14 @@
 #define FLOTILLA_BLK_RING_H
 
 #include <poll.h>
-#include <signal.h>
 
 #include "blk_io.h"
-
-#define BLK_STACK_BYTES (1u << 20) /* reserved, not touched: a scratch takes 40 KiB of it when chains are long */
 
 static uint64_t blk_now_ns(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
-static void blk_signal(int fd)
-{
-    uint64_t one = 1;
-    /* EAGAIN means that it is signalled as often as it can be. */
-    if (fd >= 0 && write(fd, &one, sizeof(one)) < 0)
-        return;
-}
-
-/* Whether the eventfd (non-blocking) was signalled. */
-static bool blk_drain(int fd)
-{
-    uint64_t count;
-    return read(fd, &count, sizeof(count)) == sizeof(count);
 }
 
 /* ------------------------------------------------------------------ returning requests */
@@ -40,7 +22,7 @@ static void blk_account(struct blk_queue *q, const struct blk_request *request, 
     if (o->malformed) {
         q->counters.malformed++;
         q->counters.last_malformed = o->malformed;
-        blk_signal(q->device->event_fd);
+        loop_signal(q->device->event_fd);
         return;
     }
     q->counters.syncs += o->synced;
@@ -50,7 +32,7 @@ static void blk_account(struct blk_queue *q, const struct blk_request *request, 
         q->counters.unsupported += o->status == BLK_S_UNSUPP;
         if (o->error) {
             q->counters.io_errno = (uint64_t)o->error;
-            blk_signal(q->device->event_fd);
+            loop_signal(q->device->event_fd);
         }
         return;
     }
@@ -71,13 +53,13 @@ static void blk_publish_locked(struct blk_queue *q)
         return;
     if (vring_should_notify(&q->vring)) {
         q->counters.calls++;
-        blk_signal(q->call_fd);
+        loop_signal(q->call_fd);
     }
     q->inflight -= count;
     q->counters.inflight = q->inflight;
     if (!q->inflight && q->ring_done) {
         pthread_cond_signal(&q->drained);
-        blk_signal(q->device->event_fd);
+        loop_signal(q->device->event_fd);
     }
 }
 
@@ -119,20 +101,6 @@ static bool blk_run_cached(struct blk_request *request, struct blk_scratch *scra
 
 /* ------------------------------------------------------------------ pool */
 
-static int blk_spawn(pthread_t *thread, void *(*main)(void *), void *argument)
-{
-    pthread_attr_t attributes;
-    sigset_t all, before;
-    pthread_attr_init(&attributes);
-    pthread_attr_setstacksize(&attributes, BLK_STACK_BYTES);
-    sigfillset(&all); /* signals are for the main thread */
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int error = pthread_create(thread, &attributes, main, argument);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attributes);
-    return error;
-}
-
 static void *blk_io_main(void *argument)
 {
     struct blk_device *d = argument;
@@ -168,7 +136,7 @@ static bool blk_submit(struct blk_device *d, struct blk_request *request)
     struct blk_pool *pool = &d->pool;
     pthread_mutex_lock(&pool->lock);
     if (pool->queued + 1 > pool->idle && pool->threads < pool->limit
-        && !blk_spawn(&pool->thread[pool->threads], blk_io_main, d))
+        && !loop_spawn(&pool->thread[pool->threads], blk_io_main, d))
         pool->threads++;
     bool taken = pool->threads;
     if (taken) {
@@ -198,7 +166,7 @@ static uint32_t blk_pop(struct blk_queue *q, struct blk_request **batch)
             popped = -VRING_HEAD_IN_USE;
         if (popped < 0) {
             q->counters.broken = (uint64_t)-popped;
-            blk_signal(q->device->event_fd);
+            loop_signal(q->device->event_fd);
             break;
         }
         if (!now)
@@ -245,7 +213,7 @@ static void blk_resubmit(struct blk_queue *q, struct blk_scratch *scratch)
         if (!blk_submit(q->device, &q->request[q->resubmit[i].head]))
             blk_run(&q->request[q->resubmit[i].head], scratch);
     /* The predecessor may have died between its index and its notification. */
-    blk_signal(q->call_fd);
+    loop_signal(q->call_fd);
 }
 
 /* Wait for a kick or a control event. */
@@ -257,8 +225,8 @@ static void blk_wait(struct blk_queue *q)
     if (poll(fds, 2, -1) <= 0)
         return;
     if (fds[0].revents)
-        blk_drain(q->control_fd);
-    if (fds[1].revents && blk_drain(q->kick_fd))
+        loop_drain(q->control_fd);
+    if (fds[1].revents && loop_drain(q->kick_fd))
         q->counters.kicks++;
 }
 
@@ -287,7 +255,7 @@ static void *blk_ring_main(void *argument)
     q->ring_done = true;
     pthread_cond_signal(&q->drained);
     if (!q->inflight)
-        blk_signal(q->device->event_fd);
+        loop_signal(q->device->event_fd);
     pthread_mutex_unlock(&q->lock);
     return NULL;
 }

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
-from ctypes import POINTER, c_char, c_int, c_int32, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_char, c_int, c_int32, c_uint32, c_uint64, c_void_p
 from enum import IntEnum, IntFlag
 from typing import Final
 
 from shared import native
+from shared.native_ring import bind, vring_region, vring_setup
 
-NO_GPA: Final = (1 << 64) - 1
 HANG_FOR_EVER: Final = (1 << 32) - 1
 ID_BYTES: Final = 20
 
@@ -34,38 +33,6 @@ class Kind(IntEnum):
     OTHER = 5
 
 
-class VringError(IntEnum):
-    """enum vring_error."""
-
-    OK = 0
-    TOO_LONG = 1
-    BAD_NEXT = 2
-    BAD_ADDRESS = 3
-    BAD_INDIRECT = 4
-    BAD_ORDER = 5
-    ZERO_LENGTH = 6
-    BAD_REQUEST = 7
-    BAD_INDEX = 16
-    BAD_HEAD = 17
-    HEAD_IN_USE = 18
-    BAD_SETUP = 19
-
-
-class Step(IntEnum):
-    """enum vring_step: where a test lets the process die."""
-
-    NONE = 0
-    POPPED = 1
-    COUNTED = 2
-    MARKED = 3
-    DONE = 4
-    LINKED = 5
-    FILLED = 6
-    PUBLISHED = 7
-    CLEARED = 8
-    SETTLED = 9
-
-
 class blk_config(ctypes.Structure):
     _fields_ = (
         ("sectors", c_uint64),
@@ -77,24 +44,6 @@ class blk_config(ctypes.Structure):
         ("offset_align", c_uint32),
         ("id", c_char * ID_BYTES),
         ("writeback", c_uint32),
-    )
-
-
-class blk_queue_config(ctypes.Structure):
-    _fields_ = (
-        ("desc", c_uint64),
-        ("avail", c_uint64),
-        ("used", c_uint64),
-        ("used_gpa", c_uint64),
-        ("inflight", c_uint64),
-        ("index", c_uint32),
-        ("size", c_uint16),
-        ("base", c_uint16),
-        ("kick_fd", c_int32),
-        ("call_fd", c_int32),
-        ("inflight_desc_num", c_uint16),
-        ("event_idx", c_uint8),
-        ("indirect", c_uint8),
     )
 
 
@@ -157,11 +106,7 @@ class blk_fault(ctypes.Structure):
     )
 
 
-class vring_region(ctypes.Structure):
-    _fields_ = (("gpa", c_uint64), ("size", c_uint64), ("host", c_uint64))
-
-
-ABI: Final = (blk_config, blk_queue_config, blk_op_counters, blk_counters, blk_fault, vring_region)
+ABI: Final = (blk_config, vring_setup, blk_op_counters, blk_counters, blk_fault, vring_region)
 
 _FUNCTIONS: Final[dict[str, tuple[object, tuple[object, ...]]]] = {
     "blk_create": (c_void_p, (POINTER(blk_config),)),
@@ -169,7 +114,7 @@ _FUNCTIONS: Final[dict[str, tuple[object, tuple[object, ...]]]] = {
     "blk_set_memory": (c_int, (c_void_p, POINTER(vring_region), c_uint32)),
     "blk_set_log": (None, (c_void_p, c_uint64, c_uint64)),
     "blk_set_writeback": (None, (c_void_p, c_uint32)),
-    "blk_start": (c_int, (c_void_p, POINTER(blk_queue_config))),
+    "blk_start": (c_int, (c_void_p, POINTER(vring_setup))),
     "blk_stop_request": (c_int, (c_void_p, c_uint32)),
     "blk_stopped": (c_int, (c_void_p, c_uint32)),
     "blk_stop_wait": (c_int, (c_void_p, c_uint32)),
@@ -181,20 +126,5 @@ _FUNCTIONS: Final[dict[str, tuple[object, tuple[object, ...]]]] = {
 }
 
 
-def bind(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Give the functions their types."""
-    for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
-
-
 def load() -> ctypes.CDLL:
-    return bind(native.load("blk"))
-
-
-def check(result: int, what: str) -> int:
-    """A result of the API, or the OSError that it stands for."""
-    if result < 0:
-        raise OSError(-result, f"{what}: {os.strerror(-result)}")
-    return result
+    return bind(native.load("blk"), _FUNCTIONS)

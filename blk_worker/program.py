@@ -1,129 +1,40 @@
-"""`python -m blk_worker`: the disk as a program for foreign front ends (QEMU, Cloud Hypervisor).
+"""`python -m blk_worker`: the disk as a program for foreign front ends (shared/vhost_program.py).
 
-Follows "Backend program conventions" of vhost-user.rst: --socket-path, --fd, --print-capabilities, SIGTERM ends it, it
-never becomes a daemon; --read-only and --blk-file are the names that the text gives to a block back end's options.
-
-One front end at a time. After a disconnect the next one is accepted, so a front end that reconnects finds its disk;
-a connected socket given by --fd is served to its end.
+--read-only and --blk-file are the names that vhost-user.rst gives to a block back end's options.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import signal
-import socket
-import sys
 from collections.abc import Sequence
 
 from blk_worker.backend import BlockBackend
 from blk_worker.disk import open_disk
-from blk_worker.worker import BlockWorker
-from shared import log
-from shared.errors import ConfigError, FlotillaError
+from shared import vhost_program
 from shared.reactor import Reactor
+from shared.vhost_worker import VhostWorker
 
 CAPABILITIES = '{\n  "type": "block",\n  "features": [\n    "read-only",\n    "blk-file"\n  ]\n}'
 
 
 def run(arguments: Sequence[str]) -> int:
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.print_capabilities:
-        print(CAPABILITIES)
-        return 0
-    if not options.path:
-        parser.error("--path is missing")
-    if options.fd is None and not options.socket_path:
-        parser.error("neither --socket-path nor --fd is given")
-    log.configure(log.Level.INFO, thread="blk_worker")
-    try:
-        return _serve(options)
-    except (FlotillaError, OSError) as error:
-        print(f"blk_worker: {error}", file=sys.stderr)
-        return 1
+    return vhost_program.run(arguments, _parser(), CAPABILITIES, "path", _make)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="blk_worker", description="vhost-user back end for a raw disk image")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--socket-path", metavar="PATH", help="listen here; a stale socket is replaced")
-    where.add_argument("--fd", type=int, metavar="N", help="inherited socket, listening or connected")
     parser.add_argument("--path", "--blk-file", metavar="DISK", help="raw image or block device")
     parser.add_argument("--readonly", "--read-only", action="store_true")
     parser.add_argument("--direct", action="store_true", help="bypass the page cache (O_DIRECT)")
     parser.add_argument("--serial", default="", metavar="TEXT", help="the disk's serial number as the guest sees it")
     parser.add_argument("--num-queues", type=int, default=1, metavar="N")
     parser.add_argument("--queue-size", type=int, default=128, metavar="N")
-    parser.add_argument("--print-capabilities", action="store_true", help="say in JSON what this back end can do")
     return parser
 
 
-def _serve(options: argparse.Namespace) -> int:
-    reactor = Reactor()
-    with contextlib.ExitStack() as cleanup:
-        cleanup.callback(reactor.close)
-        disk = open_disk(options.path, readonly=options.readonly, direct=options.direct, serial=options.serial)
-        backend = BlockBackend(reactor, disk, num_queues=options.num_queues, queue_size=options.queue_size)
-        cleanup.callback(backend.close)
-        worker = BlockWorker(backend)
-        cleanup.callback(worker.detach)
-        _stop_on_signals(reactor)
-        if options.fd is not None:
-            sock = socket.socket(fileno=options.fd)
-            if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                worker.attach(reactor, sock, reactor.stop)
-                return reactor.run()
-            cleanup.enter_context(sock)
-        else:
-            sock = cleanup.enter_context(_listen(options.socket_path))
-            cleanup.callback(os.unlink, options.socket_path)
-        _accept_next(worker, reactor, sock)
-        return reactor.run()
-
-
-def _accept_next(worker: BlockWorker, reactor: Reactor, listener: socket.socket) -> None:
-    def accept() -> None:
-        connection, _ = listener.accept()
-        reactor.remove_reader(listener.fileno())
-        worker.attach(reactor, connection, wait)
-
-    def wait() -> None:
-        reactor.add_reader(listener.fileno(), accept)
-
-    wait()
-
-
-def _listen(path: str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if _is_stale(path):
-            os.unlink(path)
-        listener.bind(path)
-        listener.listen(1)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"--socket-path {path}: {os.strerror(error.errno or 0)}") from error
-    return listener
-
-
-def _is_stale(path: str) -> bool:
-    """A socket that nobody listens on any more."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-    return False
-
-
-def _stop_on_signals(reactor: Reactor) -> None:
-    """SIGTERM and SIGINT as a byte in a pipe: a Python handler alone would not wake epoll_wait."""
-    read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: None)
-    reactor.add_reader(read_end, reactor.stop)
+def _make(options: argparse.Namespace, reactor: Reactor, cleanup: contextlib.ExitStack) -> VhostWorker:
+    disk = open_disk(options.path, readonly=options.readonly, direct=options.direct, serial=options.serial)
+    backend = BlockBackend(reactor, disk, num_queues=options.num_queues, queue_size=options.queue_size)
+    cleanup.callback(backend.close)
+    return VhostWorker("blk_worker", backend)

@@ -37,6 +37,7 @@ class Verb(StrEnum):
     LOG_LEVEL = "log-level"
     FAULT = "fault"
     SHUTDOWN = "shutdown"
+    ANNOUNCE = "announce"  # network workers: the guest lives here now, let it and the network know
     API = "api"  # api process -> controller: one HTTP request
     SEND = "send"  # controller -> migration agent
     RECEIVE = "receive"
@@ -62,6 +63,7 @@ ARGUMENTS: dict[Verb, tuple[Field, ...]] = {
     Verb.LOG_LEVEL: (Field("level", str),),
     Verb.FAULT: (Field("what", str), Field("value", int, required=False)),
     Verb.SHUTDOWN: (),
+    Verb.ANNOUNCE: (),
     Verb.API: (Field("method", str), Field("path", str), Field("body", (bytes, type(None)), required=False)),
     Verb.SEND: (Field("url", str), Field("local", bool)),
     Verb.RECEIVE: (Field("url", str),),

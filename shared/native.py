@@ -38,6 +38,7 @@ LOOPS: Final[dict[str, Loop]] = {
         ),
     ),
     "blk": Loop("blk_worker/blk.c", "blk_worker/blk.so", ("-O2", "-fPIC", "-shared", "-pthread", "-Ishared")),
+    "net": Loop("net_worker/net.c", "net_worker/net.so", ("-O2", "-fPIC", "-shared", "-pthread", "-Ishared")),
     # Three instructions for words in shared memory. Not atomics.so: Python would take that for the module atomics.
     "atomics": Loop(
         "shared/atomics.c",

@@ -366,6 +366,12 @@ static inline int vring_pop(struct vring *v, uint16_t *head)
     return 1;
 }
 
+/* Give the last `count` heads that were taken back, none of them returned yet. Only without an inflight region. */
+static inline void vring_unpop(struct vring *v, uint16_t count)
+{
+    v->last_avail = (uint16_t)(v->last_avail - count);
+}
+
 /* Ask for kicks. true: requests have come in meanwhile, don't wait. */
 static inline bool vring_enable_notify(struct vring *v)
 {

@@ -20,12 +20,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shared import log
 from shared.errors import ProtocolError
 from shared.messages import Verb
 from shared.reactor import Reactor
+
+if TYPE_CHECKING:
+    from shared.control import Handler
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +64,9 @@ def check_state(worker: Worker, saved: Mapping[str, Any]) -> dict[str, Any]:
     return dict(saved["state"])
 
 
-def serve(start: Start, worker: Worker, reactor: Reactor) -> int:
-    """Bind the control endpoint and run until `shutdown`. Returns the exit code."""
-    from shared.control import Channel, Handler  # zmq only after the fork
+def serve(start: Start, worker: Worker, reactor: Reactor, more: Mapping[str, Handler] | None = None) -> int:
+    """Bind the control endpoint and run until `shutdown`. Returns the exit code. `more`: verbs of this kind alone."""
+    from shared.control import Channel  # zmq only after the fork
 
     channel = Channel(reactor, start.endpoint, bind=True)
 
@@ -88,6 +91,7 @@ def serve(start: Start, worker: Worker, reactor: Reactor) -> int:
         Verb.FAULT: do(lambda args: worker.fault(args["what"], args.get("value", 0))),
         Verb.LOG_LEVEL: do(lambda args: log.set_level(args["level"])),
         Verb.SHUTDOWN: do(lambda _: reactor.call_soon(reactor.stop)),
+        **(more or {}),
     }
     try:
         return reactor.run()

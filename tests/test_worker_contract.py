@@ -23,6 +23,7 @@ from shared.memory import GuestMemory
 from shared.messages import Verb
 from shared.reactor import Reactor, sleep
 from tests.controller.processes import SECONDS, running
+from tests.network import Network, frame
 from tests.virtqueue import Driver
 
 SECTOR = 512
@@ -162,7 +163,40 @@ class ConsoleSubject(Subject):
         self.driver.kick()
 
 
-SUBJECTS = (ToySubject, BlkSubject, ConsoleSubject)
+class NetSubject(Subject):
+    kind = "net_worker"
+    broken_state = {"pairs": 1}
+
+    def __init__(self, reactor: Reactor, fleet: Fleet, folder: Path) -> None:
+        super().__init__(reactor, fleet, folder)
+        self.with_memory("vhost")
+        assert self.driver is not None
+        self.driver.index = 1
+        self.network = Network()
+
+    def spec(self) -> tuple[WorkerSpec, dict[str, int]]:
+        spec = {
+            "mac": "52:54:00:12:34:56", "mtu": 1500, "queue_pairs": 1, "queue_size": 16,
+            "offload_tso": True, "offload_ufo": True, "offload_csum": True,
+        }  # fmt: skip
+        made = WorkerSpec("net", "_net1", "net_worker.__main__", "worker", spec)
+        return made, {"tap0": os.dup(self.network.fds[0])}
+
+    def activate(self) -> None:
+        self.run(self.frontends["vhost"].activate(VERSION_1, (self.queue(),)))
+
+    def request(self) -> None:
+        """Send a frame."""
+        assert self.driver is not None
+        self.driver.add([bytes(12) + frame(1)])
+        self.driver.kick()
+
+    def close(self) -> None:
+        super().close()
+        self.network.close()
+
+
+SUBJECTS = (ToySubject, BlkSubject, ConsoleSubject, NetSubject)
 with_rings = pytest.mark.parametrize("cls", SUBJECTS[1:], ids=lambda cls: cls.kind)
 
 
@@ -303,8 +337,8 @@ def test_saving_changes_nothing(worker: Subject) -> None:
 
 def test_another_kinds_state_is_refused(worker: Subject) -> None:
     worker.call(Verb.QUIESCE)
-    with pytest.raises(ProtocolError, match=f"state of kind 'net_worker' given to a {worker.kind}"):
-        worker.call(Verb.LOAD, kind="net_worker", version=1, state={})
+    with pytest.raises(ProtocolError, match=f"state of kind 'gpu_worker' given to a {worker.kind}"):
+        worker.call(Verb.LOAD, kind="gpu_worker", version=1, state={})
     assert lives(worker)
 
 

@@ -16,10 +16,10 @@ from blk_worker import native
 from blk_worker.backend import BlockBackend
 from blk_worker.config import BlkConfig, Feature, config_of
 from blk_worker.disk import Topology, open_disk
-from blk_worker.worker import BlockWorker
 from shared.errors import ConfigError, FlotillaError, ProtocolError
 from shared.reactor import Reactor
 from shared.vhost_backend import Mapping
+from shared.vhost_worker import VhostWorker
 from tests.blk_worker.driver import GPA, IN, OK, OUT, Memory, memory_for, pages
 from tests.blk_worker.rig import Rig, image, sector_bytes
 
@@ -197,12 +197,9 @@ def test_memory_may_be_added_while_queues_run(disk: Path) -> None:
 
 def test_epoch_rises_while_the_guest_is_idle_and_not_when_a_loop_hangs(disk: Path) -> None:
     with Rig(disk, queues=2).start() as rig:
-        seen = []
         for _ in range(4):
-            turns = [rig.backend.counters(n).epoch for n in range(2)]
-            seen.append(rig.backend.epoch())
-            rig.until(lambda t=turns: all(rig.backend.counters(n).epoch > t[n] for n in range(2)))  # type: ignore[misc]
-        assert seen == sorted(set(seen))
+            last = rig.backend.epoch()
+            rig.until(lambda last=last: rig.backend.epoch() > last)  # type: ignore[misc]
         rig.backend.fault("hang", 0)
         rig.drive[1].submit(IN, 0, length=512)
         rig.drive[1].kick()
@@ -288,7 +285,7 @@ def test_log_that_ends_early_is_not_overrun(disk: Path) -> None:
 
 def test_state_goes_to_a_successor(disk: Path) -> None:
     with Rig(disk) as rig:
-        worker = BlockWorker(rig.backend)
+        worker = VhostWorker("blk_worker", rig.backend)
         rig.backend.set_config(32, b"\0")
         with pytest.raises(ProtocolError, match="save before quiesce"):
             worker.save()

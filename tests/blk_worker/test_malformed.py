@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blk_worker.config import Feature
-from blk_worker.native import VringError
 from shared.linux import bytes_at, memfd, mmap_fd
+from shared.native_ring import VringError
 from shared.vhost_backend import Mapping
 from tests.blk_worker.driver import GPA, IN, INDIRECT, NEXT, OK, OUT, WRITE, Driver, Memory
 from tests.blk_worker.rig import Rig, image, sector_bytes

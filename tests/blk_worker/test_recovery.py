@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from blk_worker.native import Step
+from shared.native_ring import Step
 from tests.blk_worker.driver import FLUSH, IN, OK, OUT, Driver, Memory, memory_for
-from tests.blk_worker.frontend import Frontend, connect
 from tests.blk_worker.rig import image, sector_bytes
+from tests.vhost_frontend import Frontend, connect
 
 SECTORS = 4096
 SIZE = 32

@@ -16,8 +16,8 @@ from shared.control import Channel, unlink_endpoint
 from shared.errors import ProtocolError
 from shared.reactor import Reactor
 from tests.blk_worker.driver import IN, OK, OUT, Driver, memory_for
-from tests.blk_worker.frontend import Frontend
 from tests.blk_worker.rig import image, sector_bytes
+from tests.vhost_frontend import Frontend
 
 SIZE = 32
 START = """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 
-from blk_worker.native import Step
+from shared.native_ring import Step
 from shared.vhost_backend import Ring
 from tests.blk_worker.driver import Memory
 from tests.blk_worker.rig import Rig

@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from shared import vhost_user as vu
@@ -19,7 +20,7 @@ from shared.vhost_user import (
     Request,
     VringAddr,
 )
-from tests.blk_worker.driver import GPA, Driver, Memory
+from tests.ring_driver import GPA, Memory, RingDriver
 
 UVA = 0x7000_0000_0000  # where this front end claims to have guest memory: only the back end's arithmetic sees it
 WANTED = (
@@ -46,8 +47,14 @@ def connect(path: Path, seconds: float = 20.0) -> socket.socket:
 class Frontend:
     """One connection. `inflight` is None for the first one; what it becomes is handed to the next."""
 
-    def __init__(self, sock: socket.socket, memory: Memory, drivers: list[Driver], inflight: bytes | None = None,
-                 inflight_fd: int = -1) -> None:  # fmt: skip
+    def __init__(
+        self,
+        sock: socket.socket,
+        memory: Memory,
+        drivers: Sequence[RingDriver],
+        inflight: bytes | None = None,
+        inflight_fd: int = -1,
+    ) -> None:
         self.sock = sock
         self.memory = memory
         self.drivers = drivers
@@ -87,7 +94,7 @@ class Frontend:
         assert not fds
         return body
 
-    def start(self, driver: Driver, base: int) -> None:
+    def start(self, driver: RingDriver, base: int) -> None:
         index = driver.index
         self.send(Request.SET_VRING_NUM, vu.VringState(index, driver.size).pack())
         shift = UVA - GPA
@@ -98,7 +105,7 @@ class Frontend:
         self.send(Request.SET_VRING_KICK, vu.pack_u64(index), [driver.kick_fd])
         self.send(Request.SET_VRING_ENABLE, vu.VringState(index, 1).pack())
 
-    def stop(self, driver: Driver) -> int:
+    def stop(self, driver: RingDriver) -> int:
         """The next avail index; everything in flight is done."""
         return vu.VringState.unpack(self.ask(Request.GET_VRING_BASE, vu.VringState(driver.index, 0).pack())).num
 

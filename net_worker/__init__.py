@@ -1,0 +1,1 @@
+"""A network card as a process: a vhost-user back end for virtio-net on TAP descriptors."""

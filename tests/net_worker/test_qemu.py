@@ -1,0 +1,159 @@
+"""QEMU as the front end: `-netdev vhost-user`, with iPXE's own virtio-net driver asking for an address."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.net_worker.test_recovery import spawn
+from tests.network import GUEST_MAC, Network, Wire, ipv4
+
+QEMU = "qemu-system-x86_64"
+MAC = GUEST_MAC.hex(":")
+SERVER, LEASE = "10.9.8.1", "10.9.8.77"
+DISCOVER, OFFER, REQUEST, ACK = 1, 2, 3, 5
+MAGIC = bytes((99, 130, 83, 99))
+ROMS = [Path("/usr/lib/ipxe/qemu/pxe-virtio.rom"), Path("/usr/share/qemu/pxe-virtio.rom")]
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which(QEMU) is None, reason=f"{QEMU} is not installed"),
+    pytest.mark.skipif(not any(rom.exists() for rom in ROMS), reason="iPXE's ROM is not installed (ipxe-qemu)"),
+]
+
+
+@pytest.fixture
+def lan() -> Iterator[Network]:
+    network = Network(queues=2, opened=False)
+    yield network
+    network.close()
+
+
+def qemu(sock: Path, *options: str) -> subprocess.Popen[bytes]:
+    device = ",".join(("virtio-net-pci", "netdev=net", f"mac={MAC}", "bootindex=1", "mq=on", "vectors=6", *options))
+    command = [
+        QEMU, "-accel", "tcg", "-m", "64", "-nodefaults", "-display", "none", "-machine", "q35,memory-backend=ram",
+        "-object", "memory-backend-memfd,id=ram,size=64M,share=on",
+        "-chardev", f"socket,id=card,path={sock},reconnect=1",
+        "-netdev", "vhost-user,id=net,chardev=card,queues=2", "-device", device,
+    ]  # fmt: skip
+    return subprocess.Popen(command)
+
+
+def end(program: subprocess.Popen[bytes]) -> int:
+    program.send_signal(signal.SIGTERM)
+    return program.wait(20)
+
+
+def dhcp(wire: Wire, kind: int) -> bytes:
+    """The next DHCP message of that kind from the guest, BOOTP header first."""
+    while True:
+        seen = wire.receive()
+        if seen[6:12] != GUEST_MAC or seen[12:14] != b"\x08\0" or seen[23] != 17 or seen[36:38] != b"\0\x43":
+            continue
+        message = seen[42:]
+        if option(message, 53) == bytes([kind]):
+            return message
+
+
+def option(message: bytes, wanted: int) -> bytes:
+    at = 240
+    while at < len(message) and message[at] != 255:
+        if message[at] == 0:
+            at += 1
+            continue
+        if message[at] == wanted:
+            return message[at + 2 : at + 2 + message[at + 1]]
+        at += 2 + message[at + 1]
+    return b""
+
+
+def answer(wire: Wire, to: bytes, kind: int) -> None:
+    """Lend an address (RFC 2131)."""
+    server = socket.inet_aton(SERVER)
+    head = bytes((2, 1, 6, 0)) + to[4:8] + to[8:12] + bytes(4) + socket.inet_aton(LEASE) + server + bytes(4)
+    options = b"".join((
+        MAGIC, bytes((53, 1, kind)), bytes((54, 4)), server, bytes((51, 4)), struct.pack(">I", 3600),
+        bytes((1, 4, 255, 255, 255, 0)), bytes((3, 4)), server, b"\xff",
+    ))  # fmt: skip
+    body = head + GUEST_MAC.ljust(16, b"\0") + bytes(192) + options.ljust(64, b"\0")
+    udp = struct.pack(">HHHH", 67, 68, 8 + len(body), 0) + body
+    wire.send(ipv4(17, SERVER, "255.255.255.255", udp, to_guest=True))
+
+
+def lease(wire: Wire) -> None:
+    """From the guest's question to its use of the address: packets pass in both directions."""
+    asked = dhcp(wire, DISCOVER)
+    assert asked[28:34] == GUEST_MAC
+    answer(wire, asked, OFFER)
+    wanted = dhcp(wire, REQUEST)
+    assert option(wanted, 50) == socket.inet_aton(LEASE)
+    answer(wire, wanted, ACK)
+
+
+@pytest.mark.parametrize("mode", ["disable-legacy=on", "disable-modern=on"], ids=["modern", "legacy"])
+def test_ipxe_gets_an_address_through_our_card(lan: Network, runtime_folder: Path, mode: str) -> None:
+    sock, wire = runtime_folder / "qemu.sock", lan.wire()
+    worker = spawn(lan, sock, "--queue-pairs", "2")
+    guest = qemu(sock, mode)
+    lease(wire)
+    arp = wire.receive()
+    while arp[12:14] != b"\x08\x06":
+        arp = wire.receive()
+    assert arp[28:32] == socket.inet_aton(LEASE), "it uses the address"
+    end(guest)
+    assert end(worker) == 0
+    wire.close()
+
+
+def test_killed_card_comes_back_while_ipxe_asks(lan: Network, runtime_folder: Path) -> None:
+    sock, wire = runtime_folder / "qemu.sock", lan.wire()
+    worker = spawn(lan, sock, "--queue-pairs", "2")
+    guest = qemu(sock, "disable-legacy=on")
+    dhcp(wire, DISCOVER)
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    while not wire.silent():
+        wire.receive()
+    worker = spawn(lan, sock, "--queue-pairs", "2")
+    lease(wire)
+    end(guest)
+    assert end(worker) == 0
+    wire.close()
+
+
+# The program ----------------------------------------------------------------------------------------------------
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "net_worker", *arguments], capture_output=True, text=True, timeout=20, check=False
+    )
+
+
+def test_program_prints_its_capabilities() -> None:
+    assert json.loads(program("--print-capabilities").stdout) == {"type": "net"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--socket-path", "x"], "--tap is missing"),
+        (["--tap", "tap0"], "neither --socket-path nor --fd"),
+        (["--tap", "lo", "--socket-path", "x"], "tap lo: Invalid argument"),
+        (["--tap", "lo", "--queue-pairs", "0", "--socket-path", "x"], "queue_pairs=0 is not within 1 to 128"),
+        (["--tap", "a-name-of-more-than-15", "--socket-path", "x"], "is longer than 15 bytes"),
+    ],
+)
+def test_program_names_what_is_wrong(arguments: list[str], says: str) -> None:
+    done = program(*arguments)
+    assert done.returncode in (1, 2)
+    assert says in done.stderr
