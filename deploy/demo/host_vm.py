@@ -46,7 +46,7 @@ class HostVm:
     def json(self, command: str, seconds: float) -> Any:
         """The JSON that a command prints; as text that nothing can break into, because windows speak at any time."""
         said = self.ask(f"{command} | base64 -w {_TEXT_WIDTH} | sed 's/^/answer= /'", seconds)
-        text = "".join(re.findall(r"answer= ([A-Za-z0-9+/=]{4,})", said)  # not the echo)
+        text = "".join(re.findall(r"answer= ([A-Za-z0-9+/=]{4,})", said))  # not the echo
         try:
             return json.loads(base64.b64decode(text, validate=True))
         except (binascii.Error, ValueError):
