@@ -108,7 +108,7 @@ def test_what_is_typed_into_a_window_reaches_its_command_alone(host: HostVm) -> 
 def test_answer_in_json_survives_a_window_that_talks_all_the_time(host: HostVm, tmp_path: Path) -> None:
     answer = {"rows": [{"name": "_disk0", "text": "  equal\n" * 50}] * 20}
     (tmp_path / "answer").write_text(json.dumps(answer))
-    host.window("one", "while sleep 0.01; do echo equal; done")
+    host.window("one", "trap exit INT; while sleep 0.01; do echo equal; done")
     host.await_lines("one", "equal", 1, SECONDS)
     assert host.json("cat answer", SECONDS) == answer
     host.type("one", "\x03")
