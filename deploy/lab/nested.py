@@ -41,6 +41,7 @@ MASKED = (
     *("dev-hugepages.mount", "dev-mqueue.mount", "sys-fs-fuse-connections.mount", "sys-kernel-config.mount"),
     *("sys-kernel-debug.mount", "sys-kernel-tracing.mount", "systemd-initctl.socket", "dbus.service", "dbus.socket"),
     *("modprobe@configfs.service", "modprobe@dm_mod.service", "modprobe@drm.service", "modprobe@efi_pstore.service"),
+    *("kmod-static-nodes.service", "systemd-pcrphase.service", "systemd-pcrphase-sysinit.service"),
     *("modprobe@fuse.service", "modprobe@loop.service", "systemd-boot-system-token.service"),
 )
 
