@@ -101,7 +101,7 @@ class Nested(Play):
         self._which_boot(one, "source")
         one.type("source", "./equal.sh /dev/vdb\n")
         one.await_lines("source", "equal", self._each, ANSWER)
-        self.report.processes = one.json(f"./ch-remote --api-socket={example.SOURCE_API} fleet", ANSWER)
+        self.report.processes = one.api(example.SOURCE_API, "vmm.fleet", ANSWER)
         self.events.emit("fleet", name="source", rows=self.report.processes)
         self.took("until_load", self.began)
 
@@ -126,15 +126,14 @@ class Nested(Play):
 
     def _check(self, hop: Hop, one: HostVm, two: HostVm) -> None:
         """The figures, then the guest itself: Ctrl-C ends its loop, and it says which boot this is."""
-        remote = f"./ch-remote --api-socket={example.DESTINATION_API}"
-        progress = two.json(f"{remote} migration-progress", ANSWER)
+        progress = two.api(example.DESTINATION_API, "vm.migration-progress", ANSWER)
         hop.downtime_ms, hop.total_ms = progress.get("downtime_ms"), progress.get("total_ms")
         hop.bytes_transferred = progress.get("bytes_transferred")
         hop.breakdown = progress.get("breakdown") or {}
         before, after = one.times("source", "equal"), two.times("destination", "equal")
         hop.gap_ms = round((after[0] - before[-1]) * 1000, 1)
         self.events.emit("hop", **asdict(hop))
-        self.report.processes = two.json(f"{remote} fleet", ANSWER)
+        self.report.processes = two.api(example.DESTINATION_API, "vmm.fleet", ANSWER)
         self.events.emit("fleet", name="destination", rows=self.report.processes)
         self.step("Ctrl-C into the console; is it the same boot?")
         two.type("destination", "\x03")

@@ -118,6 +118,17 @@ def test_answer_in_json_survives_a_window_that_talks_all_the_time(host: HostVm, 
         host.json("echo no", SECONDS)
 
 
+def test_api_socket_is_asked_without_a_program_of_ours(host: HostVm, tmp_path: Path) -> None:
+    answer = tmp_path / "http"
+    answer.write_bytes(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n" + b'{"state": "Running"}')
+    listen = f"socat UNIX-LISTEN:{tmp_path}/api SYSTEM:'head -n 1 > asked; cat http'"
+    host.window("one", listen)
+    host.await_path(f"-S {tmp_path}/api", SECONDS)
+    assert host.api(f"{tmp_path}/api", "vm.info", SECONDS) == {"state": "Running"}
+    assert (tmp_path / "asked").read_text().startswith("GET /api/v1/vm.info HTTP/1.0")
+    host.expect_end("one", SECONDS)
+
+
 # ---- images ---------------------------------------------------------------------------------------------------
 
 
