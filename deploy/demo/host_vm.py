@@ -46,7 +46,8 @@ class HostVm:
     def api(self, path: str, endpoint: str, seconds: float) -> Any:
         """The JSON that an API socket answers, by socat, which costs an emulated machine less than a ch-remote."""
         request = f"printf 'GET /api/v1/{endpoint} HTTP/1.0\\r\\n\\r\\n'"
-        return self.json(f"{request} | socat -t {seconds:.0f} - UNIX-CONNECT:{path},shut-none | sed '1,/^\\r$/d'", seconds)
+        connect = f"socat -t {seconds:.0f} - UNIX-CONNECT:{path},shut-none"
+        return self.json(f"{request} | {connect} | sed '1,/^\\r$/d'", seconds)
 
     def json(self, command: str, seconds: float) -> Any:
         """The JSON that a command prints, brought here as text that no window's line can break."""
