@@ -12,15 +12,19 @@ SOURCE_API, DESTINATION_API = "/tmp/api1", "/tmp/api2"
 SOURCE_SOCKET, DESTINATION_SOCKET = "/tmp/sock1", "/tmp/sock2"
 PORT = 6000
 
-SOURCE = f"""\
+def source(words: str = "") -> str:
+    """`words`: more for the kernel's command line."""
+    return f"""\
 sudo ./cloud-hypervisor \\
         --serial tty --console off \\
         --memory size=128M \\
         --kernel vmlinux \\
-        --cmdline "console=ttyS0 root=/dev/vda1" \\
+        --cmdline "console=ttyS0 root=/dev/vda1{words}" \\
         --disk path=/dev/vdb path=/dev/vdc \\
         --api-socket={SOURCE_API} \\
         --net ip=192.168.100.1"""
+
+
 DESTINATION = f"sudo ./cloud-hypervisor --api-socket={DESTINATION_API}"
 
 RECEIVE = f"sudo ./ch-remote --api-socket={DESTINATION_API} receive-migration unix:{DESTINATION_SOCKET}"
@@ -29,14 +33,14 @@ SEND_RELAY = f"sudo socat UNIX-LISTEN:{SOURCE_SOCKET},reuseaddr TCP:192.168.102.
 SEND = f"sudo ./ch-remote --api-socket={SOURCE_API} send-migration unix:{SOURCE_SOCKET}"
 
 
-def host(number: int) -> str:
+def host(number: int, words: str = "") -> str:
     """The document has no blank before its last but one backslash, and it works all the same."""
     return (
         "cloud-hypervisor \\\n"
         "        --serial tty --console off \\\n"
         "        --cpus boot=1 --memory size=512M \\\n"
         "        --kernel vmlinux \\\n"
-        '        --cmdline "root=/dev/vda1 console=ttyS0"  \\\n'
+        f'        --cmdline "root=/dev/vda1 console=ttyS0{words}"  \\\n'
         f"        --disk path=focal-{number}.raw path=focal-nested.raw path=tmp.img\\\n"
         f"        --net ip=192.168.10{number}.1"
     )

@@ -33,10 +33,11 @@ class Nested(Play):
 
     report: NestedReport
 
-    def __init__(self, each: int, folder: Path, events: Events) -> None:
-        """`each`: how many lines "equal" are waited for before and after."""
+    def __init__(self, each: int, words: str, folder: Path, events: Events) -> None:
+        """`each`: how many lines "equal" are waited for before and after. `words`: more for all kernels."""
         super().__init__(folder, events, NestedReport(), "vm-")
         self._each = each
+        self._words = words and f" {words}"
 
     def play(self) -> None:
         one, two = self._hosts()
@@ -59,7 +60,7 @@ class Nested(Play):
         self.type("host", example.DUMMY, example.FOLDER).expect_end(ANSWER)
         hosts = []
         for number in (1, 2):
-            terminal = self.type(f"vm-{number}", example.host(number), example.FOLDER)
+            terminal = self.type(f"vm-{number}", example.host(number, self._words), example.FOLDER)
             hosts.append(HostVm(f"vm-{number}", terminal, self.events))
         for host in hosts:
             host.await_prompt(BOOT)
@@ -69,7 +70,7 @@ class Nested(Play):
     def _start_source(self, one: HostVm) -> None:
         self.step("in VM 1: the nested source boots")
         began = time.monotonic()
-        one.window("source", example.SOURCE)
+        one.window("source", example.source(self._words))
         one.await_text("source", "focal login", BOOT)
         self.took("nested_boot", began)
 
@@ -130,6 +131,8 @@ class Nested(Play):
         hop.downtime_ms, hop.total_ms = progress.get("downtime_ms"), progress.get("total_ms")
         hop.bytes_transferred = progress.get("bytes_transferred")
         hop.breakdown = progress.get("breakdown") or {}
+        if hop.downtime_ms is None or hop.bytes_transferred is None:
+            raise DemoError(f"the destination's progress has no figures: {progress}")
         before, after = one.times("source", "equal"), two.times("destination", "equal")
         hop.gap_ms = round((after[0] - before[-1]) * 1000, 1)
         self.events.emit("hop", **asdict(hop))
@@ -154,12 +157,14 @@ class Nested(Play):
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("nested", description="The document's nested migration, step by step.")
     parser.add_argument("--equal", type=int, default=3, metavar="N", help='lines "equal" before and after (default 3)')
+    text = "more words for the kernels' command lines; `quiet` saves the emulated machine minutes (default: none)"
+    parser.add_argument("--words", default="", metavar="WORDS", help=text)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    return perform(lambda folder, events: Nested(options.equal, folder, events))
+    return perform(lambda folder, events: Nested(options.equal, options.words, folder, events))
 
 
 if __name__ == "__main__":

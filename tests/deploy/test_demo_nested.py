@@ -46,7 +46,7 @@ def test_commands_on_the_host_machine_are_those_of_the_document() -> None:
 
 
 def test_commands_inside_are_those_of_the_document() -> None:
-    assert words(example.SOURCE) == [
+    assert words(example.source()) == [
         "sudo", "./cloud-hypervisor", "--serial", "tty", "--console", "off", "--memory", "size=128M",
         "--kernel", "vmlinux", "--cmdline", '"console=ttyS0', 'root=/dev/vda1"', "--disk", "path=/dev/vdb",
         "path=/dev/vdc", "--api-socket=/tmp/api1", "--net", "ip=192.168.100.1",
