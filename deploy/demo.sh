@@ -1,5 +1,5 @@
 #!/bin/bash
-# The live-migration document's first example, shown while it happens: demo.sh [--report FILE] [--no-lab]
+# The live-migration document's examples, shown while they happen: demo.sh [local|nested] [--report FILE] [--no-lab]
 # Installs what is missing, builds images, starts the lab where /dev/kvm can't run Linux. See deploy/demo/.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

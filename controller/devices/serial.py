@@ -12,6 +12,7 @@ raises none by itself.
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -40,8 +41,11 @@ _LOOPBACK_LIMIT: Final = 64
 # A fast typist, a file as standard input: hold the host side back between these marks.
 INPUT_HIGH, INPUT_LOW = 4096, 1024
 # After a batch the ring is looked at again so many seconds later, before vCPUs are asked to wake us: a guest that
-# prints costs a thousand wake-ups a second, not one a byte.
+# prints costs a thousand wake-ups a second, not one a byte. Where a batch itself takes long (we share a slow CPU with
+# the guest, which prints its kernel's messages), many times as long later, so that it gets most of that CPU.
 BATCH_SECONDS: Final = 0.001
+MOST_BATCH_SECONDS: Final = 0.02
+BATCH_REST: Final = 10
 
 
 class Serial:
@@ -74,6 +78,7 @@ class Serial:
         self._divisor = 12  # 9600 baud
         self._room: Future[None] | None = None  # vCPUs that wait for the output
         self._scheduled = False
+        self._wait = BATCH_SECONDS
         page.ier, page.lcr, page.mcr, page.lsr = 0, 0x03, 0x08, _LSR_IDLE
         page.irq_fd, page.tx_fd = irq_fd, self.tx_fd
         page.thr_irq_pending = 0
@@ -91,9 +96,12 @@ class Serial:
         """One batch. While bytes keep coming the ring is polled; when it stays empty vCPUs are asked to wake us."""
         if self._is_full():
             return  # output_drained() goes on
+        began = time.monotonic()
         data = self._page.drain()
         if data:
             self._output(data)
+            took = time.monotonic() - began
+            self._wait = min(max(BATCH_SECONDS, BATCH_REST * took), MOST_BATCH_SECONDS)
             self._poll_later()
         elif self._page.arm():
             self._poll_later()
@@ -101,7 +109,7 @@ class Serial:
     def _poll_later(self) -> None:
         if not self._scheduled:
             self._scheduled = True
-            self._defer(BATCH_SECONDS, self._polled)
+            self._defer(self._wait, self._polled)
 
     def _polled(self) -> None:
         self._scheduled = False

@@ -70,9 +70,11 @@ def figures(event: dict[str, Any]) -> str:
     """One line about a migration: the phase that it is in, or how it was."""
     if event["event"] == "migration":
         return f"hop {event['hop']}: {event['phase']} ({event['total_ms'] or 0:.0f} ms)"
+    sent = f"{event['bytes_transferred'] / 1024:.0f} KiB"
+    what = "of state sent, no RAM" if event["ram_stayed"] else "of RAM and state sent"
     return (
         f"hop {event['hop']}: downtime {event['downtime_ms']:.0f} ms, whole migration {event['total_ms']:.0f} ms, "
-        f"{event['bytes_transferred'] / 1024:.0f} KiB of state sent, no RAM"
+        f"{sent} {what}"
     )
 
 
@@ -82,14 +84,23 @@ def summary(report: dict[str, Any]) -> list[str]:
         return [f"FAILED: {report['failure']}"]
     first, last = report["uptime_s"][0], report["uptime_s"][-1]
     source, destination = report["source_exit"], report["destination_exit"]
-    return [
-        "The guest runs on in another VMM; nothing of it was copied or restarted.",
+    hosts = report.get("hosts", [])
+    lines = [
+        "The guest ran on in another VMM; "
+        + ("it was not restarted." if hosts else "nothing of it was copied or restarted."),
         f"  downtime          {report['downtime_ms']:.0f} ms (whole migration {report['total_ms']:.0f} ms)",
         f"  checksum loop     {report['equal']} times equal, {report['not_equal']} times not equal",
         f"  same boot         boot_id {report['boot_id'][-1]}, uptime {first:.0f} s before and {last:.0f} s after",
         f"  exit codes        source VMM {source}, destination after poweroff {destination}",
         f"  processes         {len(report['processes'])} at the destination",
     ]
+    if hosts:
+        sent, received = report["ping"]
+        lines += [
+            f"  host VMs          ping {received} of {sent}, exit codes after poweroff {hosts[0]} and {hosts[1]}",
+            f"  until source end  {report['seconds']['send_to_source_exit']:.0f} s from send-migration",
+        ]
+    return lines
 
 
 class Lines:

@@ -1,98 +1,59 @@
-"""The document's example, step by step, where KVM runs Linux; `python3 -m deploy.demo.inside [--hops N] …`.
-
-Events go to the file that $EVENTS names (report.py), the report to $OUT/report.json, consoles and stderr to $OUT; 0 if
-everything is as the document says, 1 (with all that is known on stderr) if not.
-"""
+"""The document's local example, step by step, where KVM runs Linux; `python3 -m deploy.demo.inside [--hops N] …`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import signal
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from deploy.demo import example, vmm
 from deploy.demo.example import Example
+from deploy.demo.play import BOOT_PATTERN, WHICH_BOOT, Play, perform
 from deploy.demo.report import DemoError, Events, Hop, Report
 from deploy.demo.terminal import Terminal
 
 WRITTEN_BYTES = 4 << 20
 # Seconds. On an idle machine everything takes a fraction of these, in the lab too; they end what hangs.
 BOOT, ANSWER, MIGRATION = 300.0, 120.0, 180.0
-# What a person types to learn which boot this is; the echo of the typed line does not match the pattern.
-WHICH_BOOT = "echo boot=$(cat /proc/sys/kernel/random/boot_id) up=$(cut -d' ' -f1 /proc/uptime)\n"
-BOOT_PATTERN = r"boot=([0-9a-f-]{36}) up=([0-9.]+)"
 # Bytes. Devices and vCPUs have some 20 KiB of state; this is less than the RAM that a guest touches in one second.
 MOST_STATE = 256 << 10
 READ_ONLY_FILE = "/usr/bin/bash"
 DOCUMENT = Example()
 
 
-class Demo:
+class Local(Play):
     """One guest and its way through the VMMs."""
 
     def __init__(self, setting: Example, hops: int, each: int, folder: Path, events: Events) -> None:
         """`each`: how many lines "equal" are waited for before the first and after every hop."""
+        super().__init__(folder, events, Report(), "vmm")
         self._setting = setting
         self._hops = hops
         self._each = each
-        self._folder = folder
-        self._events = events
-        self._terminals: list[Terminal] = []
         self._targets: list[Terminal] = []  # that wait for their turn
-        self.report = Report()
 
-    def run(self) -> None:
-        """Raises DemoError; the report is filled as far as it went."""
-        began = time.monotonic()
-        try:
-            guest = self._boot()
-            self._which_boot(guest)
-            if self._hops > 1:  # before the guest's load makes every start slow where the CPU is emulated
-                self._step("all destinations start")
-                self._targets = [self._destination(number + 1) for number in range(1, self._hops + 1)]
-            self._start_load(guest)
-            self._fleet(1)
-            self.report.seconds["until_load"] = round(time.monotonic() - began, 1)
-            for number in range(1, self._hops + 1):
-                guest = self._hop(number, guest)
-            self._check_load(guest)
-            self._power_off(guest)
-        finally:
-            self._count()
-            for terminal in reversed(self._terminals):
-                terminal.close()
-            self.report.sum_up()
-            self.report.seconds["all"] = round(time.monotonic() - began, 1)
-        self.report.ok = True
-
-    # Steps ---------------------------------------------------------------------------------------------------------
-
-    def _type(self, name: str, command: str) -> Terminal:
-        self._events.emit("command", name=name, text=command)
-        terminal = Terminal(name, command, self._folder, self._line)
-        self._terminals.append(terminal)
-        return terminal
-
-    def _line(self, name: str, line: str) -> None:
-        if name.startswith("vmm"):
-            self._events.emit("console", name=name, line=line)
-
-    def _step(self, text: str) -> None:
-        self._events.emit("step", text=text)
+    def play(self) -> None:
+        guest = self._boot()
+        self._which_boot(guest)
+        if self._hops > 1:  # before the guest's load makes every start slow where the CPU is emulated
+            self.step("all destinations start")
+            self._targets = [self._destination(number + 1) for number in range(1, self._hops + 1)]
+        self._start_load(guest)
+        self._fleet(1)
+        self.took("until_load", self.began)
+        for number in range(1, self._hops + 1):
+            guest = self._hop(number, guest)
+        self._check_load(guest)
+        self._power_off(guest)
 
     def _boot(self) -> Terminal:
         if self._setting.disks > 2:
             os.truncate(os.open(Path.home() / "workloads/written.img", os.O_CREAT | os.O_WRONLY, 0o644), WRITTEN_BYTES)
-        self._step("the source VMM boots Debian")
-        guest = self._type("vmm1", self._setting.source())
+        self.step("the source VMM boots Debian")
+        guest = self.type("vmm1", self._setting.source())
         guest.await_match(r"root@focal:", BOOT, "shell prompt of the guest")
         return guest
 
@@ -100,11 +61,10 @@ class Demo:
         since = guest.mark()
         guest.type(WHICH_BOOT)
         match = guest.await_match(BOOT_PATTERN, ANSWER, "answer to the typed command", since)
-        self.report.boot_id.append(match[1])
-        self.report.uptime_s.append(float(match[2]))
+        self.booted(match[1], match[2])
 
     def _start_load(self, guest: Terminal) -> None:
-        self._step("the guest checksums its second disk in a loop")
+        self.step("the guest checksums its second disk in a loop")
         if self._setting.disks > 2:
             guest.type("verify /dev/vdc &\n")
             guest.await_match(r"verify: ok \d", ANSWER, "verified block of the third disk")
@@ -114,41 +74,33 @@ class Demo:
     def _fleet(self, number: int) -> None:
         rows = vmm.ch_remote(example.api(number), "fleet")
         self.report.processes = rows
-        self._events.emit("fleet", name=f"vmm{number}", rows=rows)
+        self.events.emit("fleet", name=f"vmm{number}", rows=rows)
 
     def _hop(self, number: int, source: Terminal) -> Terminal:
         """Migration `number`: from the VMM of the same number to the next."""
         before, after = example.api(number), example.api(number + 1)
         hop = Hop(number)
         self.report.hops.append(hop)
-        self._step(f"hop {number}: {before} to {after}")
+        self.step(f"hop {number}: {before} to {after}")
         target = self._targets.pop(0) if self._targets else self._destination(number + 1)
-        receive = self._type(f"receive{number}", example.receive(number + 1))
-        self._await_socket(example.SOCKET, receive)
+        receive = self.type(f"receive{number}", example.receive(number + 1))
+        self.await_socket(example.SOCKET, receive, ANSWER)
         ram = vmm.ram_identity(source.pid)
-        send = self._type(f"send{number}", example.send(number))
+        send = self.type(f"send{number}", example.send(number))
         self._follow(hop, after, send)
         hop.send, hop.receive = send.expect_end(MIGRATION), receive.expect_end(MIGRATION)
         hop.source_exit = source.expect_end(MIGRATION)
         target.await_lines("equal", self._each, ANSWER)
         self._check_hop(hop, source, target, ram)
-        self._events.emit("hop", **asdict(hop))
+        self.events.emit("hop", **asdict(hop))
         if number == self._hops:
             self._fleet(number + 1)
         return target
 
     def _destination(self, number: int) -> Terminal:
-        target = self._type(f"vmm{number}", example.destination(number))
-        self._await_socket(example.api(number), target)
+        target = self.type(f"vmm{number}", example.destination(number))
+        self.await_socket(example.api(number), target, ANSWER)
         return target
-
-    def _await_socket(self, path: str, owner: Terminal) -> None:
-        def there() -> bool:
-            if owner.process.poll() is not None:
-                raise DemoError(f"{owner.name} ends with {owner.await_end(1)}: {owner.command}\n{owner.tail()}")
-            return Path(path).is_socket()
-
-        vmm.await_true(f"socket {path} of {owner.name}", ANSWER, there)
 
     def _follow(self, hop: Hop, api: str, send: Terminal) -> None:
         """Phases of the receiving side, until the sender's command is done."""
@@ -157,7 +109,7 @@ class Demo:
             report = vmm.ask(api, "vm.migration-progress")
             if report.get("phase", phase) != phase:
                 phase = str(report["phase"])
-                self._events.emit("migration", hop=hop.hop, phase=phase, total_ms=report.get("total_ms"))
+                self.events.emit("migration", hop=hop.hop, phase=phase, total_ms=report.get("total_ms"))
             with contextlib.suppress(Exception):
                 send.process.wait(0.2)
 
@@ -184,28 +136,19 @@ class Demo:
 
     def _check_load(self, guest: Terminal) -> None:
         """End the loop with Ctrl-C and ask which boot this is."""
-        self._step("Ctrl-C into the console; is it the same boot?")
+        self.step("Ctrl-C into the console; is it the same boot?")
         if self._setting.disks > 2:
             guest.await_match(r"verify: ok \d", ANSWER, "verified block at the destination")
         guest.type("\x03")
         self._which_boot(guest)
-        self._count()
-        boots, uptimes = self.report.boot_id, self.report.uptime_s
-        if len(set(boots)) != 1 or uptimes != sorted(uptimes):
-            raise DemoError(f"the guest did not go on: boot_id {boots}, uptime {uptimes}\n{guest.tail()}")
+        self.count()
         if self.report.not_equal:
             raise DemoError(f"a disk says something else than before:\n{guest.tail()}")
 
     def _power_off(self, guest: Terminal) -> None:
-        self._step("poweroff in the guest ends its VMM")
+        self.step("poweroff in the guest ends its VMM")
         guest.type("poweroff\n")
         self.report.destination_exit = guest.expect_end(ANSWER)
-
-    def _count(self) -> None:
-        lines = [line for terminal in self._terminals for _, line in terminal.lines]
-        self.report.equal = sum(line == "equal" for line in lines)
-        self.report.not_equal = sum("not equal" in line or "verify: BAD" in line for line in lines)
-        self.report.verified = sum("verify: ok" in line for line in lines)
 
 
 def _state_alone(hop: Hop) -> bool:
@@ -217,15 +160,6 @@ def _gap(source: Terminal, target: Terminal) -> float | None:
     if not source.lines or not target.lines:
         return None
     return round((target.lines[0][0] - source.lines[-1][0]) * 1000, 1)
-
-
-@contextlib.contextmanager
-def _output_folder() -> Iterator[Path]:
-    if "OUT" in os.environ:
-        yield Path(os.environ["OUT"])
-        return
-    with tempfile.TemporaryDirectory(prefix="flotilla-demo.") as folder:
-        yield Path(folder)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -241,22 +175,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    events = Events(os.environ.get("EVENTS"))
-    events.emit("start")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # every VMM ends with us
     setting = Example(options.cpus, options.memory, options.disks, options.cmdline)
-    with _output_folder() as folder:
-        demo = Demo(setting, options.hops, options.equal, folder, events)
-        try:
-            demo.run()
-        except DemoError as error:
-            demo.report.failure = str(error).splitlines()[0]
-            events.emit("failure", text=str(error))
-            print(f"demo: {error}", file=sys.stderr)
-        report = asdict(demo.report)
-        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        events.emit("report", report=report)
-    return 0 if demo.report.ok else 1
+    return perform(lambda folder, events: Local(setting, options.hops, options.equal, folder, events))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What inside.py tells whoever watches: one JSON object a line, and the report at the end.
+"""What an example tells whoever watches: one JSON object a line, and the report at the end.
 
     {"event": "start"}                                  forget what came before: a lab machine died, this is another
     {"event": "step", "text": …}                        what happens now
@@ -51,7 +51,7 @@ class Hop:
 
     downtime_ms       from the pause at the source until the vCPUs run at the destination
     gap_ms            from the last line of the console at the source to the first at the destination
-    bytes_transferred all that was sent, which is the state of devices and vCPUs
+    bytes_transferred all that was sent: in a local migration the state of devices and vCPUs, else RAM as well
     ram_stayed        both controllers have the very same files of guest RAM mapped
     """
 
@@ -93,3 +93,11 @@ class Report:
         self.total_ms = max((hop.total_ms for hop in self.hops if hop.total_ms is not None), default=None)
         exits = [hop.source_exit for hop in self.hops if hop.source_exit is not None]
         self.source_exit = next((code for code in exits if code), exits[0] if exits else None)
+
+
+@dataclass(slots=True)
+class NestedReport(Report):
+    """The same for the nested example. hosts: exit codes of VM 1 and VM 2; ping: packets sent and received."""
+
+    hosts: list[int] = field(default_factory=list)
+    ping: list[int] = field(default_factory=list)

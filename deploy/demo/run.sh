@@ -1,3 +1,3 @@
 #!/bin/bash
-# The demo's job in the lab.
-exec python3 -m deploy.demo.inside "$@"
+# The demo's job in the lab: run.sh MODULE [OPTION...]
+exec python3 -m "deploy.demo.$1" "${@:2}"

@@ -29,13 +29,15 @@ def plain(text: str) -> str:
 
 
 class Terminal:
-    """`bash -c COMMAND` from the home folder on a pseudo-terminal. bash becomes a lone program: `pid` is the program's.
+    """`bash -c COMMAND` from `cwd` (the home folder) on a pseudo-terminal. bash becomes a lone program: `pid` is its.
 
     What the program writes to stderr goes to a file, so that a guest's console stays what the guest wrote.
     """
 
-    def __init__(self, name: str, command: str, folder: Path, on_line: Callable[[str, str], None]) -> None:
-        """`on_line(name, line)` hears of each complete line, in a thread of ours."""
+    def __init__(
+        self, name: str, command: str, folder: Path, on_line: Callable[[str, str], None], cwd: Path | None = None
+    ) -> None:
+        """`folder` gets copies of all that is shown. `on_line(name, line)` hears of each line, in a thread of ours."""
         self.name = name
         self.command = command
         self._on_line = on_line
@@ -50,8 +52,9 @@ class Terminal:
         try:
             with open(self._errors, "wb") as errors:
                 self.process = subprocess.Popen(
-                    ["setsid", "-c", "bash", "-c", command], stdin=slave, stdout=slave, stderr=errors, cwd=Path.home()
-                )
+                    ["setsid", "-c", "bash", "-c", command], stdin=slave, stdout=slave, stderr=errors,
+                    cwd=cwd or Path.home(),
+                )  # fmt: skip
         finally:
             os.close(slave)
         self.pid = self.process.pid
@@ -92,6 +95,11 @@ class Terminal:
         """The present end of what was shown, for `since`."""
         with self._bell:
             return len(self._text)
+
+    def text(self, since: int = 0) -> str:
+        """What was shown after a mark, as it came."""
+        with self._bell:
+            return self._text[since:]
 
     def await_match(self, pattern: str, seconds: float, what: str, since: int = 0) -> re.Match[str]:
         """Wait until a pattern is on the terminal after `since`. Raises DemoError: too late, or the program ended."""

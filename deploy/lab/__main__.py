@@ -7,12 +7,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from deploy.lab import images
+from deploy.install import SetupError
 from deploy.lab.cache import say
 from deploy.lab.debian import DebianError
 from deploy.lab.kernel import KernelError
 from deploy.lab.machine import INTERRUPTED, Machine, Sink, write_all
-from deploy.lab.run import Job, run
+from deploy.lab.run import Job, needed, run
 from deploy.lab.terminal import shell
 
 DESCRIPTION = """\
@@ -32,12 +32,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     common.add_argument("--append", default="", metavar="WORDS", help="more words for its kernel")
     common.add_argument("--put", action="append", default=[], metavar="FILE[=NAME]", help="lay a file into $LAB")
     common.add_argument("--out", type=Path, metavar="DIR", help="folder for what is left in $OUT")
+    also = argparse.ArgumentParser(add_help=False)
+    also.add_argument("--nested", action="store_true", help="also the images of the nested example, in ~/nested")
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("lab.sh", description=DESCRIPTION, formatter_class=form)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("build")
-    verbs.add_parser("shell", parents=[common])
-    script = verbs.add_parser("run", parents=[common])
+    verbs.add_parser("build", parents=[also])
+    verbs.add_parser("shell", parents=[common, also])
+    script = verbs.add_parser("run", parents=[common, also])
     script.add_argument("--timeout", type=int, default=900, metavar="S", help="limit of the script (default 900)")
     script.add_argument("--retries", type=int, default=2, metavar="N", help="if the lab machine dies (default 2)")
     script.add_argument("script", type=Path)
@@ -63,16 +65,16 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     try:
         if options.verb == "build":
-            images.ready()
+            needed(Job(nested=options.nested))
             return 0
         puts = parse_puts(options.put)
         if options.verb == "shell":
-            return shell(Machine(options.mem, options.smp, 0, options.append), puts, options.out)
+            return shell(Machine(options.mem, options.smp, 0, options.append), puts, options.out, options.nested)
         machine = Machine(options.mem, options.smp, options.timeout, options.append)
-        job = Job(existing(options.script), options.arguments, puts)
+        job = Job(existing(options.script), options.arguments, puts, nested=options.nested)
         sinks: dict[str, Sink] = {"stdout": partial(write_all, 1), "stderr": partial(write_all, 2)}
         return run(job, machine, options.out, sinks, options.retries).code or 0
-    except (DebianError, KernelError) as error:
+    except (DebianError, KernelError, SetupError) as error:
         say(str(error))
         return 1
     except KeyboardInterrupt:

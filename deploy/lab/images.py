@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy import install
+from deploy import bundle, install
 from deploy.lab import archive, debian, kernel
 from deploy.lab.cache import digest, made, result, say
 
@@ -48,13 +48,14 @@ GUEST_CMDLINE = "root=/dev/vda1 console=ttyS0"
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """What one start of the lab machine needs, all of it read-only."""
+    """What one start of the lab machine needs, all of it read-only. more: disks behind that of the job (nested.py)."""
 
     bzimage: Path
     initrd: Path
     machine: Path
     workloads: Path
     python: Path
+    more: tuple[Path, ...] = ()
 
 
 def key_kernel() -> str:
@@ -80,7 +81,7 @@ def key_initrd() -> str:
 
 
 def key_python() -> str:
-    return digest("python 2", (install.CHECKOUT / "deploy" / install.LOCKS["runtime"]).read_bytes())
+    return digest("python 3", (install.CHECKOUT / "deploy" / install.LOCKS["runtime"]).read_bytes())
 
 
 def expected() -> Images:
@@ -104,7 +105,7 @@ def ready() -> Images:
     images = expected()
     if missing(images):
         if os.geteuid() != 0:
-            _build_by_sudo()
+            build_by_sudo()
         else:
             build()
     for path in (images.bzimage.parent, images.initrd, images.machine, images.workloads, images.python):
@@ -125,7 +126,8 @@ def build() -> None:
         machine.result()
 
 
-def _build_by_sudo() -> None:
+def build_by_sudo(*options: str) -> None:
+    """`deploy/lab.sh build` with these options, as root. Raises DebianError."""
     if not shutil.which("sudo"):
         raise debian.DebianError("building the lab's images needs root; there is no sudo here")
     say("building the images needs root: sudo")
@@ -133,13 +135,17 @@ def _build_by_sudo() -> None:
     keep.append(f"FLOTILLA_CACHE={install.cache_folder()}")
     # -m puts the working folder in front of the path: that of the checkout, whose venv this Python is. -B, because
     # byte code of root's in the checkout could not be replaced by its owner.
-    command = ["sudo", "env", *keep, sys.executable, "-B", "-m", "deploy.lab", "build"]
+    command = ["sudo", "env", *keep, sys.executable, "-B", "-m", "deploy.lab", "build", *options]
     if subprocess.run(command, cwd=install.CHECKOUT, check=False).returncode:
         raise debian.DebianError("building the lab's images as root failed")
 
 
+def guest_tree() -> Path:
+    return made("guest.tar", key_guest(), make_guest, "root tree of the Debian guest (debootstrap)")
+
+
 def _make_guest_and_workloads() -> None:
-    made("guest.tar", key_guest(), make_guest, "root tree of the Debian guest (debootstrap)")
+    guest_tree()
     made("workloads.ext4", key_workloads(), make_workloads, "kernels and disk images of the guests")
 
 
@@ -159,34 +165,32 @@ def make_kernel(target: Path) -> None:
 
 
 def make_initrd(target: Path) -> None:
-    target.write_bytes(_initramfs((HERE / "init" / "lab").read_bytes()))
+    target.write_bytes(initramfs((HERE / "init" / "lab").read_bytes()))
 
 
 def make_machine(target: Path) -> None:
     tree = target.with_name("tree")
     debian.bootstrap("machine", MACHINE_PACKAGES, tree)
-    _add_modules(tree)
+    add_modules(tree)
     for name in ("poweroff", "reboot", "halt"):
-        _install(HERE / "init" / "lab-off", tree / "usr/local/sbin" / name)
+        install_program(HERE / "init" / "lab-off", tree / "usr/local/sbin" / name)
     filesystem(target, tree, MACHINE_BYTES)
 
 
 def make_guest(target: Path) -> None:
     tree = target.with_name("tree")
     debian.bootstrap("guest", GUEST_PACKAGES, tree)
-    _add_modules(tree)
+    add_modules(tree)
     debian.run(["tar", "--numeric-owner", "-C", tree, "-cf", target, "."], "tar of the guest's tree")
 
 
 def make_workloads(target: Path) -> None:
-    """Everything below the lab's ~/workloads. vmlinux carries its initramfs, so that the document's commands, which
-    have no --initramfs, find their disk; vmlinux.plain is the same kernel without."""
+    """Everything below the lab's ~/workloads."""
     folder, parts = target.with_name("workloads"), result("kernel", key_kernel())
     folder.mkdir()
-    plain, initrd = (parts / "vmlinux").read_bytes(), _initramfs(None)
-    (folder / "initrd").write_bytes(initrd)
-    (folder / "vmlinux.plain").write_bytes(plain)
-    (folder / "vmlinux").write_bytes(kernel.with_section(plain, ".initrd", initrd))
+    (folder / "initrd").write_bytes(initramfs())
+    shutil.copy(parts / "vmlinux", folder / "vmlinux.plain")
+    (folder / "vmlinux").write_bytes(vmlinux())
     shutil.copy(parts / "bzImage", folder / "bzImage")
     cmdline = target.with_name("cmdline")
     cmdline.write_text(GUEST_CMDLINE)
@@ -196,34 +200,33 @@ def make_workloads(target: Path) -> None:
     filesystem(target, folder, 3 << 30)
 
 
+def vmlinux() -> bytes:
+    """The kernel as ELF that carries its initramfs: the document's commands, without --initramfs, find their disk."""
+    plain = (result("kernel", key_kernel()) / "vmlinux").read_bytes()
+    return kernel.with_section(plain, ".initrd", initramfs())
+
+
 def make_guest_disk(disk: Path, tree: Path) -> None:
     """A partitioned disk with the Debian guest on its first partition."""
     tree.mkdir()
     source = result("guest.tar", key_guest())
     debian.run(["tar", "--numeric-owner", "-C", tree, "-xpf", source], "unpacking the guest's tree")
-    _install(HERE / "init" / "guest", tree / "sbin/init")
+    install_program(HERE / "init" / "guest", tree / "sbin/init")
     for name in ("poweroff", "reboot", "halt"):
-        _install(HERE / "init" / "guest-off", tree / "usr/local/sbin" / name)
-    _install(result("kernel", key_kernel()) / "busybox", tree / "bin/busybox")
-    _install(HERE / "init" / "guest-power-button", tree / "etc/acpi/PWRF/00000080")
-    _install(HERE / "guest" / "equal.sh", tree / "root/equal.sh")
+        install_program(HERE / "init" / "guest-off", tree / "usr/local/sbin" / name)
+    install_program(result("kernel", key_kernel()) / "busybox", tree / "bin/busybox")
+    install_program(HERE / "init" / "guest-power-button", tree / "etc/acpi/PWRF/00000080")
+    install_program(HERE / "guest" / "equal.sh", tree / "root/equal.sh")
     verify = tree / "usr/local/bin/verify"
     debian.run(["gcc", "-std=gnu11", "-O2", "-static", "-o", verify, HERE / "guest" / "verify.c"], "gcc on verify.c")
     filesystem(disk, tree, GUEST_BYTES - PARTITION_START, offset=PARTITION_START)
-    partition(disk, PARTITION_START, GUEST_BYTES - PARTITION_START)
+    partition(disk, (PARTITION_START, GUEST_BYTES - PARTITION_START))
 
 
 def make_python(target: Path) -> None:
-    """The runtime's locked packages for the lab's Python, which is Debian 12's 3.11 whatever runs here."""
-    packages = install.packages_folder(install.cache_folder(), "runtime")
-    if install.TAG != "cp311":
-        packages = target.with_name("packages")
-        lock = install.CHECKOUT / "deploy" / install.LOCKS["runtime"]
-        venv = target.with_name("venv")
-        debian.run([sys.executable, "-m", "venv", venv], "python3 -m venv")
-        options = ["-q", "--no-deps", "--python-version=3.11", "--only-binary=:all:"]
-        pip: list[str | Path] = [venv / "bin/python", "-m", "pip", "install", *options]
-        debian.run([*pip, "--target", packages, "-r", lock], "pip install for the lab")
+    """The runtime's locked packages for the lab's Python, which is Debian 12's whatever runs here."""
+    packages = target.with_name("packages")
+    bundle.copy_packages(packages)
     filesystem(target, packages, 128 * MIB)
 
 
@@ -238,16 +241,19 @@ def filesystem(target: Path, tree: Path, size: int, offset: int = 0) -> None:
     debian.run(["mkfs.ext4", *options, "-d", tree, target, f"{size >> 10}k"], f"mkfs.ext4 of {target.name}")
 
 
-def partition(disk: Path, start: int, size: int) -> None:
-    """A master boot record with one Linux partition (sfdisk is not on every machine). Sizes in bytes."""
+def partition(disk: Path, *parts: tuple[int, int]) -> None:
+    """A master boot record with Linux partitions (sfdisk is not on every machine): start and size of each, in bytes."""
     no_chs = b"\xfe\xff\xff"
-    entry = struct.pack("<B3sB3sII", 0x80, no_chs, 0x83, no_chs, start // 512, size // 512)
+    table = b"".join(
+        struct.pack("<B3sB3sII", 0x80 if n == 0 else 0, no_chs, 0x83, no_chs, start // 512, size // 512)
+        for n, (start, size) in enumerate(parts)
+    )
     with open(disk, "r+b") as file:
         file.seek(446)
-        file.write(entry + bytes(48) + b"\x55\xaa")
+        file.write(table.ljust(64, b"\0") + b"\x55\xaa")
 
 
-def _initramfs(next_init: bytes | None) -> bytes:
+def initramfs(next_init: bytes | None = None) -> bytes:
     """busybox, the virtio modules, init/initrd as /init, and what it shall run instead of the root disk's init."""
     parts = result("kernel", key_kernel())
     entries = [archive.folder(name) for name in ("bin", "dev", "proc", "sys", "new", "modules")]
@@ -284,14 +290,14 @@ def in_loading_order(modules: Path, wanted: Iterable[str]) -> list[Path]:
     return order
 
 
-def _add_modules(tree: Path) -> None:
+def add_modules(tree: Path) -> None:
     source = result("kernel", key_kernel()) / "modules"
     (version,) = source.iterdir()
     debian.run(["cp", "-a", source, tree / "lib"], "copying kernel modules")
     debian.run(["chroot", tree, "depmod", version.name], "depmod")
 
 
-def _install(source: Path, target: Path) -> None:
+def install_program(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     shutil.copyfile(source, target)

@@ -80,7 +80,7 @@ def command(machine: Machine, images: Images, job: Path, console: Path, ports: d
     kernel_words = "root=/dev/vda console=ttyS0 quiet mitigations=off panic=-1 oops=panic"
     words += ["-append", f"{kernel_words} {machine.append}".strip()]
     words += ["-serial", f"file:{console}", "-device", "virtio-rng-pci"]
-    for disk in (images.machine, images.workloads, images.python, job):
+    for disk in (images.machine, images.workloads, images.python, job, *images.more):
         words += ["-drive", f"file={str(disk).replace(',', ',,')},if=virtio,format=raw,cache=unsafe,snapshot=on"]
     words += ["-device", "virtio-serial-pci"]
     for name, fd in ports.items():

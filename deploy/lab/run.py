@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import compileall
 import contextlib
 import shlex
 import shutil
@@ -14,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from deploy import install
-from deploy.lab import debian, images
+from deploy import bundle, install
+from deploy.lab import debian, images, nested
 from deploy.lab.cache import lab_folder, say
 from deploy.lab.machine import Machine, Session, Sink, Verdict
 
@@ -37,7 +36,7 @@ Nothing here outlasts the session. exit or Ctrl-D ends it; Ctrl-] pulls the plug
 class Job:
     """What to run: a script with its arguments, or a shell when there is no script.
 
-    `puts` maps names below /lab to files or folders here.
+    `puts` maps names below /lab to files or folders here. `nested`: with the images of the nested example (nested.py).
     """
 
     script: Path | None = None
@@ -45,11 +44,12 @@ class Job:
     puts: dict[str, Path] = field(default_factory=dict)
     rows: int = 24
     columns: int = 80
+    nested: bool = False
 
 
 def stage(job: Job, machine: Machine, tree: Path) -> None:
     """Lay out the job disk: the checkout's packages, the commands, the script and what came along."""
-    _stage_code(tree / "code")
+    bundle.copy_code(tree / "code", development=True)
     (tree / "bin").mkdir()
     for name, module in install.COMMANDS.items():
         launcher = tree / "bin" / name
@@ -68,19 +68,14 @@ def stage(job: Job, machine: Machine, tree: Path) -> None:
     (tree / "greeting").write_text(GREETING.replace("\n", "\r\n"))
     words = ["bash", f"/lab/{job.script.name}", *job.arguments] if job.script else []
     settings = {"MODE": "run" if job.script else "shell", "LIMIT": machine.limit, "ROWS": job.rows}
-    settings["COLUMNS"] = job.columns
+    settings |= {"COLUMNS": job.columns, "BUNDLE_AT": nested.BUNDLE_START // nested.MIB}
     lines = [f"{name}={value}" for name, value in settings.items()]
     (tree / "job").write_text("\n".join([*lines, f"COMMAND=({shlex.join(words)})", ""]))
 
 
-def _stage_code(target: Path) -> None:
-    """The checkout's packages with their byte code, which the emulated machine would take seconds to make."""
-    for package in sorted(path.parent for path in install.CHECKOUT.glob("*/__init__.py")):
-        if package.name == "tests":
-            continue
-        if install.TAG == "cp311":
-            compileall.compile_dir(package, quiet=2)
-        shutil.copytree(package, target / package.name, ignore=shutil.ignore_patterns("*.stamp", ".*"))
+def needed(job: Job) -> images.Images:
+    """The images for a job, built where they are missing."""
+    return nested.ready() if job.nested else images.ready()
 
 
 def job_disk(job: Job, machine: Machine, work: Path) -> Path:
@@ -100,7 +95,7 @@ def run(
 
     `out` gets what the job left in $OUT, with .dmesg, and .console of the lab machine.
     """
-    ready = images.ready()
+    ready = needed(job)
     for left in range(retries, -1, -1):
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="run.", dir=lab_folder()) as folder:

@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from deploy.lab import images
 from deploy.lab.cache import lab_folder, say
 from deploy.lab.machine import INTERRUPTED, Machine, Session, write_all
-from deploy.lab.run import HOST_DIED, Job, collect, job_disk
+from deploy.lab.run import HOST_DIED, Job, collect, job_disk, needed
 
 
 @contextlib.contextmanager
@@ -40,11 +39,11 @@ def raw(fd: int) -> Iterator[None]:
         termios.tcsetattr(fd, termios.TCSADRAIN, saved)
 
 
-def shell(machine: Machine, puts: dict[str, Path], out: Path | None) -> int:
+def shell(machine: Machine, puts: dict[str, Path], out: Path | None, nested: bool = False) -> int:
     """A shell until its exit; returns its exit code, or 125 when the lab machine died under it."""
-    ready = images.ready()
     columns, rows = shutil.get_terminal_size()
-    job = Job(puts=puts, rows=rows, columns=columns)
+    job = Job(puts=puts, rows=rows, columns=columns, nested=nested)
+    ready = needed(job)
     with tempfile.TemporaryDirectory(prefix="run.", dir=lab_folder()) as folder:
         work = Path(folder)
         disk = job_disk(job, machine, work)

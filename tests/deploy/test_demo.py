@@ -24,7 +24,7 @@ FLEET = [
     {"kind": "blk", "device": "_disk0", "pid": 12, "state": "running", "restarts": 0, "pss_kib": 2048},
     {"kind": "vcpu", "device": "vcpu0", "pid": 11, "state": "running", "restarts": 0, "pss_kib": 0},
 ]
-DONE: dict[str, Any] = {"event": "hop", "hop": 1, "downtime_ms": 21.4, "total_ms": 300.0}
+DONE: dict[str, Any] = {"event": "hop", "hop": 1, "downtime_ms": 21.4, "total_ms": 300.0, "ram_stayed": True}
 DONE["bytes_transferred"] = 21131
 REPORT: dict[str, Any] = {
     "ok": True, "downtime_ms": 21.4, "total_ms": 300.0, "equal": 12, "not_equal": 0, "source_exit": 0,

@@ -54,7 +54,7 @@ def test_partitioned_disk_is_what_the_tools_read(tmp_path: Path) -> None:
     tree.mkdir()
     (tree / "hello").write_text("hello")
     images.filesystem(disk, tree, 8 << 20, offset=1 << 20)
-    images.partition(disk, 1 << 20, 8 << 20)
+    images.partition(disk, (1 << 20, 8 << 20))
     data = disk.read_bytes()
     assert data[510:512] == b"\x55\xaa"
     assert [int.from_bytes(data[at : at + 4], "little") * 512 for at in (454, 458)] == [1 << 20, 8 << 20]

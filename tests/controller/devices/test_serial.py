@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -26,14 +27,24 @@ class Port:
         self.full = False
         self.held: list[bool] = []
         self.deferred: list[Callable[[], None]] = []
+        self.waits: list[float] = []
+        self.slow: Callable[[], None] = lambda: None
         self.serial = Serial(
             self.page,
             self.irq_fd,
-            self.printed.extend,
-            lambda seconds, callback: self.deferred.append(callback),
+            self._print,
+            self._defer,
             is_full=lambda: self.full,
             hold_input=self.held.append,
         )
+
+    def _print(self, data: bytes) -> None:
+        self.slow()
+        self.printed.extend(data)
+
+    def _defer(self, seconds: float, callback: Callable[[], None]) -> None:
+        self.waits.append(seconds)
+        self.deferred.append(callback)
 
     def read(self, register: int) -> int:
         value = self.serial.read(register, 1)
@@ -119,6 +130,22 @@ def test_divisor(port: Port) -> None:
     assert port.read(IER) == 0
     assert not port.printed
     assert port.serial.save()["baud_divisor"] == 0x1234
+
+
+def test_batch_that_takes_long_is_followed_by_a_longer_wait(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is ours: an output that takes 1.5 ms leaves the guest ten times as much before the next look."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def spend(seconds: float) -> Callable[[], None]:
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    for seconds in (0.00001, 0.0015, 0.5):
+        port.slow = spend(seconds)
+        port.native(b"x")
+        port.serial.on_tx()
+        port.poll()
+    assert port.waits == pytest.approx([0.001, 0.015, 0.02])
 
 
 def test_output_in_batches_and_in_order(port: Port) -> None:
