@@ -27,6 +27,7 @@ from controller.early_device import console_device, disk_device, rng_device
 from controller.events import EventMonitor
 from controller.fleet import Fleet, WorkerSpec
 from controller.foreign import ForeignBackend
+from controller.leavings import Leavings
 from controller.machine.acpi.description import Description
 from controller.machine.acpi.tables import write_tables
 from controller.machine.boot.loader import load
@@ -53,15 +54,14 @@ CONSOLE_WORKER = "console"
 
 
 class VmContext(Record, frozen=False):
-    """What a VM needs of its VMM. The callbacks are the janitor's business: paths and terminals to tidy up."""
+    """What a VM needs of its VMM."""
 
     reactor: Reactor
     fleet: Fleet
     events: EventMonitor
     on_guest_event: Callable[[GuestEvent], None]
     seccomp: Seccomp
-    on_path: Callable[[str, bool], None] = lambda _path, _exists: None
-    on_terminal: Callable[[int, list[Any] | None], None] = lambda _fd, _termios: None
+    leavings: Leavings
 
 
 class Disk(Record, frozen=False):
@@ -119,9 +119,9 @@ class Assembly:
         end = open_host_end(device.mode.value, device.file or "", device.socket or "")
         self._ends.append(end)
         if end.termios is not None:
-            self._context.on_terminal(end.terminal, end.termios)
+            self._context.leavings.raw_terminal(end.terminal, end.termios)
         if end.unlink:
-            self._context.on_path(os.path.abspath(end.path), True)
+            self._context.leavings.path(os.path.abspath(end.path), True)
         return end
 
     # Functions ---------------------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ class Assembly:
     def _close_ends(self) -> None:
         for end in self._ends:
             if end.termios is not None:
-                self._context.on_terminal(end.terminal, None)
+                self._context.leavings.raw_terminal(end.terminal, None)
             if end.unlink:
-                self._context.on_path(os.path.abspath(end.path), False)
+                self._context.leavings.path(os.path.abspath(end.path), False)
             end.close()

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from controller import requests
 from controller.api_socket import ApiSocket
 from controller.fleet import Fleet, Process, ProcessState, WorkerSpec
+from controller.leavings import Leavings
 from controller.spawn import exec_python
 from shared import log
 from shared.control import Channel, unlink_endpoint
@@ -40,6 +41,7 @@ class Services:
         reactor: Reactor,
         fleet: Fleet,
         runtime_dir: str,
+        leavings: Leavings,
         api_socket: ApiSocket | None,
         verbs: dict[str, Callable[[Any], Awaitable[Any]]],
     ) -> None:
@@ -56,8 +58,10 @@ class Services:
         self._stopping = False
         self._janitor: Process | None = None
         self._updates: socket.socket | None = None
-        self._paths = [runtime_dir, *(api_socket.paths if api_socket else [])]
-        self._terminal: tuple[int, list[Any]] | None = None
+        self._leavings = leavings
+        for path in api_socket.paths if api_socket else ():
+            leavings.path(path, True)
+        leavings.on_path, leavings.on_terminal = self._path_changed, self._terminal_changed
 
     async def start(self) -> None:
         """Failures are logged and tried again at the next death: the guest runs on without either."""
@@ -100,20 +104,20 @@ class Services:
     async def _start_janitor(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self_fd = os.pidfd_open(os.getpid())
-        spec = WorkerSpec(
-            "janitor", "janitor", "controller.janitor", "janitor", {"paths": self._paths}, orphan=True, control=False
-        )
+        known = {"paths": list(self._leavings.paths)}
+        spec = WorkerSpec("janitor", "janitor", "controller.janitor", "janitor", known, orphan=True, control=False)
         fds = {"controller": self_fd, "updates": theirs.fileno()}
-        if self._terminal is not None:
-            fds["tty"] = self._terminal[0]
+        terminal = self._leavings.terminal
+        if terminal is not None:
+            fds["tty"] = terminal[0]
         try:
             self._janitor = await self._fleet.start(spec, fds, self._janitor_ended)
         finally:
             theirs.close()
             os.close(self_fd)
         self._updates = ours
-        if self._terminal is not None:
-            self._tell({"termios": self._terminal[1]})
+        if terminal is not None:
+            self._tell({"termios": terminal[1]})
 
     def _janitor_ended(self, _: Process) -> None:
         self._janitor = None
@@ -136,19 +140,11 @@ class Services:
             except OSError as error:
                 log.warn(f"janitor: {error}")
 
-    def path_changed(self, path: str, exists: bool) -> None:
-        """A socket of ours appeared or went: the janitor removes what is left after a kill."""
-        if exists:
-            self._paths.append(path)
-            self._tell({"add": path})
-        elif path in self._paths:
-            self._paths.remove(path)
-            self._tell({"remove": path})
+    def _path_changed(self, path: str, exists: bool) -> None:
+        self._tell({"add" if exists else "remove": path})
 
-    def terminal_changed(self, fd: int, attributes: list[Any] | None) -> None:
-        """A terminal is raw now and had these settings before; None: it is as it was."""
-        self._terminal = (fd, attributes) if attributes is not None else None
-        if self._janitor is not None and attributes is not None:
+    def _terminal_changed(self) -> None:
+        if self._janitor is not None and self._leavings.terminal is not None:
             # The descriptor can't follow a running janitor: a fresh one gets it.
             self._fleet.kill(self._janitor)
         else:

@@ -25,6 +25,7 @@ from controller.config.validate import validate
 from controller.devices.events import GuestEvent
 from controller.events import EventMonitor
 from controller.fleet import Fleet
+from controller.leavings import Leavings
 from controller.runtime import RuntimeDir
 from controller.signals import Signals
 from controller.spawn import Zygote
@@ -72,7 +73,10 @@ class Vmm:
         self.migration: Outgoing | Departure | Incoming | None = None
         self._operations = Lock()
         self._ending = False
-        self._context = VmContext(self.reactor, self.fleet, self.events, self._guest_event, options.seccomp)
+        self._leavings = Leavings(self.runtime.path)
+        self._context = VmContext(
+            self.reactor, self.fleet, self.events, self._guest_event, options.seccomp, self._leavings
+        )
         self.verbs: dict[str, Callable[[Any], Awaitable[Any]]] = {
             "vmm.ping": self.ping,
             "vmm.shutdown": self.shutdown_vmm,
@@ -132,9 +136,9 @@ class Vmm:
             return
         from controller.services import Services
 
-        self.services = Services(self.reactor, self.fleet, self.runtime.path, api_socket, self.verbs)
-        self._context.on_path = self.services.path_changed
-        self._context.on_terminal = self.services.terminal_changed
+        self.services = Services(
+            self.reactor, self.fleet, self.runtime.path, self._leavings, api_socket, self.verbs
+        )
         await self.services.start()
 
     def end(self, code: int) -> None:
@@ -438,7 +442,7 @@ class Vmm:
         async with self._change():
             if self.config is not None:
                 raise StateError("Can't receive a migration: a VM is already created", "vm.delete removes it")
-            build, on_path = self._build_incoming, self._context.on_path
+            build, on_path = self._build_incoming, self._leavings.path
             incoming = Incoming(self.reactor, self.fleet, self.events, build, accept, on_path)
             self.migration = incoming
             try:

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from controller.api_socket import ApiSocket
+from controller.leavings import Leavings
 from controller.services import Services
 from shared.errors import StateError
 from shared.reactor import Event, readable, sleep
@@ -27,7 +28,9 @@ class Rig:
         runtime = folder / "run"
         runtime.mkdir()
         verbs = {"vmm.ping": self._ping, "vm.info": self._wait, "vm.pause": self._refuse}
-        self.services = Services(reactor, fleet, str(runtime), ApiSocket.listen(str(self.path)), verbs)
+        self.leavings = Leavings(str(runtime))
+        api = ApiSocket.listen(str(self.path))
+        self.services = Services(reactor, fleet, str(runtime), self.leavings, api, verbs)
         self.runtime = runtime
 
     async def _ping(self, _):
@@ -109,11 +112,11 @@ def test_killed_api_process_is_replaced_and_no_client_is_refused(rig):
 
 def test_killed_janitor_is_replaced_and_knows_the_paths(rig, tmp_path):
     extra = ApiSocket.listen(str(tmp_path / "extra"))
-    rig.services.path_changed(str(tmp_path / "extra"), True)
+    rig.leavings.path(str(tmp_path / "extra"), True)
     pid = rig.process("janitor").pid
     os.kill(pid, signal.SIGKILL)
     successor = rig.run(rig.successor("janitor", pid))
-    rig.services.path_changed(str(tmp_path / "extra.lock"), True)
+    rig.leavings.path(str(tmp_path / "extra.lock"), True)
     rig.run(rig.services.stop())
     rig.run(successor.ended.wait())
     assert successor.exit_status == 0

@@ -22,6 +22,7 @@ from controller.config.identity import assign_ids
 from controller.config.model import VmConfig
 from controller.events import EventMonitor
 from controller.fleet import Fleet
+from controller.leavings import Leavings
 from controller.vm import Vm
 from shared.errors import FlotillaError
 from shared.linux import memfd
@@ -61,7 +62,7 @@ class Rig:
     def __init__(self, reactor: Reactor, fleet: Fleet, folder: Path) -> None:
         self.reactor = reactor
         self.folder = folder
-        self.context = VmContext(reactor, fleet, EventMonitor(0.0), lambda _event: None, Seccomp.TRAP)
+        self.context = VmContext(reactor, fleet, EventMonitor(0.0), lambda _event: None, Seccomp.TRAP, Leavings())
         disk = folder / "disk.raw"
         disk.write_bytes(bytes(1 << 20))
         self.random = folder / "random"
@@ -90,6 +91,7 @@ class Rig:
             "parts": parts,
             "ram_fds": [os.dup(fd) for fd in ram],
             "images": {name: os.dup(fd) for name, fd in self.source.disk_fds().items()},
+            "taps": {},
             "info": self.source.build_info(),
         }
         arguments["info"]["cpuid"] = [list(entry) for entry in arguments["info"]["cpuid"]]

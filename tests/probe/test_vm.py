@@ -12,7 +12,7 @@ import termios
 
 import pytest
 
-from tests.vmm import PROGRAM, Vmm, environment, poll, probe
+from tests.vmm import PROGRAM, REMOTE, Vmm, environment, poll, probe
 
 pytestmark = pytest.mark.probe
 
@@ -206,3 +206,30 @@ def test_terminal_is_as_it_was_when_the_vm_can_not_be_made(tmp_path):
     finally:
         os.close(master)
         os.close(slave)
+
+
+def test_killed_controller_gives_the_terminal_its_settings_back(tmp_path):
+    """Also that of a VM of the command line, whose terminal is raw before there is a janitor."""
+    master, slave = os.openpty()
+    before = termios.tcgetattr(slave)
+    api = tmp_path / "api"
+    program = [sys.executable, "-c", PROGRAM, "--kernel", probe(), "--serial", "tty", "--console", "off"]
+    program += ["--cmdline", "mode=rng", "--api-socket", str(api)]
+    try:
+        vmm = subprocess.Popen(
+            ["setsid", "--ctty", *program], stdin=slave, stdout=slave, env=environment(), cwd=tmp_path
+        )
+        poll(lambda: termios.tcgetattr(slave) != before)
+        poll(lambda: b"janitor" in _fleet(api))
+        vmm.kill()
+        vmm.wait()
+        poll(lambda: termios.tcgetattr(slave) == before)
+        poll(lambda: not api.exists())
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+def _fleet(api) -> bytes:
+    command = [sys.executable, "-c", REMOTE, "--api-socket", str(api), "fleet"]
+    return subprocess.run(command, capture_output=True, env=environment(), check=False).stdout
