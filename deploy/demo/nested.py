@@ -11,6 +11,7 @@ because two VMs share an emulated CPU here and everything is slow beside that lo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 import time
@@ -23,7 +24,8 @@ from deploy.demo.play import BOOT_PATTERN, WHICH_BOOT, Play, perform
 from deploy.demo.report import DemoError, Events, Hop, NestedReport
 
 # Seconds; they end what hangs. An emulated machine boots two Debians at once, then starts our VMM in each.
-BOOT, START, ANSWER, MIGRATION = 400.0, 300.0, 240.0, 300.0
+BOOT, START, ANSWER, MIGRATION = 400.0, 300.0, 240.0, 900.0
+LOOK_SECONDS = 5.0
 PINGS = 3
 PING_PATTERN = r"(\d+) packets transmitted, (\d+) received"
 
@@ -119,11 +121,24 @@ class Nested(Play):
         one.await_path(f"-S {example.SOURCE_SOCKET}", ANSWER)
         began = time.monotonic()
         one.window("send", example.SEND)
+        self._follow(hop, one)
         hop.send = one.expect_end("send", MIGRATION)
         hop.source_exit = one.expect_end("source", MIGRATION)
         self.took("send_to_source_exit", began)
         hop.receive = two.expect_end("receive", MIGRATION)
         two.await_lines("destination", "equal", self._each, ANSWER)
+
+    def _follow(self, hop: Hop, one: HostVm) -> None:
+        """Phases and rounds of the sending side, until its command is done or the time is up."""
+        end, shown = time.monotonic() + MIGRATION, ""
+        while time.monotonic() < end and not re.search(r"send\| .*?ended with", one.terminal.text()):
+            with contextlib.suppress(DemoError):  # its VMM has ended meanwhile
+                progress = one.api(example.SOURCE_API, "vm.migration-progress", ANSWER)
+                if (phase := str(progress.get("phase"))) != shown:
+                    shown = phase
+                    self.events.emit("migration", hop=hop.hop, phase=phase, total_ms=progress.get("total_ms"))
+            with contextlib.suppress(DemoError):
+                one.await_text("send", "ended with", LOOK_SECONDS)
 
     def _check(self, hop: Hop, one: HostVm, two: HostVm) -> None:
         """The figures, then the guest itself: Ctrl-C ends its loop, and it says which boot this is."""
