@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ settings.load_profile("flotilla")
 
 def pytest_configure() -> None:
     leaks.become_subreaper()
+    # A shell starts what it puts into the background with SIGINT ignored, and children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     leaks.isolate()
     for name in native.available():
         try:

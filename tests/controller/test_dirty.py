@@ -11,7 +11,6 @@ from controller.dirty import DirtyLog, bitmap_for
 from shared.kvm import Kvm
 from shared.linux import bytes_at
 from shared.pages import Bitmap
-from shared.reactor import Event
 from tests.controller.test_vhost_frontend import Rig, rig
 
 __all__ = ("rig",)
@@ -25,15 +24,17 @@ def pages(bitmap: Bitmap) -> set[int]:
     return {8 * at + bit for at, byte in enumerate(data) for bit in range(8) if byte >> bit & 1}
 
 
+async def serving():
+    """The back end is up."""
+
+
 @pytest.fixture
 def log(rig: Rig):
     kvm = Kvm()
     vm = kvm.create_vm()
     for region in rig.memory.regions:
         vm.set_memory(region.slot, region.gpa, region.size, region.address)
-    ready = Event()
-    ready.set()
-    made = DirtyLog(vm, rig.memory, {"_disk0": rig.frontend}, ready)
+    made = DirtyLog(vm, rig.memory, {"_disk0": rig.frontend}, serving)
     yield made
     made.close()
     vm.close()

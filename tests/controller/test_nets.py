@@ -12,7 +12,6 @@ from controller.nets import NetDevice, Nets
 from shared import virtio_net
 from shared.errors import HostError, ProtocolError
 from shared.memory import GuestMemory
-from shared.reactor import Event
 from tests.controller.processes import SECONDS, running
 from tests.netns import network_namespace
 from tests.vmm import poll
@@ -27,19 +26,18 @@ STATE = {
 
 class Rig:
     def __init__(self, reactor, fleet, memory) -> None:
-        self.reactor, self.fleet, self.ready = reactor, fleet, Event()
-        self.nets = Nets(reactor, fleet, memory, self.ready)
+        self.reactor, self.fleet, self.memory = reactor, fleet, memory
+        self.nets = Nets(reactor, fleet, {})
 
     def run(self, awaitable):
         return self.reactor.run_until(awaitable, SECONDS)
 
     def make(self, config=CONFIG):
-        return self.run(self.nets.make(config))
+        return self.run(self.nets.make(config, self.memory))
 
     def start(self):
-        for start in self.nets.starts():
-            self.run(start)
-        self.ready.set()
+        for backend in self.nets.backends():
+            self.run(backend.start())
 
     def worker(self):
         (process,) = self.fleet.processes
@@ -48,7 +46,7 @@ class Rig:
     def state(self):
         self.run(self.nets.quiesce())
         saved = self.run(self.nets.save())["_net0"]["state"]
-        self.run(self.nets.resume())
+        self.run(self.nets.resume("_net0"))
         return saved
 
     def kill(self):
@@ -66,10 +64,9 @@ def rig(tmp_path):
         memory = GuestMemory.create(1 << 20)
         rig = Rig(reactor, fleet, memory)
         yield rig
-        for device in list(rig.nets._nics.values()):
-            device.device.frontend.close()
-        for close in rig.nets.closes():
-            rig.run(close)
+        rig.nets.hang_up()
+        for backend in rig.nets._workers().values():
+            rig.run(backend.close())
         rig.nets.close_taps()
         memory.close()
 
@@ -120,10 +117,9 @@ def test_loaded_state_outlives_a_worker_until_the_guest_runs(rig):
 def test_descriptors_of_an_arriving_vm_are_used_and_none_is_left_open(rig):
     here = rig.make()
     fds = [os.dup(fd) for fd in rig.nets.tap_fds()["_net0"]]
-    there = Nets(rig.reactor, rig.fleet, rig.nets._memory, rig.ready)
     stranger = os.dup(fds[0])
-    there.arrived({"_net0": fds, "_net7": [stranger]})
-    device = rig.run(there.make(CONFIG))
+    there = Nets(rig.reactor, rig.fleet, {"_net0": fds, "_net7": [stranger]})
+    device = rig.run(there.make(CONFIG, rig.memory))
     assert there.tap_fds() == {"_net0": fds} and device.features == here.features
     there.close_taps()
     for fd in (*fds, stranger):
@@ -135,16 +131,15 @@ def test_descriptors_of_an_arriving_vm_are_used_and_none_is_left_open(rig):
 def test_wrong_number_of_descriptors_is_refused(rig, queues):
     rig.make()
     fds = [os.dup(fd) for fd in rig.nets.tap_fds()["_net0"]]
-    there = Nets(rig.reactor, rig.fleet, rig.nets._memory, rig.ready)
-    there.arrived({"_net0": fds})
+    there = Nets(rig.reactor, rig.fleet, {"_net0": fds})
     with pytest.raises(ProtocolError, match="2 TAP descriptors came for"):
-        rig.run(there.make(NetConfig(id="_net0", mac=CONFIG.mac, num_queues=queues)))
+        rig.run(there.make(NetConfig(id="_net0", mac=CONFIG.mac, num_queues=queues), rig.memory))
     for fd in fds:
         with pytest.raises(OSError):
             os.fstat(fd)
 
 
 def test_descriptor_of_an_arriving_vm_that_is_no_tap(rig):
-    rig.nets.arrived({"_net0": [os.memfd_create("x"), os.eventfd(0)]})
+    there = Nets(rig.reactor, rig.fleet, {"_net0": [os.memfd_create("x"), os.eventfd(0)]})
     with pytest.raises(HostError, match="the peer's TAP can't be used: this descriptor is no TAP"):
-        rig.make()
+        rig.run(there.make(CONFIG, rig.memory))
