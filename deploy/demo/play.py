@@ -22,7 +22,7 @@ from deploy.demo.terminal import Terminal
 
 # What a person types to learn which boot this is; the echo of the typed line does not match the pattern.
 WHICH_BOOT = "echo boot=$(cat /proc/sys/kernel/random/boot_id) up=$(cut -d' ' -f1 /proc/uptime)\n"
-BOOT_PATTERN = r"boot=([0-9a-f-]{36}) up=([0-9.]+)"
+BOOT_PATTERN = r"boot=([0-9a-f-]{36}) up=([0-9]+\.[0-9]{2})"  # whole, also when the line comes in pieces
 
 
 class Play:
