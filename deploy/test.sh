@@ -5,8 +5,8 @@
 #   deploy/test.sh unit|probe|lab ...   some of them
 #   deploy/test.sh FLOOR -- PYTEST-ARGUMENTS
 #
-# unit needs nothing; probe a /dev/kvm; lab builds and starts the lab (see deploy/lab/README.md). The lab emulates one
-# CPU, so its tests run beside the others; their lines begin with "lab:".
+# unit needs nothing; probe a /dev/kvm; lab builds and starts the lab (see deploy/lab/README.md). The floors run side by
+# side: the lab emulates one CPU, and much of what the others do is waiting. Each line begins with its floor.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,47 +20,44 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ "${1:-}" = -- ] && shift
 [ ${#floors[@]} -gt 0 ] || floors=(unit probe lab)
+chosen=("$@")
 
 python=$(bash deploy/setup.sh | tail -n 1)/python
+said=$(mktemp -d)
+trap 'rm -rf "$said"' EXIT
 
-here=() lab=''
-for floor in "${floors[@]}"; do
-  case $floor in
-    unit) here+=("(not probe and not lab and not external)") ;;
-    *)
-      if ! reason=$("$python" -m deploy.floors "$floor"); then
-        echo "test: no $floor floor: $reason"
-      elif [ "$floor" = probe ]; then
-        here+=(probe)
-      else
-        bash deploy/lab.sh build # before pytest, whose limits are for tests and not for debootstrap
-        lab=yes
-      fi ;;
-  esac
-done
-[ ${#here[@]} -gt 0 ] || [ -n "$lab" ] || { echo "test: no floor can run here" >&2; exit 1; }
+declare -A expression=([unit]="not probe and not lab and not external" [probe]=probe [lab]=lab)
+declare -A running=()
 
-chosen=("$@")
-# tests EXPRESSION OPTION...
+# tests FLOOR: its tests, every line with its name, and once more in a file for the sum at the end
 tests() {
-  local code=0
-  "$python" -m pytest -q -m "$1" --durations=15 "${@:2}" "${chosen[@]}" || code=$?
+  local code=0 verbose=()
+  [ "$1" = lab ] && verbose=(-vv) # minutes each: a line when one has ended
+  "$python" -m pytest -q -m "${expression[$1]}" --durations=15 "${verbose[@]}" "${chosen[@]}" || code=$?
   # Exit code 5: nothing was selected. With arguments of the user's own that may be meant.
   [ "$code" -eq 5 ] && [ ${#chosen[@]} -gt 0 ] && code=0
   return "$code"
 }
 
-beside='' code=0
-if [ -n "$lab" ]; then
-  tests lab -vv 2>&1 | sed -u 's/^/lab: /' &
-  beside=$!
-fi
-if [ ${#here[@]} -gt 0 ]; then
-  printf -v expression '%s or ' "${here[@]}"
-  # By whole lines: two of these write here side by side.
-  tests "${expression% or }" 2>&1 | sed -u '' || code=$?
-fi
-if [ -n "$beside" ]; then
-  wait "$beside" || code=$?
-fi
+for floor in "${floors[@]}"; do
+  if [ "$floor" != unit ] && ! reason=$("$python" -m deploy.floors "$floor"); then
+    echo "test: no $floor floor: $reason"
+    continue
+  fi
+  if [ "$floor" = lab ]; then
+    bash deploy/lab.sh build # before pytest, whose limits are for tests and not for debootstrap
+  fi
+  tests "$floor" 2>&1 | tee "$said/$floor" | sed -u "s/^/$floor: /" &
+  running[$floor]=$!
+done
+[ ${#running[@]} -gt 0 ] || { echo "test: no floor can run here" >&2; exit 1; }
+
+code=0
+for floor in "${!running[@]}"; do
+  wait "${running[$floor]}" || { code=$?; echo "test: the $floor floor failed"; }
+done
+
+# sum WORD: of what pytest's last lines say
+sum() { tail -qn 1 "$said"/* | grep -oE "[0-9]+ $1" | awk '{ n += $1 } END { print n + 0 }'; }
+echo "$(sum passed) passed, $(($(sum failed) + $(sum error))) failed, $(sum skipped) skipped"
 exit "$code"
