@@ -5,8 +5,7 @@ A round sends what the one before has left dirty. Pausing now would cost
     downtime = what is dirty / throughput + fixed        fixed: pause, state, two turns of the network, load, start
 
 and the guest is paused once that is within the bound, and the last round has not made it much smaller any more: another
-round of a few milliseconds that halves the downtime is worth it. Rounds change nothing about the fixed part: where that
-takes most of the bound or more (a network whose turn is long), copying may still take half of the bound.
+round of a few milliseconds that halves the downtime is worth it.
 """
 
 from __future__ import annotations
@@ -63,18 +62,9 @@ class Rounds:
         return self.remaining / self.throughput * 1e3
 
     @property
-    def overhead_ms(self) -> float:
-        """Of the downtime, what no round makes shorter."""
-        return self.fixed_ms + TURNS * self.turn_s * 1e3
-
-    @property
     def downtime_ms(self) -> float:
         """If the guest were paused now."""
-        return self.copy_ms + self.overhead_ms
-
-    @property
-    def copy_bound_ms(self) -> float:
-        return max(self.bounds.downtime_ms - self.overhead_ms, self.bounds.downtime_ms / 2)
+        return self.copy_ms + self.fixed_ms + TURNS * self.turn_s * 1e3
 
     @property
     def converges(self) -> bool:
@@ -94,7 +84,7 @@ class Rounds:
             if self.bounds.strategy is Strategy.CANCEL:
                 return Next.GIVE_UP
             return Next.PAUSE if built else Next.ROUND
-        if not built or self.copy_ms > self.copy_bound_ms:
+        if not built or self.downtime_ms > self.bounds.downtime_ms:
             return Next.ROUND
         shrinks = self.number < 2 or self.remaining < SHRINKS * self._before
         return Next.ROUND if shrinks and self.copy_ms > SMALL_MS else Next.PAUSE
