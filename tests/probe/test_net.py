@@ -330,7 +330,8 @@ def children(vmm, name):
 
 
 class Killer(threading.Thread):
-    """SIGKILL for the net workers of whichever VMMs there are, every now and then."""
+    """SIGKILL for the net workers of whichever VMMs there are, every now and then; one that were killed faster than it
+    can start would never serve."""
 
     def __init__(self, vmms):
         super().__init__()
@@ -338,7 +339,7 @@ class Killer(threading.Thread):
         self.kills = 0
 
     def run(self):
-        while not self._stopping.wait(self._choice.random() * 0.3):
+        while not self._stopping.wait(self._choice.random()):
             for vmm in list(self._vmms):
                 for pid in children(vmm, "net"):
                     if self._choice.random() < 0.5:

@@ -106,9 +106,12 @@ def test_a_hundred_random_kills_of_vcpu_and_blk_processes_lose_nothing(tmp_path,
     with Vmm.guest(tmp_path, "mode=blkload depth=8", "--disk", f"path={disk}") as vmm:
         vmm.expect("blk ok ")
         vmm.wait_api()
+        killed = {0}
         for number in range(100):
             device = choice.choice(["vcpu0", "_disk0"])
-            pid = poll(lambda device=device: vmm.fleet().get(device, {}).get("pid"))
+            # Not one that is dying of the last kill: that would be no kill at all.
+            pid = poll(lambda device=device: {vmm.fleet().get(device, {}).get("pid", 0)} - killed).pop()
+            killed.add(pid)
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
