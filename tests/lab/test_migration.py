@@ -78,6 +78,7 @@ def test_document_example(lab: Lab) -> None:
     assert {"vcpu", "console"} <= set(kinds(report))
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(2 * LIMIT)
 @pytest.mark.parametrize("memory", ROWS.values(), ids=ROWS)
 def test_five_hops_under_verified_disk_load(lab: Lab, memory: str) -> None:
