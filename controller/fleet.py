@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 STOP_SECONDS = 5.0
 HELLO_SECONDS = 30.0
+LOOK_SECONDS = 1.0
 
 
 class ProcessState(StrEnum):
@@ -175,8 +176,9 @@ class Fleet:
     async def _hello(self, process: Process) -> None:
         from shared.control import Channel, unlink_endpoint
 
-        process.channel = Channel(self._reactor, process.endpoint, bind=False)
         try:
+            process.channel = Channel(self._reactor, process.endpoint, bind=False)
+            self._reactor.call_soon(lambda: self._watch_descriptors(process))
             await process.call("hello", HELLO_SECONDS)
         except FlotillaError as error:
             # A second one may only be started when nothing of this one can still write.
@@ -192,6 +194,17 @@ class Fleet:
         finally:
             # Both ends hold the socket now (or never will): a killed VM then leaves no name behind.
             unlink_endpoint(process.endpoint)
+
+    def _watch_descriptors(self, process: Process) -> None:
+        """Until its hello: zmq, when it has no descriptor for the connection, tries again for ever and says nothing."""
+        if process.state is not ProcessState.STARTING or process.channel is None:
+            return
+        try:
+            os.close(os.dup(process.pidfd))
+        except OSError as error:
+            process.channel.close(os.strerror(error.errno))
+        else:
+            self._reactor.call_later(LOOK_SECONDS, lambda: self._watch_descriptors(process))
 
     def _reap(self, process: Process, on_end: Callable[[Process], None]) -> None:
         self._reactor.remove_reader(process.pidfd)

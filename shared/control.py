@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 import zmq
 
 from shared import log, messages
-from shared.errors import FlotillaError, ProtocolError, WorkerLost
+from shared.errors import FlotillaError, HostError, ProtocolError, WorkerLost
 from shared.reactor import Future, Reactor, within
 from shared.typed import Any
 
@@ -38,12 +38,18 @@ def endpoint_path(endpoint: str) -> str:
 
 
 class Channel:
-    """Requests, answers and events over one zmq socket. All methods belong to the reactor's thread."""
+    """Requests, answers and events over one zmq socket. All methods belong to the reactor's thread.
+
+    Raises HostError without a descriptor for the socket.
+    """
 
     def __init__(self, reactor: Reactor, endpoint: str, *, bind: bool, router: bool = False) -> None:
         self._reactor = reactor
         self._router = router
-        self._socket = context().socket(zmq.ROUTER if router else zmq.DEALER)
+        try:
+            self._socket = context().socket(zmq.ROUTER if router else zmq.DEALER)
+        except zmq.ZMQError as error:
+            raise HostError(f"no socket for the control channel: {os.strerror(error.errno)}") from error
         self._socket.set(zmq.LINGER, 200)
         self._socket.set(zmq.SNDHWM, 0)
         self._socket.set(zmq.MAXMSGSIZE, messages.MAX_MESSAGE)

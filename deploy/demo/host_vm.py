@@ -79,7 +79,8 @@ class HostVm:
         return self.terminal.await_match(rf"{name}\| .*?{pattern}", seconds, f"{pattern!r} in window {name}", since)
 
     def await_lines(self, name: str, line: str, count: int, seconds: float) -> None:
-        self.terminal.await_lines(f"{name}| {line}", count, seconds)
+        """A window may begin to speak where the shell has just written its prompt."""
+        self.terminal.await_lines(f"{name}| {line}", count, seconds, after_anything=True)
 
     def expect_end(self, name: str, seconds: float) -> int:
         """The exit code of a window's command, which has to be 0. Raises DemoError."""

@@ -116,20 +116,17 @@ class Terminal:
         why = "its program has ended" if in_time else f"not within {seconds:.0f} s"
         raise DemoError(f"{self.name}: no {what}: {why}\n{self.tail()}")
 
-    def await_lines(self, line: str, count: int, seconds: float) -> None:
-        """Wait for so many lines that are exactly this."""
+    def await_lines(self, line: str, count: int, seconds: float, *, after_anything: bool = False) -> None:
+        """Wait for so many lines that are exactly this, or that end with it."""
 
-        def arrived() -> bool:
-            return self.count(line) >= count or self._closed
+        def seen() -> int:
+            return sum(text == line or (after_anything and text.endswith(line)) for _, text in self.lines)
 
         with self._bell:
-            self._bell.wait_for(arrived, seconds)
-        if (seen := self.count(line)) < count:
-            wanted = f"{seen} lines {line!r} instead of {count} within {seconds:.0f} s"
+            self._bell.wait_for(lambda: seen() >= count or self._closed, seconds)
+        if seen() < count:
+            wanted = f"{seen()} lines {line!r} instead of {count} within {seconds:.0f} s"
             raise DemoError(f"{self.name}: {wanted}\n{self.tail()}")
-
-    def count(self, line: str) -> int:
-        return sum(text == line for _, text in self.lines)
 
     def await_end(self, seconds: float) -> int:
         """The exit code of the program. Raises DemoError when it runs on."""

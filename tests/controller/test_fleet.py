@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
 
 import pytest
 
 from controller.fleet import Fleet, Process, ProcessState, WorkerSpec
 from controller.spawn import Zygote
-from shared.errors import ProtocolError, WorkerError, WorkerLost
+from shared.errors import FlotillaError, ProtocolError, WorkerError, WorkerLost
 from shared.messages import Verb
 from shared.reactor import Future, Reactor
 
@@ -103,6 +105,35 @@ def test_worker_that_never_says_hello_has_been_waited_for_when_that_is_an_error(
     with pytest.raises(WorkerLost, match="did not come up: no answer within"):
         reactor.run_until(fleet.start(toy(hang=True), {}, ignore), SECONDS)
     assert fleet.processes == []
+
+
+@pytest.mark.parametrize("free", range(6))
+def test_controller_without_descriptors_for_a_worker_says_so_and_does_not_wait(reactor, fleet, free):
+    process = reactor.run_until(fleet.fork(toy(), {}, ignore), SECONDS)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    taken: list[int] = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(process.pidfd))
+        for _ in range(free):
+            os.close(taken.pop())
+        greeting = reactor.spawn(fleet.greet(process))
+        greeting.add_done_callback(lambda _: None)
+        with contextlib.suppress(FlotillaError):
+            reactor.run_until(greeting, SECONDS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in taken:
+            os.close(fd)
+    error = greeting.exception()
+    if error is None:
+        assert process.state is ProcessState.RUNNING and free > 1
+    else:
+        assert isinstance(error, WorkerLost)
+        assert "did not come up" in str(error) and "Too many open files" in str(error)
+        assert fleet.processes == []
 
 
 def test_unknown_verb_missing_field_and_wrong_type_are_typed_errors(reactor, fleet):

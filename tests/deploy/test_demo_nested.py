@@ -105,6 +105,13 @@ def test_what_is_typed_into_a_window_reaches_its_command_alone(host: HostVm) -> 
     assert "still here" in host.ask("echo still here", SECONDS)
 
 
+def test_line_of_a_window_counts_after_the_prompt_too(host: HostVm) -> None:
+    host.terminal.type("printf 'root@vm:~# one| not equal\\nroot@vm:~# one| equal\\n'\n")
+    host.await_lines("one", "equal", 1, SECONDS)
+    with pytest.raises(DemoError, match=r"1 lines 'one\| equal' instead of 2"):
+        host.await_lines("one", "equal", 2, 0.01)
+
+
 def test_answer_in_json_survives_a_window_that_talks_all_the_time(host: HostVm, tmp_path: Path) -> None:
     answer = {"rows": [{"name": "_disk0", "text": "  equal\n" * 50}] * 20}
     (tmp_path / "answer").write_text(json.dumps(answer))
