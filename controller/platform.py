@@ -166,8 +166,10 @@ class Platform:
             self.chardev.hold()
 
     def release_serial(self) -> None:
-        if self.chardev is not None:
+        """The guest is about to go on, here or at last here."""
+        if self.serial is not None and self.chardev is not None:
             self.chardev.release()
+            self.serial.signal()
 
     # What an exit can mean for the VM as a whole (controller.vcpus.Machine) --------------------------------------
 

@@ -171,9 +171,9 @@ class Vm:
             return
         self._platform.kvm_vm.set_clock(self._still.clock)
         await gather(self._reactor, *(self._resume_device(name) for name in self._functions))
-        self._platform.release_serial()
         for function in self._functions.values():
             function.signal_all()
+        self._platform.release_serial()
         for vcpu in self._vcpus.all:
             tell_paused(vcpu.fd)
         self._standstill = None
@@ -316,6 +316,7 @@ class Vm:
         self._platform.kvm_vm.set_clock(self._still.clock)
         for function in self._functions.values():
             function.signal_all()
+        self._platform.release_serial()
         self._standstill = None
         self._vcpus.resume()
         self._made.nets.announce()

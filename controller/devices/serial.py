@@ -6,7 +6,8 @@ else comes here.
 
 Sources: National Semiconductor PC16550D data sheet; the reference's cloud-hypervisor-machine page, sections 5.1
 and 7.7. Things to know: FCR writes are ignored, LSR never shows an error, and enabling the transmit interrupt
-raises none by itself.
+raises none by itself. The receive interrupt is as in hardware: it lasts as long as a byte waits, and enabling it then
+is an edge. Linux has all interrupts off while its console prints, and a byte that comes meanwhile must not be lost.
 """
 
 from __future__ import annotations
@@ -73,7 +74,6 @@ class Serial:
         self._hold_input = hold_input
         self._input: deque[int] = deque()
         self._input_held = False
-        self._interrupts = 0  # what IIR reports, without the transmit interrupts that vCPUs raised
         self._scratch = 0
         self._divisor = 12  # 9600 baud
         self._room: Future[None] | None = None  # vCPUs that wait for the output
@@ -144,14 +144,9 @@ class Serial:
         # LSR first: the interrupt may reach another vCPU, which reads LSR, before this returns.
         self._page.lsr |= _LSR_DATA
         if self._page.ier & _IER_RECEIVE:
-            self._raise(_IIR_RECEIVE)
-
-    def _raise(self, reason: int) -> None:
-        self._interrupts |= reason
-        os.eventfd_write(self._irq_fd, 1)
+            os.eventfd_write(self._irq_fd, 1)
 
     def _take_input(self) -> int:
-        self._interrupts &= ~_IIR_RECEIVE
         if len(self._input) <= 1:
             self._page.lsr &= ~_LSR_DATA
         byte = self._input.popleft() if self._input else 0
@@ -171,14 +166,27 @@ class Serial:
             case 0:  # _DATA
                 return self._take_input()
             case 2:  # _IIR
-                value = self._identification() | _IIR_FIFO
-                self._interrupts = self._page.thr_irq_pending = 0
-                return value
+                return self._identify() | _IIR_FIFO
         return self._plain_registers()[offset]
 
-    def _identification(self) -> int:
-        pending = self._interrupts | (_IIR_TRANSMIT if self._page.thr_irq_pending else 0)
+    def _pending(self) -> int:
+        receives = self._page.ier & _IER_RECEIVE and self._page.lsr & _LSR_DATA
+        return (_IIR_RECEIVE if receives else 0) | (_IIR_TRANSMIT if self._page.thr_irq_pending else 0)
+
+    def _identify(self) -> int:
+        """The foremost interrupt. A transmit interrupt is over when the guest has been told of it, and only then: a
+        vCPU may raise the next one at any time."""
+        pending = self._pending()
+        if pending & _IIR_RECEIVE:
+            return _IIR_RECEIVE
+        if pending:
+            self._page.thr_irq_pending = 0
         return pending or _IIR_NONE
+
+    def signal(self) -> None:
+        """The guest goes on, here or elsewhere: one edge for what is pending, so that none that was lost is missed."""
+        if self._pending():
+            os.eventfd_write(self._irq_fd, 1)
 
     def _plain_registers(self) -> tuple[int, ...]:
         page = self._page
@@ -194,7 +202,10 @@ class Serial:
         elif offset == _DATA:
             return self._transmit(value)
         elif offset == _IER:
+            enabled = value & ~page.ier
             page.ier = value & _IER_WRITABLE
+            if enabled & _IER_RECEIVE and page.lsr & _LSR_DATA:
+                os.eventfd_write(self._irq_fd, 1)
         elif offset == _LCR:
             page.lcr = value
         elif offset == _MCR:
@@ -219,7 +230,8 @@ class Serial:
         self.flush()  # what is in the ring is older
         self._output(bytes((value,)))
         if self._page.ier & _IER_TRANSMIT:
-            self._raise(_IIR_TRANSMIT)
+            self._page.thr_irq_pending = 1
+            os.eventfd_write(self._irq_fd, 1)
 
     async def _transmit_later(self, value: int) -> None:
         while self._is_full():
@@ -236,7 +248,7 @@ class Serial:
         page = self._page
         return {
             "interrupt_enable": page.ier,
-            "interrupt_identification": self._identification(),
+            "interrupt_identification": self._pending() or _IIR_NONE,
             "line_control": page.lcr,
             "line_status": page.lsr,
             "modem_control": page.mcr,
@@ -263,8 +275,8 @@ class Serial:
         buffer = fields.integers("in_buffer", 8, limit=1 << 20)
 
         page = self._page
-        page.ier, page.lcr, page.mcr, page.thr_irq_pending = ier & _IER_WRITABLE, lcr, mcr, 0
-        self._interrupts = iir & (_IIR_TRANSMIT | _IIR_RECEIVE)
+        page.ier, page.lcr, page.mcr = ier & _IER_WRITABLE, lcr, mcr
+        page.thr_irq_pending = int(bool(iir & _IIR_TRANSMIT))
         self._scratch, self._divisor = scratch, divisor
         self._input = deque(buffer)
         page.lsr = _LSR_IDLE | (_LSR_DATA if buffer else 0)

@@ -222,17 +222,63 @@ def test_input(port: Port) -> None:
 def test_input_without_its_interrupt_is_only_seen_in_lsr(port: Port) -> None:
     port.serial.push_input(b"x")
     assert (port.interrupts, port.read(IIR), port.read(LSR)) == (0, 0xC1, 0x61)
+
+
+def test_enabling_the_receive_interrupt_while_a_byte_waits_raises_it(port: Port) -> None:
+    """Linux prints to its console with all interrupts off: what is typed meanwhile is announced afterwards."""
+    port.write(IER, 5)
+    port.write(IER, 0)
+    port.serial.push_input(b"x")
+    assert (port.interrupts, port.read(IIR)) == (0, 0xC1)
+    port.write(IER, 5)
+    assert (port.interrupts, port.read(IIR)) == (1, 0xC4)
+    port.write(IER, 7)
+    assert port.interrupts == 0, "enabled already"
+
+
+def test_enabling_the_receive_interrupt_without_a_byte_raises_nothing(port: Port) -> None:
     port.write(IER, 1)
-    assert port.interrupts == 0
+    assert (port.interrupts, port.read(IIR)) == (0, 0xC1)
 
 
-def test_reading_data_clears_only_the_receive_interrupt(port: Port) -> None:
+def test_receive_interrupt_lasts_until_the_last_byte_is_read(port: Port) -> None:
+    """A driver that takes a limited number of bytes at a time looks at IIR whether to go on."""
+    port.write(IER, 1)
+    port.serial.push_input(b"xy")
+    assert (port.read(IIR), port.read(IIR)) == (0xC4, 0xC4)
+    port.read(DATA)
+    assert port.read(IIR) == 0xC4
+    port.read(DATA)
+    assert port.read(IIR) == 0xC1
+
+
+def test_received_byte_goes_before_a_transmit_interrupt_which_stays(port: Port) -> None:
     port.write(IER, 3)
     port.serial.push_input(b"x")
     port.write(DATA, 65)
     assert port.serial.save()["interrupt_identification"] == 6
+    assert port.read(IIR) == 0xC4
     port.read(DATA)
     assert port.read(IIR) == 0xC2
+    assert port.read(IIR) == 0xC1
+
+
+@pytest.mark.parametrize("ier", [0, 1, 2, 3])
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("sent", [False, True])
+def test_guest_that_goes_on_gets_an_edge_for_what_is_pending(port: Port, ier: int, waits: bool, sent: bool) -> None:
+    port.write(IER, ier)
+    if waits:
+        port.serial.push_input(b"x")
+    if sent:
+        port.write(DATA, 65)
+    assert port.interrupts == (waits and bool(ier & 1)) + (sent and bool(ier & 2))
+    other = Port()
+    other.serial.load(port.serial.save())
+    assert other.interrupts == 0, "not before its IOAPIC is there"
+    other.serial.signal()
+    assert bool(other.interrupts) == bool((waits and ier & 1) or (sent and ier & 2))
+    other.close()
 
 
 def test_loopback(port: Port) -> None:
@@ -281,7 +327,7 @@ def test_state(port: Port) -> None:
     other.serial.load(state)
     assert other.serial.save() == state
     assert (other.page.ier, other.page.lcr, other.page.mcr, other.page.lsr) == (3, 0x1B, 0x0B, 0x61)
-    assert other.read(IIR) == 0xC6
+    assert other.read(IIR) == 0xC4
     assert [other.read(DATA), other.read(DATA)] == [105, 110]
     other.close()
 
