@@ -37,11 +37,16 @@ class Strategy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How long the guest may stand still, and how long all may take."""
+    """How long the guest may stand still, and how long all may take.
+
+    `strict`: somebody asked for this downtime_ms. The default is a wish: where pausing and starting alone take longer, the
+    guest moves all the same.
+    """
 
     downtime_ms: int = DOWNTIME_MS
     timeout_s: int = TIMEOUT_S
     strategy: Strategy = Strategy.CANCEL
+    strict: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,7 @@ class Url:
 class SendArguments:
     url: str
     local: bool
-    bounds: Bounds = field(default_factory=Bounds)
+    bounds: Bounds = field(default_factory=lambda: Bounds(strict=False))
 
 
 def parse_send(body: Any) -> SendArguments:
@@ -82,7 +87,8 @@ def _bounds(given: dict[str, Any]) -> Bounds:
     strategy = given.get("timeout_strategy") or "cancel"
     if not isinstance(strategy, str) or strategy.lower() not in set(Strategy):
         raise ConfigError("vm.send-migration: timeout_strategy is neither Cancel nor Ignore")
-    return Bounds(numbers["downtime_ms"], numbers["timeout_s"], Strategy(strategy.lower()))
+    strict = given.get("downtime_ms") is not None
+    return Bounds(numbers["downtime_ms"], numbers["timeout_s"], Strategy(strategy.lower()), strict)
 
 
 def parse_receive(body: Any) -> str:

@@ -218,7 +218,7 @@ def test_bodies_of_both_requests():
     assert parse_receive({"receiver_url": "unix:/a"}) == "unix:/a"
     assert parse_send({"destination_url": "unix:/a"}) == SendArguments("unix:/a", False)
     given_all = {"destination_url": "unix:/a", "local": True, "timeout_s": 5, "connections": 1, "tls_dir": None}
-    assert parse_send(given_all) == SendArguments("unix:/a", True, Bounds(timeout_s=5))
+    assert parse_send(given_all) == SendArguments("unix:/a", True, Bounds(timeout_s=5, strict=False))
     bounded = {"destination_url": "tcp:h:1", "downtime_ms": 20, "timeout_s": 7, "timeout_strategy": "Ignore"}
     assert parse_send(bounded) == SendArguments("tcp:h:1", False, Bounds(20, 7, Strategy.IGNORE))
     assert parse_resolve({"guest": "here"}) and not parse_resolve({"guest": "there"})
