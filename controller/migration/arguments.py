@@ -39,8 +39,8 @@ class Strategy(StrEnum):
 class Bounds:
     """How long the guest may stand still, and how long all may take.
 
-    `strict`: somebody asked for this downtime_ms. The default is a wish: where pausing and starting alone take longer, the
-    guest moves all the same.
+    `strict`: somebody asked for this downtime_ms. The default is a wish: where pausing and starting alone take longer,
+    the guest moves all the same.
     """
 
     downtime_ms: int = DOWNTIME_MS
