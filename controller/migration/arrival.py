@@ -70,14 +70,12 @@ class Arrival:
             close_all([*ram, *images.values()])
             raise
         began = time.monotonic()
-        vm = await self._build(machine["config"], parts, ram, images, {}, machine["info"])
-        self.built = vm  # type: ignore[assignment]
-        assert self.built is not None
+        vm = self.built = await self._build(machine["config"], parts, ram, images, {}, machine["info"])
         link.check()
         progress.breakdown["build_ms"] = elapsed_ms(began)
         await link.send(Message.BUILT, {"timing": {"destination_ms": elapsed_ms(began)}})
         progress.to(Phase.BUILT)
-        return self.built
+        return vm
 
     def _moved(self, moved: dict[str, Any]) -> None:
         transfer = self._progress.transfer

@@ -90,7 +90,8 @@ class RemoteMigratable(Migratable, Protocol):
 # config_json, parts, ram_fds, disk_fds, tap_fds, info. The descriptors belong to the callee from the call on, also if
 # it raises.
 Build = Callable[
-    [dict[str, Any], Parts, list[int], dict[str, int], dict[str, list[int]], dict[str, Any]], Awaitable[Migratable]
+    [dict[str, Any], Parts, list[int], dict[str, int], dict[str, list[int]], dict[str, Any]],
+    Awaitable[RemoteMigratable],
 ]
 # config_json, parts, info: RAM's descriptors, one per part, and disks that are open and not locked. Raises
 # MigrationError and ConfigError that name what this host lacks.

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ WHICH_BOOT = "echo boot=$(cat /proc/sys/kernel/random/boot_id) up=$(cut -d' ' -f
 BOOT_PATTERN = r"boot=([0-9a-f-]{36}) up=([0-9]+\.[0-9]{2})"  # whole, also when the line comes in pieces
 
 
-class Play:
+class Play(ABC):
     """One example; a subclass says in `play` what is done. `consoles`: whose lines are shown, by how names begin."""
 
     def __init__(self, folder: Path, events: Events, report: Report, consoles: str) -> None:
@@ -36,9 +37,9 @@ class Play:
         self.report = report
         self.began = time.monotonic()
 
+    @abstractmethod
     def play(self) -> None:
         """Raises DemoError."""
-        raise NotImplementedError
 
     def run(self) -> None:
         """Raises DemoError; the report is filled as far as it went."""
