@@ -202,7 +202,7 @@ class Fleet:
         try:
             os.close(os.dup(process.pidfd))
         except OSError as error:
-            process.channel.close(os.strerror(error.errno))
+            process.channel.close(error.strerror or str(error))
         else:
             self._reactor.call_later(LOOK_SECONDS, lambda: self._watch_descriptors(process))
 

@@ -49,7 +49,7 @@ class Channel:
         try:
             self._socket = context().socket(zmq.ROUTER if router else zmq.DEALER)
         except zmq.ZMQError as error:
-            raise HostError(f"no socket for the control channel: {os.strerror(error.errno)}") from error
+            raise HostError(f"no socket for the control channel: {error}") from error
         self._socket.set(zmq.LINGER, 200)
         self._socket.set(zmq.SNDHWM, 0)
         self._socket.set(zmq.MAXMSGSIZE, messages.MAX_MESSAGE)
