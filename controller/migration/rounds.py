@@ -6,7 +6,7 @@ A round sends what the one before has left dirty. Pausing now would cost
 
 and the guest is paused once that is within the bound, and the last round has not made it much smaller any more: another
 round of a few milliseconds that halves the downtime is worth it. Rounds change nothing about the fixed part. Where that
-takes most of a bound which nobody asked for (a slow host, a network whose turn is long), copying may take half of it.
+takes most of a bound that nobody asked for (a slow host, a network with long turns), copying may take as long again.
 """
 
 from __future__ import annotations
@@ -74,9 +74,8 @@ class Rounds:
 
     @property
     def copy_bound_ms(self) -> float:
-        bound = self.bounds.downtime_ms
-        left = bound - self.overhead_ms
-        return left if self.bounds.strict else max(left, bound / 2)
+        left = self.bounds.downtime_ms - self.overhead_ms
+        return left if self.bounds.strict else max(left, self.overhead_ms)
 
     @property
     def converges(self) -> bool:

@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -330,22 +332,32 @@ def children(vmm, name):
 
 
 class Killer(threading.Thread):
-    """SIGKILL for the net workers of whichever VMMs there are, every now and then; one that were killed faster than it
-    can start would never serve."""
+    """SIGKILL for the net workers of whichever VMMs there are, every now and then and at whatever step; but of three in
+    a row one may live for a while: a worker that is killed for ever before it can serve is another test's."""
+
+    YOUNG_SECONDS, YOUNG_KILLS = 3.0, 2
 
     def __init__(self, vmms):
         super().__init__()
         self._vmms, self._choice, self._stopping = vmms, random.Random(1), threading.Event()
+        self._seen = {}  # when each worker was first seen
+        self._young = Counter()  # of each VMM: kills of young workers in a row
         self.kills = 0
 
     def run(self):
-        while not self._stopping.wait(self._choice.random()):
+        while not self._stopping.wait(self._choice.random() * 0.3):
             for vmm in list(self._vmms):
                 for pid in children(vmm, "net"):
-                    if self._choice.random() < 0.5:
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGKILL)
-                            self.kills += 1
+                    self._consider(vmm, pid)
+
+    def _consider(self, vmm, pid):
+        young = time.monotonic() - self._seen.setdefault(pid, time.monotonic()) < self.YOUNG_SECONDS
+        if self._choice.random() < 0.5 or (young and self._young[vmm] >= self.YOUNG_KILLS):
+            return
+        self._young[vmm] = self._young[vmm] + 1 if young else 0
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            self.kills += 1
 
     def stop(self):
         self._stopping.set()

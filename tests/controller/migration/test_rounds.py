@@ -54,12 +54,11 @@ def test_a_guest_that_writes_too_fast_never_fits_until_the_time_is_up():
 @pytest.mark.parametrize("strict", [True, False])
 def test_turn_of_the_network_that_is_longer_than_a_bound_nobody_asked_for_does_not_keep_the_guest(strict):
     rounds = after(Rounds(Bounds(downtime_ms=300, strict=strict)), 100 * MB, 100.0, 1000, turn=0.2)  # 1 MB/s: 4 s
-    assert rounds.overhead_ms > 300
+    assert rounds.overhead_ms == pytest.approx(640)
     assert rounds.next(100.0, built=True) is Next.ROUND
-    after(rounds, 4 * MB, 4.0, 40, turn=0.2)  # 164 ms: still more than half of the bound
+    after(rounds, 4 * MB, 4.0, 160, turn=0.2)  # 655 ms
     assert rounds.next(104.0, built=True) is Next.ROUND
-    after(rounds, 4 * MB, 4.0, 30, turn=0.2)  # 123 ms
-    after(rounds, 4 * MB, 4.0, 30, turn=0.2)
+    after(rounds, 4 * MB, 4.0, 150, turn=0.2)  # 614 ms
     assert rounds.next(112.0, built=True) is (Next.ROUND if strict else Next.PAUSE)
 
 
