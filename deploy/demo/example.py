@@ -7,6 +7,7 @@ of migration 1. Its nested example is where the second disk and its checksum loo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 SOCKET = "/tmp/sock"
 CMDLINE = "root=/dev/vda1 console=ttyS0"
@@ -34,6 +35,19 @@ class Example:
         )
 
 
+class Way(StrEnum):
+    """How a guest gets to the next VMM: as the document has it, or with its RAM copied as if to another host."""
+
+    LOCAL = "local"
+    UNIX = "unix"
+    TCP = "tcp"
+
+
+PORT = 6000
+_RECEIVE = {Way.LOCAL: f"unix:{SOCKET}", Way.UNIX: f"unix:{SOCKET}", Way.TCP: f"tcp:0.0.0.0:{PORT}"}
+_SEND = {Way.LOCAL: f"--local unix:{SOCKET}", Way.UNIX: f"unix:{SOCKET}", Way.TCP: f"tcp:127.0.0.1:{PORT}"}
+
+
 def api(vmm: int) -> str:
     return f"/tmp/api{vmm}"
 
@@ -42,9 +56,9 @@ def destination(vmm: int) -> str:
     return f"cloud-hypervisor --api-socket={api(vmm)}"
 
 
-def receive(vmm: int) -> str:
-    return f"ch-remote --api-socket={api(vmm)} receive-migration unix:{SOCKET}"
+def receive(vmm: int, way: Way = Way.LOCAL) -> str:
+    return f"ch-remote --api-socket={api(vmm)} receive-migration {_RECEIVE[way]}"
 
 
-def send(vmm: int) -> str:
-    return f"ch-remote --api-socket={api(vmm)} send-migration --local unix:{SOCKET}"
+def send(vmm: int, way: Way = Way.LOCAL) -> str:
+    return f"ch-remote --api-socket={api(vmm)} send-migration {_SEND[way]}"

@@ -60,6 +60,11 @@ def ram_identity(pid: int) -> set[str]:
     return set(re.findall(r"([0-9a-f]+:[0-9a-f]+ \d+) +/memfd:ch_ram", mapped))
 
 
+def listens(port: int) -> bool:
+    """Whether this machine has a listening TCP socket (state 0A) on the port, on every address."""
+    return f" 00000000:{port:04X} 00000000:0000 0A " in Path("/proc/net/tcp").read_text()
+
+
 def await_true(what: str, seconds: float, condition: Callable[[], bool]) -> None:
     """Raises DemoError when the condition is not met in time."""
     end = time.monotonic() + seconds

@@ -40,8 +40,10 @@ class Lab:
     def run(
         self, script: str, *arguments: str, memory: str = "4G", limit: int = 300, append: str = "",
         puts: dict[str, Path] | None = None, sinks: dict[str, Sink] | None = None, retries: int = 2,
+        nested: bool = False,
     ) -> Outcome:  # fmt: skip
-        """Run a script given as text. `limit` is in seconds; `puts` maps names below $LAB to files."""
+        """Run a script given as text. `limit` is in seconds; `puts` maps names below $LAB to files; `nested`: with the
+        images of the nested example."""
         self._runs += 1
         folder = self._folder / str(self._runs)
         folder.mkdir()
@@ -49,7 +51,7 @@ class Lab:
         file.write_text(script)
         said = {"stdout": bytearray(), "stderr": bytearray()}
         every: dict[str, Sink] = {name: buffer.extend for name, buffer in said.items()}
-        job = Job(file, arguments, {"library.sh": LIBRARY, **(puts or {})})
+        job = Job(file, arguments, {"library.sh": LIBRARY, **(puts or {})}, nested=nested)
         machine = Machine(memory, 1, limit, append)
         verdict = run(job, machine, folder / "out", {**every, **(sinks or {})}, retries)
         texts = {name: buffer.decode(errors="replace") for name, buffer in said.items()}

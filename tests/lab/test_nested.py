@@ -1,0 +1,30 @@
+"""The live-migration document's nested example: deploy/demo/nested.py goes through its steps and checks each."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.lab.lab import Lab
+
+LIMIT = 1800  # seconds; ten minutes of an idle machine
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(2 * LIMIT)
+def test_guest_moves_between_two_vms_through_two_socats(lab: Lab) -> None:
+    done = lab.run("exec python3 -m deploy.demo.nested", limit=LIMIT, nested=True).must_succeed()
+    report = json.loads((done.out / "report.json").read_text())
+    print(json.dumps(report, indent=1))
+    assert report["ok"]
+    assert report["ping"][0] == report["ping"][1] > 0
+    (hop,) = report["hops"]
+    assert (hop["send"], hop["receive"], hop["source_exit"]) == (0, 0, 0)
+    assert hop["bytes_transferred"] > 1 << 20, "RAM travels, too"
+    assert report["equal"] > 0
+    assert report["not_equal"] == 0
+    assert len(set(report["boot_id"])) == 1
+    assert report["destination_exit"] == 0
+    assert report["hosts"] == [0, 0]
+    assert {"blk", "net", "vcpu"} <= {row["kind"] for row in report["processes"]}
