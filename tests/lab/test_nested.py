@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tests.lab.lab import Lab
 
+COMMANDS = Path(__file__).with_name("scripts") / "nested.sh"
 LIMIT = 1800  # seconds; ten minutes of an idle machine
 
 
@@ -28,3 +30,13 @@ def test_guest_moves_between_two_vms_through_two_socats(lab: Lab) -> None:
     assert report["destination_exit"] == 0
     assert report["hosts"] == [0, 0]
     assert {"blk", "net", "vcpu"} <= {row["kind"] for row in report["processes"]}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(2 * LIMIT)
+def test_the_documents_nested_commands_in_a_script(lab: Lab) -> None:
+    """Nothing but the commands, a shell, and what it can see."""
+    done = lab.run(COMMANDS.read_text(), "quiet", limit=LIMIT, nested=True).must_succeed()
+    print(done.stderr)
+    ends = ["ping 0", "send 0", "source 0", "receive 0", "destination 0", "vm-1 0", "vm-2 0"]
+    assert done.stdout.splitlines() == ends
