@@ -17,7 +17,7 @@ from deploy.lab.kernel import KernelError
 from deploy.lab.machine import INTERRUPTED, TIMED_OUT, Machine
 from deploy.lab.run import HOST_DIED, Job, needed, run
 
-LIMITS = {"local": 900, "nested": 1800}  # seconds
+LIMITS = {"local": 900, "nested": 2700}  # seconds
 MODULES = {"local": "inside", "nested": "nested"}
 LAB_MEMORY = "4G"
 SCRIPT = Path(__file__).with_name("run.sh")

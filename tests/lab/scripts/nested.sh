@@ -57,7 +57,7 @@ window 1 source "sudo ./cloud-hypervisor \
 in_vm 1 240 'sudo ip addr add 192.168.101.2/24 dev ens4'
 in_vm 1 240 'sudo ip link set up dev ens4'
 in_vm 1 240 'sudo ip r add default via 192.168.101.1'
-await 600 grep -q 'source| .*focal login' "$OUT/vm-1"
+await 900 grep -q 'source| .*focal login' "$OUT/vm-1"
 
 window 2 destination 'sudo ./cloud-hypervisor --api-socket=/tmp/api2'
 in_vm 2 240 'sudo ip addr add 192.168.102.2/24 dev ens4'
