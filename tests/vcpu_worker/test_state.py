@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 from typing import Any
 
 import pytest
 
+from shared import kvm
 from shared.errors import ProtocolError
 from tests.vcpu_worker.rig import ALL_EXITS, Rig, rig
+from vcpu_worker import state as vcpu_state
 from vcpu_worker.ch_form import from_ch, to_ch
 from vcpu_worker.state import (
     MSR_IA32_TSC,
@@ -93,6 +96,27 @@ def test_debug_registers_may_be_missing(state: dict[str, Any]) -> None:
     with rig(ALL_EXITS, started=False) as target:
         without = {key: value for key, value in state.items() if key != "debugregs"}
         assert VcpuCodec(target.vm).load(target.vcpus[0].fd, without) == []
+
+
+def test_host_without_xsave_has_no_extended_control_registers_to_set(
+    state: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel gives nr_xcrs 0 and refuses KVM_SET_XCRS whatever it is given, as within an emulated machine."""
+    ioctl = vcpu_state.ioctl
+
+    def without_xsave(fd: int, request: int, *arguments: Any) -> int:
+        if request == kvm.KVM_SET_XCRS:
+            raise OSError(errno.EINVAL, "KVM_SET_XCRS")
+        return ioctl(fd, request, *arguments)
+
+    with rig(ALL_EXITS, started=False) as target:
+        monkeypatch.setattr(vcpu_state, "ioctl", without_xsave)
+        codec = VcpuCodec(target.vm)
+        assert codec.load(target.vcpus[0].fd, {**state, "xcrs": bytes(len(state["xcrs"]))}) == []
+        with pytest.raises(OSError, match="KVM_SET_XCRS"):
+            codec.load(target.vcpus[0].fd, {**state, "xcrs": b"\x01" + bytes(len(state["xcrs"]) - 1)})
+        with pytest.raises(ProtocolError, match="xcrs: expected 392 bytes"):
+            codec.load(target.vcpus[0].fd, {**state, "xcrs": b""})
 
 
 @pytest.mark.parametrize("key", ["regs", "xsave", "lapic_state"])
