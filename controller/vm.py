@@ -30,17 +30,15 @@ from shared.errors import FlotillaError, ProtocolError, Timeout, WorkerLost
 from shared.memory import GuestMemory
 from shared.reactor import describe, gather, within
 from shared.records import Record
+from shared.state_versions import KINDS, VM, refusals
 from shared.typed import TYPE_CHECKING, Any
 from vcpu_worker.process import Vcpu
 from vcpu_worker.state import VcpuCodec, share_tsc_offset, tell_paused
 
 if TYPE_CHECKING:
     from controller.dirty import DirtyLog
+    from shared.state_versions import StateKind
 
-if TYPE_CHECKING:
-    from controller.dirty import DirtyLog
-
-STATE_VERSION = 1
 RESUME_SECONDS = 10.0
 
 
@@ -228,7 +226,14 @@ class Vm:
         """What the destination needs before the pause, beside the configuration."""
         fields = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
         cpuid = [[getattr(entry, name) for name in fields] for entry in self._platform.cpuid]
-        return {"version": STATE_VERSION, "cpuid": cpuid, "device_tree": self.device_tree()}
+        versions = {kind.name: kind.version for kind in self._state_kinds()}
+        return {"state_versions": versions, "cpuid": cpuid, "device_tree": self.device_tree()}
+
+    def _state_kinds(self) -> list[StateKind]:
+        """Those that save() gives something of."""
+        names = ["console_worker"] if self._made.console else []
+        names += ["net_worker"] if self._made.nets.tap_fds() else []
+        return [VM, *(KINDS[name] for name in names)]
 
     # Moving to another host (controller/migration/migratable.py)
 
@@ -271,7 +276,7 @@ class Vm:
             functions[name] = {"transport": function.save(), "device": function.save_device()}
         console = self._made.console
         return {
-            "version": STATE_VERSION,
+            "version": VM.version,
             "console_worker": await console.call("save") if console else None,
             "net_workers": await self._made.nets.save(),
             "vcpus": [self._codec.save(vcpu.fd) for vcpu in self._vcpus.all],
@@ -282,8 +287,7 @@ class Vm:
 
     async def load(self, state: dict[str, Any]) -> None:
         """Put a state into the VM that build_incoming() made. Raises ProtocolError."""
-        if state.get("version") != STATE_VERSION:
-            raise ProtocolError(f"VM state of version {state.get('version')}, not {STATE_VERSION}")
+        state = VM.upgrade(state.get("version"), state)
         if len(state["vcpus"]) != len(self._vcpus.all):
             raise ProtocolError(f"VM state has {len(state['vcpus'])} vCPUs, its configuration {len(self._vcpus.all)}")
         platform = self._platform
@@ -352,6 +356,8 @@ class Vm:
 
 def _build_info(info: dict[str, Any]) -> tuple[list[CpuidEntry], dict[str, Any]]:
     """What a peer's build_info() says. Raises ProtocolError."""
+    for refusal in refusals(info.get("state_versions", {})):  # a peer that leaves it out is told when its state comes
+        raise refusal
     cpuid, tree = info.get("cpuid"), info.get("device_tree")
     width = len(CpuidEntry._fields)
     if not isinstance(tree, dict) or not isinstance(cpuid, list):
