@@ -42,11 +42,12 @@ if TYPE_CHECKING:
 RESUME_SECONDS = 10.0
 
 
-class Standstill(Record):
+class Standstill(Record, frozen=False):
     """Of a VM whose vCPUs are out: what is to be put back before they go on."""
 
     clock: bytes  # kvm_clock_data at the moment in which the last vCPU had left
     loaded: bool = False  # it stands still since load(): its rings have never run here
+    quiet: bool = False  # loaded, and its workers have been quiesced all the same: it may be leaving again
 
 
 class Vm:
@@ -149,9 +150,7 @@ class Vm:
         self._platform.hold_serial()
         try:
             await gather(self._reactor, *(self._made.frontend(name).stop() for name in self._functions))
-            if console := self._made.console:
-                await console.call("quiesce")  # rings are not all it has: it reads the terminal
-            await self._made.nets.quiesce()
+            await self._quiesce_workers()
         except FlotillaError as error:
             absent = self._made.absence()
             await self.resume()
@@ -160,6 +159,12 @@ class Vm:
             raise
         timings["workers"] = _since(began)
         return timings
+
+    async def _quiesce_workers(self) -> None:
+        """Those that rings are not all of: the console's reads the terminal."""
+        if console := self._made.console:
+            await console.call("quiesce")
+        await self._made.nets.quiesce()
 
     async def resume(self) -> None:
         """Go on after pause(), or after a load() that was left paused. The clock first: a vCPU that sees it jump
@@ -181,11 +186,14 @@ class Vm:
         """A worker that died meanwhile must not keep the guest: whenever its successor comes up, it runs."""
         try:
             await within(self._reactor, RESUME_SECONDS, self._made.frontend(name).resume(), f"{name}: its rings")
-            if (console := self._made.console) and name == (self.config.console.id or CONSOLE_ID):
-                await console.call("resume")
-            await self._made.nets.resume(name)
+            await self._resume_worker(name)
         except (Timeout, WorkerLost) as error:
             log.warn(f"{name}: {describe(error)}; the guest goes on and waits for its device")
+
+    async def _resume_worker(self, name: str) -> None:
+        if (console := self._made.console) and name == (self.config.console.id or CONSOLE_ID):
+            await console.call("resume")
+        await self._made.nets.resume(name)
 
     @property
     def _still(self) -> Standstill:
@@ -271,6 +279,9 @@ class Vm:
 
     async def save(self) -> dict[str, Any]:
         """The state of the paused VM. Changes nothing: a VM whose migration fails goes on."""
+        if self._still.loaded and not self._still.quiet:
+            await self._quiesce_workers()
+            self._still.quiet = True
         functions = {}
         for name, function in self._functions.items():
             functions[name] = {"transport": function.save(), "device": function.save_device()}
@@ -317,6 +328,8 @@ class Vm:
     async def start_loaded(self) -> None:
         """Let the loaded guest run: it is ours from here on. Before, no ring may start: the source may take it back."""
         await gather(self._reactor, *(function.restore_activate() for function in self._functions.values()))
+        if self._still.quiet:
+            await gather(self._reactor, *(self._resume_worker(name) for name in self._functions))
         self._platform.kvm_vm.set_clock(self._still.clock)
         for function in self._functions.values():
             function.signal_all()

@@ -3,9 +3,9 @@
     saved by an older release                                 what save() gives and load() takes
     version `oldest` ──upgrades[0]──▶ … ──upgrades[-1]──▶ version `version`
 
-A kind of state is a worker's, by its package's name, or the VM's own, "vm" (controller/vm.py), which has vCPUs, platform
-and devices in it. The steps are here and not in the workers' packages because a destination's controller must know what
-its workers will read before it starts any.
+A kind of state is a worker's, by its package's name, or the VM's own, "vm" (controller/vm.py), which has vCPUs,
+platform and devices in it. The steps are here and not in the workers' packages because a destination's controller must
+know what its workers will read before it starts any.
 
 To change what a save() gives: append a step, which makes a new version; never change a step. To read a version no
 longer: raise `oldest` and drop its step. tests/test_golden_states.py holds every version to a stored state.
@@ -62,8 +62,9 @@ class StateKind(Record):
 
 
 VM: Final = StateKind("vm")
-KINDS: Final = {kind.name: kind for kind in (VM, StateKind("blk_worker"), StateKind("console_worker"),
-                                             StateKind("net_worker"))}  # fmt: skip
+KINDS: Final = {
+    kind.name: kind for kind in (VM, StateKind("blk_worker"), StateKind("console_worker"), StateKind("net_worker"))
+}
 
 
 def refusals(versions: object) -> list[ProtocolError]:
