@@ -25,6 +25,7 @@ from controller.config.model import VmConfig
 from controller.disks import drop_cache, take_lock
 from controller.locks import unlock
 from controller.machine.cpuid import CpuidEntry
+from controller.migration.fixed_cost import FixedCost
 from shared import log
 from shared.errors import FlotillaError, ProtocolError, Timeout, WorkerLost
 from shared.memory import GuestMemory
@@ -61,6 +62,7 @@ class Vm:
         self._functions = assembly.functions
         self._codec = VcpuCodec(assembly.platform.kvm_vm)
         self._standstill: Standstill | None = None  # None while the guest runs
+        self.fixed_cost = FixedCost()
 
     @property
     def config(self) -> VmConfig:
@@ -158,6 +160,7 @@ class Vm:
                 raise absent from error
             raise
         timings["workers"] = _since(began)
+        self.fixed_cost.took("pause", sum(timings.values()))
         return timings
 
     async def _quiesce_workers(self) -> None:
@@ -282,11 +285,12 @@ class Vm:
         if self._still.loaded and not self._still.quiet:
             await self._quiesce_workers()
             self._still.quiet = True
+        began = time.monotonic()
         functions = {}
         for name, function in self._functions.items():
             functions[name] = {"transport": function.save(), "device": function.save_device()}
         console = self._made.console
-        return {
+        state = {
             "version": VM.version,
             "console_worker": await console.call("save") if console else None,
             "net_workers": await self._made.nets.save(),
@@ -295,9 +299,12 @@ class Vm:
             "functions": functions,
             "clock": self._still.clock,
         }
+        self.fixed_cost.took_since("save", began)
+        return state
 
     async def load(self, state: dict[str, Any]) -> None:
         """Put a state into the VM that build_incoming() made. Raises ProtocolError."""
+        began = time.monotonic()
         state = VM.upgrade(state.get("version"), state)
         if len(state["vcpus"]) != len(self._vcpus.all):
             raise ProtocolError(f"VM state has {len(state['vcpus'])} vCPUs, its configuration {len(self._vcpus.all)}")
@@ -319,6 +326,7 @@ class Vm:
             await console.call("load", **state["console_worker"])
         await self._made.nets.load(state.get("net_workers") or {})
         self._standstill = Standstill(bytes(state["clock"]), loaded=True)
+        self.fixed_cost.took_since("load", began)
 
     def _load_vcpu(self, vcpu: Vcpu, saved: dict[str, Any]) -> None:
         refused = self._codec.load(vcpu.fd, saved)
@@ -327,6 +335,7 @@ class Vm:
 
     async def start_loaded(self) -> None:
         """Let the loaded guest run: it is ours from here on. Before, no ring may start: the source may take it back."""
+        began = time.monotonic()
         await gather(self._reactor, *(function.restore_activate() for function in self._functions.values()))
         if self._still.quiet:
             await gather(self._reactor, *(self._resume_worker(name) for name in self._functions))
@@ -336,6 +345,7 @@ class Vm:
         self._platform.release_serial()
         self._standstill = None
         self._vcpus.resume()
+        self.fixed_cost.took_since("start", began)
         self._made.nets.announce()
 
     # Asking ------------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ class Departure:
         try:
             try:
                 await self._propose(url)
-                await self._copy(Rounds(bounds))
+                await self._copy(Rounds(bounds, self._vm.fixed_cost.total_ms))
                 await self._pause_and_save()
                 await self._commit()
             except Exception as error:
@@ -168,6 +168,7 @@ class Departure:
         """Round after round until the pause is short enough and the destination is built."""
         self._progress.to(Phase.COPYING)
         began = time.monotonic()
+        self._copied["fixed_ms"] = round(rounds.fixed_ms, 3)
         bitmap = await self._start_logs()
         built: Delivery | None = None
         looked, flushed = time.monotonic(), 0.0
@@ -289,6 +290,7 @@ class Departure:
         began = time.monotonic()
         prepared = await line.receive((Message.PREPARED,), self._settings.prepared)
         progress.breakdown["prepare"] = {"total_ms": elapsed_ms(began), **prepared.body["timing"]}
+        self._vm.fixed_cost.heard("load", prepared.body["timing"].get("load_ms"))  # for the next attempt
         line.check()  # the last moment in which saying no needs nobody's consent
         self._vm.unlock_disks()
         self._unlocked = True
@@ -421,7 +423,8 @@ def _too_slow(rounds: Rounds) -> MigrationError:
     why = (
         f"the guest writes {rounds.dirty_rate / 1e6:.0f} MB/s and the network carries {rounds.throughput / 1e6:.0f}"
         if not rounds.converges
-        else f"a pause now would take {rounds.downtime_ms:.0f} ms"
+        else f"a pause now would take {rounds.downtime_ms:.0f} ms, {rounds.overhead_ms:.0f} of them for pausing, loading,"
+        " starting and the network's turns alone"
     )
     return MigrationError(
         f"timeout_s={bounds.timeout_s} is over and downtime_ms={bounds.downtime_ms} was not reached: {why}",

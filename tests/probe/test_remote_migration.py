@@ -174,6 +174,8 @@ def test_progress_has_rounds_pages_and_rates(tmp_path):
             assert progress["page_bytes"] >= progress["pages"] * 4096
             assert 0 < progress["downtime_ms"] < progress["total_ms"]
             assert {"build_ms", "load_ms", "start_ms"} <= set(progress["breakdown"])
+            cost = destination.ask("migration-estimate")["fixed_cost"]
+            assert list(cost["measured_ms"]) == ["load", "start"] and cost["guessed"] == ["pause", "save"]
 
 
 def test_zero_pages_are_not_sent(tmp_path):
@@ -198,7 +200,11 @@ def test_estimate_knows_how_fast_the_guest_writes_and_leaves_it_running(tmp_path
         assert 16 << 20 < answer["dirty_bytes_per_s"] < 48 << 20  # its working set, however often it is rewritten
         assert 32 << 20 <= answer["ram_bytes_to_copy"] <= 128 << 20
         assert [row["gbit_per_s"] for row in answer["forecasts"]] == [1, 10, 25]
+        assert answer["fixed_cost"]["guessed"] == ["pause", "save", "load", "start"]
         vmm.more("ram ok ")
+        vmm.ask("pause")
+        vmm.ask("resume")
+        assert list(vmm.ask("migration-estimate")["fixed_cost"]["measured_ms"]) == ["pause"]
         vmm.ask("pause")
         refused = vmm.remote("migration-estimate")
         assert refused.returncode == 1 and "Paused" in refused.stderr

@@ -9,6 +9,7 @@ import signal
 
 import pytest
 
+from controller.migration.fixed_cost import FIRST_GUESS_MS, GUESSES
 from shared.handover import Message
 from tests.controller.migration.conftest import Died, Lab, Remote
 from tests.controller.migration.relay import Cut, Relay
@@ -374,6 +375,19 @@ def test_guest_that_writes_too_fast_is_cancelled_when_the_time_is_up(lab):
     assert sent["progress"]["round"] > 2
     assert destination.done("receive")["error"][1] == "the source gave up"
     still_works(lab, source, destination)
+
+
+def test_what_an_attempt_has_shown_of_the_destination_is_in_the_estimate_of_the_next(lab):
+    source, destination = lab.remote_source(), lab.controller()
+    destination.receive_remote(lab.url, fail="lock")  # after PREPARED, which has told how long loading took
+    first = source.call("send", url=lab.url)["progress"]["breakdown"]
+    assert destination.done("receive")["error"]
+    destination.receive_remote(lab.url)
+    second = source.call("send", url=lab.url)["progress"]["breakdown"]
+    assert destination.done("receive")["error"] is None
+    assert first["copied"]["fixed_ms"] == FIRST_GUESS_MS
+    expected = FIRST_GUESS_MS - GUESSES["load"] + first["prepare"]["load_ms"]
+    assert second["copied"]["fixed_ms"] == pytest.approx(expected, abs=0.01)
 
 
 def test_guest_that_writes_too_fast_goes_all_the_same_when_told_so(lab):

@@ -25,6 +25,7 @@ from controller.fleet import Fleet, Process, WorkerSpec
 from controller.locks import try_lock, unlock
 from controller.migration.arguments import Bounds
 from controller.migration.departure import Departure
+from controller.migration.fixed_cost import FixedCost
 from controller.migration.incoming import Incoming
 from controller.migration.link import Settings
 from controller.migration.outgoing import Fate, Outgoing
@@ -172,6 +173,7 @@ class ToyRemote(ToyVm):
         super().__init__(fleet, witness, pulse_fd, faults)
         self._fds |= {"guest": guest, "disk": disk}
         self._guest = GuestRam(guest)
+        self.fixed_cost = FixedCost()
 
     ended_itself = False
 
