@@ -84,8 +84,8 @@ def forecast(
             break
     fits = rounds.downtime_ms <= bounds.downtime_ms
     why = "" if fits else (
-        f"{rounds.dirty_rate / 1e6:.0f} MB/s are dirtied, {speed / 1e6:.0f} MB/s carried: "
-        f"the pause would not fall below {rounds.downtime_ms:.0f} ms, {rounds.overhead_ms:.0f} of them whatever is copied"
+        f"{rounds.dirty_rate / 1e6:.0f} MB/s are dirtied, {speed / 1e6:.0f} MB/s carried: the pause would not fall "
+        f"below {rounds.downtime_ms:.0f} ms, {rounds.overhead_ms:.0f} of them whatever is copied"
     )  # fmt: skip
     return {
         "gbit_per_s": gbit,
