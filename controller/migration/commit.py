@@ -1,4 +1,4 @@
-"""The commit of a remote migration: two rules, and the line on which the controllers follow them.
+"""The commit of a remote migration: its rules, and the line on which the controllers follow them.
 
     source                                                  destination
     PREPARING     ◀─────────────── PREPARED ──────────────  everything is here and loaded; nothing has been touched

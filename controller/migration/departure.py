@@ -363,6 +363,8 @@ class Departure:
         the clock says that the guest may run there."""
         if self._progress.phase is not Phase.IN_DOUBT:
             raise StateError("No migration is in doubt")
+        if self._verdict.done():
+            raise StateError("The destination has just answered", "look at vm.migration-progress")
         if here:
             assert self._committed_at is not None
             left = self._committed_at + self._settings.prepared - time.monotonic()

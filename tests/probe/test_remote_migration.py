@@ -276,6 +276,40 @@ def test_stream_that_ends_between_commit_and_started_is_a_doubt_until_somebody_r
         assert b"not equal" not in source.output + destination.output
 
 
+@pytest.mark.parametrize("cut", [Cut(Message.STARTED), Cut(Message.COMMIT)], ids=["runs there", "never will"])
+def test_source_in_doubt_asks_the_destination_and_settles_it_by_itself(tmp_path, disk, cut):
+    """When there is a way to it again."""
+    with (
+        Vmm.guest(tmp_path, "mode=equal", "--disk", f"path={disk}", name="one") as source,
+        Vmm(tmp_path, name="two") as destination,
+    ):
+        source.expect("equal 1 ")
+        source.wait_api()
+        here, there = f"{tmp_path}/sock1", f"{tmp_path}/sock2"
+        receiver = Receiver(destination, f"unix:{there}")
+        relay = Relay(here, there, cut)
+        sent = source.remote("send-migration", f"unix:{here}")
+        relay.close()
+        assert sent.returncode == 1 and "in doubt" in sent.stderr
+        assert source.ask("info")["migration"] == "in-doubt"
+        arrives = cut.message is Message.STARTED
+        assert receiver.end()[0] == (0 if arrives else 1)
+        poll(lambda: os.path.exists(there))
+        relay = Relay(here, there)
+        try:
+            if arrives:
+                assert source.wait() == 0 and not source.api.exists()
+                destination.more("equal ")
+            else:
+                poll(lambda: source.ask("info")["state"] == "Running")
+                source.more("equal ")
+                assert source.ask("migration-progress")["state"] == "failed"
+        finally:
+            relay.close()
+        poll(lambda: not os.path.exists(there) and "migration" not in destination.fleet())
+        assert b"not equal" not in source.output + destination.output
+
+
 class Sending:
     """A migration that is in its rounds and stays there, through two socats."""
 
