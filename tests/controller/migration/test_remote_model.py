@@ -5,9 +5,9 @@
 What is modelled is what matters for the commit: who is alive, what each side has said and heard, what is under way in
 the stream and where the stream is cut. The controllers follow the real rules (`source_decision`,
 `destination_may_start`, `outcome`). Until END_OF_RAM the agents hold the stream, so that an agent's death cuts it; from
-then on the controllers do. Whatever can be killed can be killed between any two steps, and either side can fail, cancel,
-or give up waiting where the real one can. A source in doubt asks over a connection of its own, for as long as the
-destination listens; an answer may take as long as it likes, or be lost.
+then on the controllers do. Whatever can be killed can be killed between any two steps, and either side can fail,
+cancel, or give up waiting where the real one can. A source in doubt asks over a connection of its own, for as long as
+the destination listens; an answer may take as long as it likes, or be lost.
 """
 
 from __future__ import annotations
