@@ -11,13 +11,13 @@ from console_worker.console import Console
 from console_worker.device import RingDevice
 from console_worker.rng import Rng
 from shared.errors import ProtocolError
+from shared.state_versions import KINDS
 
 
 class ConsoleWorker:
     """`bases` of quiesce are keyed "console.0", "console.1" and "rng.0"."""
 
-    kind = "console_worker"
-    version = 1
+    states = KINDS["console_worker"]
 
     def __init__(self, console: Console | None, rng: Rng | None) -> None:
         self._console = console

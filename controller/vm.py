@@ -25,30 +25,30 @@ from controller.config.model import VmConfig
 from controller.disks import drop_cache, take_lock
 from controller.locks import unlock
 from controller.machine.cpuid import CpuidEntry
+from controller.migration.fixed_cost import FixedCost
 from shared import log
 from shared.errors import FlotillaError, ProtocolError, Timeout, WorkerLost
 from shared.memory import GuestMemory
 from shared.reactor import describe, gather, within
 from shared.records import Record
+from shared.state_versions import KINDS, VM, refusals
 from shared.typed import TYPE_CHECKING, Any
 from vcpu_worker.process import Vcpu
 from vcpu_worker.state import VcpuCodec, share_tsc_offset, tell_paused
 
 if TYPE_CHECKING:
     from controller.dirty import DirtyLog
+    from shared.state_versions import StateKind
 
-if TYPE_CHECKING:
-    from controller.dirty import DirtyLog
-
-STATE_VERSION = 1
 RESUME_SECONDS = 10.0
 
 
-class Standstill(Record):
+class Standstill(Record, frozen=False):
     """Of a VM whose vCPUs are out: what is to be put back before they go on."""
 
     clock: bytes  # kvm_clock_data at the moment in which the last vCPU had left
     loaded: bool = False  # it stands still since load(): its rings have never run here
+    quiet: bool = False  # loaded, and its workers have been quiesced all the same: it may be leaving again
 
 
 class Vm:
@@ -62,6 +62,7 @@ class Vm:
         self._functions = assembly.functions
         self._codec = VcpuCodec(assembly.platform.kvm_vm)
         self._standstill: Standstill | None = None  # None while the guest runs
+        self.fixed_cost = FixedCost()
 
     @property
     def config(self) -> VmConfig:
@@ -151,9 +152,7 @@ class Vm:
         self._platform.hold_serial()
         try:
             await gather(self._reactor, *(self._made.frontend(name).stop() for name in self._functions))
-            if console := self._made.console:
-                await console.call("quiesce")  # rings are not all it has: it reads the terminal
-            await self._made.nets.quiesce()
+            await self._quiesce_workers()
         except FlotillaError as error:
             absent = self._made.absence()
             await self.resume()
@@ -161,7 +160,14 @@ class Vm:
                 raise absent from error
             raise
         timings["workers"] = _since(began)
+        self.fixed_cost.took("pause", sum(timings.values()))
         return timings
+
+    async def _quiesce_workers(self) -> None:
+        """Those that rings are not all of: the console's reads the terminal."""
+        if console := self._made.console:
+            await console.call("quiesce")
+        await self._made.nets.quiesce()
 
     async def resume(self) -> None:
         """Go on after pause(), or after a load() that was left paused. The clock first: a vCPU that sees it jump
@@ -183,11 +189,14 @@ class Vm:
         """A worker that died meanwhile must not keep the guest: whenever its successor comes up, it runs."""
         try:
             await within(self._reactor, RESUME_SECONDS, self._made.frontend(name).resume(), f"{name}: its rings")
-            if (console := self._made.console) and name == (self.config.console.id or CONSOLE_ID):
-                await console.call("resume")
-            await self._made.nets.resume(name)
+            await self._resume_worker(name)
         except (Timeout, WorkerLost) as error:
             log.warn(f"{name}: {describe(error)}; the guest goes on and waits for its device")
+
+    async def _resume_worker(self, name: str) -> None:
+        if (console := self._made.console) and name == (self.config.console.id or CONSOLE_ID):
+            await console.call("resume")
+        await self._made.nets.resume(name)
 
     @property
     def _still(self) -> Standstill:
@@ -228,7 +237,14 @@ class Vm:
         """What the destination needs before the pause, beside the configuration."""
         fields = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
         cpuid = [[getattr(entry, name) for name in fields] for entry in self._platform.cpuid]
-        return {"version": STATE_VERSION, "cpuid": cpuid, "device_tree": self.device_tree()}
+        versions = {kind.name: kind.version for kind in self._state_kinds()}
+        return {"state_versions": versions, "cpuid": cpuid, "device_tree": self.device_tree()}
+
+    def _state_kinds(self) -> list[StateKind]:
+        """Those that save() gives something of."""
+        names = ["console_worker"] if self._made.console else []
+        names += ["net_worker"] if self._made.nets.tap_fds() else []
+        return [VM, *(KINDS[name] for name in names)]
 
     # Moving to another host (controller/migration/migratable.py)
 
@@ -266,12 +282,16 @@ class Vm:
 
     async def save(self) -> dict[str, Any]:
         """The state of the paused VM. Changes nothing: a VM whose migration fails goes on."""
+        if self._still.loaded and not self._still.quiet:
+            await self._quiesce_workers()
+            self._still.quiet = True
+        began = time.monotonic()
         functions = {}
         for name, function in self._functions.items():
             functions[name] = {"transport": function.save(), "device": function.save_device()}
         console = self._made.console
-        return {
-            "version": STATE_VERSION,
+        state = {
+            "version": VM.version,
             "console_worker": await console.call("save") if console else None,
             "net_workers": await self._made.nets.save(),
             "vcpus": [self._codec.save(vcpu.fd) for vcpu in self._vcpus.all],
@@ -279,11 +299,13 @@ class Vm:
             "functions": functions,
             "clock": self._still.clock,
         }
+        self.fixed_cost.took_since("save", began)
+        return state
 
     async def load(self, state: dict[str, Any]) -> None:
         """Put a state into the VM that build_incoming() made. Raises ProtocolError."""
-        if state.get("version") != STATE_VERSION:
-            raise ProtocolError(f"VM state of version {state.get('version')}, not {STATE_VERSION}")
+        began = time.monotonic()
+        state = VM.upgrade(state.get("version"), state)
         if len(state["vcpus"]) != len(self._vcpus.all):
             raise ProtocolError(f"VM state has {len(state['vcpus'])} vCPUs, its configuration {len(self._vcpus.all)}")
         platform = self._platform
@@ -304,6 +326,7 @@ class Vm:
             await console.call("load", **state["console_worker"])
         await self._made.nets.load(state.get("net_workers") or {})
         self._standstill = Standstill(bytes(state["clock"]), loaded=True)
+        self.fixed_cost.took_since("load", began)
 
     def _load_vcpu(self, vcpu: Vcpu, saved: dict[str, Any]) -> None:
         refused = self._codec.load(vcpu.fd, saved)
@@ -312,13 +335,17 @@ class Vm:
 
     async def start_loaded(self) -> None:
         """Let the loaded guest run: it is ours from here on. Before, no ring may start: the source may take it back."""
+        began = time.monotonic()
         await gather(self._reactor, *(function.restore_activate() for function in self._functions.values()))
+        if self._still.quiet:
+            await gather(self._reactor, *(self._resume_worker(name) for name in self._functions))
         self._platform.kvm_vm.set_clock(self._still.clock)
         for function in self._functions.values():
             function.signal_all()
         self._platform.release_serial()
         self._standstill = None
         self._vcpus.resume()
+        self.fixed_cost.took_since("start", began)
         self._made.nets.announce()
 
     # Asking ------------------------------------------------------------------------------------------------------
@@ -352,6 +379,8 @@ class Vm:
 
 def _build_info(info: dict[str, Any]) -> tuple[list[CpuidEntry], dict[str, Any]]:
     """What a peer's build_info() says. Raises ProtocolError."""
+    for refusal in refusals(info.get("state_versions", {})):  # a peer that leaves it out is told when its state comes
+        raise refusal
     cpuid, tree = info.get("cpuid"), info.get("device_tree")
     width = len(CpuidEntry._fields)
     if not isinstance(tree, dict) or not isinstance(cpuid, list):

@@ -71,6 +71,7 @@ class Vmm:
         self.state = VmState.CREATED
         self.services: Services | None = None
         self.migration: Outgoing | Departure | Incoming | None = None
+        self._arrived: Incoming | None = None  # the last one that was received; its source may still ask for it
         self._operations = Lock()
         self._ending = False
         self._leavings = Leavings(self.runtime.path)
@@ -154,6 +155,8 @@ class Vmm:
             if self.migration is not None and self.migration.progress()["state"] != "in-doubt":
                 self.migration.cancel()
                 await within(self.reactor, MIGRATION_SECONDS, self.migration.ended.wait(), "the migration's end")
+            if self._arrived is not None:
+                await self._arrived.forget()
             if self.vm is not None:
                 await self.vm.destroy()
                 self.vm = None
@@ -442,9 +445,11 @@ class Vmm:
         async with self._change():
             if self.config is not None:
                 raise StateError("Can't receive a migration: a VM is already created", "vm.delete removes it")
+            if self._arrived is not None:
+                await self._arrived.forget()
             build, on_path = self._build_incoming, self._leavings.path
             incoming = Incoming(self.reactor, self.fleet, self.events, build, accept, on_path)
-            self.migration = incoming
+            self.migration = self._arrived = incoming
             try:
                 await incoming.run(url)
             finally:

@@ -1,4 +1,4 @@
-"""The states of an agent: one enum, one table, one event per transition. Two ways lead on from READY.
+"""The states of an agent: one enum, one table, one event per transition. Three ways lead on from READY.
 
     source                                           destination
                        IDLE                                              IDLE
@@ -28,8 +28,16 @@
                       FINAL    ········ PAGES … ········▶               FINAL
         end of ram sent  │     ······ END_OF_RAM ·······▶  … received      │
                       HANDED                                            HANDED
+    a source in doubt, over a connection of its own
+                       READY                                             READY
+        ask sent         │     ··········· ASK ·········▶  ask received    │
+                       ASKED                                             ASKED
+        outcome received │     ◀········ OUTCOME ········  outcome sent    │
+                     ANSWERED                                          ANSWERED
+        heard sent       │     ·········· HEARD ········▶  heard received  │
+                      FINISHED                                          FINISHED
 
-    READY … FINAL ── withdrawn sent, refused received ──▶ OVER ◀── refused sent, withdrawn received ── READY … FINAL
+    any between READY and these last ones ── withdrawn, refused ──▶ OVER
     any but the last ones ── failed ──▶ FAILED      the peer, the stream, a deadline, or a cancel
 
 FINISHED, HANDED, OVER and FAILED are the last: what still comes is dropped, and the end of the stream is no error any
@@ -68,6 +76,8 @@ class State(StrEnum):
     ROUNDS = "rounds"
     FINAL = "final"
     HANDED = "handed"
+    ASKED = "asked"
+    ANSWERED = "answered"
     FINISHED = "finished"
     OVER = "over"
     FAILED = "failed"
@@ -93,6 +103,12 @@ class Event(StrEnum):
     ACCEPTED_RECEIVED = "accepted received"
     END_OF_RAM_SENT = "end of ram sent"
     END_OF_RAM_RECEIVED = "end of ram received"
+    ASK_SENT = "ask sent"
+    ASK_RECEIVED = "ask received"
+    OUTCOME_SENT = "outcome sent"
+    OUTCOME_RECEIVED = "outcome received"
+    HEARD_SENT = "heard sent"
+    HEARD_RECEIVED = "heard received"
     REFUSED_SENT = "refused sent"
     REFUSED_RECEIVED = "refused received"
     WITHDRAWN_SENT = "withdrawn sent"
@@ -105,6 +121,7 @@ PAGES_IN: Final = frozenset({State.COPYING, State.ROUNDS, State.FINAL})
 _CONVERSATION: Final = (
     *(State.READY, State.BUILDING, State.BUILT, State.OFFERED),
     *(State.PROPOSED, State.COPYING, State.ROUNDS, State.FINAL),
+    *(State.ASKED, State.ANSWERED),
 )
 
 _SOURCE: Final[dict[tuple[State, Event], State]] = {
@@ -120,6 +137,9 @@ _SOURCE: Final[dict[tuple[State, Event], State]] = {
     (State.COPYING, Event.BUILT_RECEIVED): State.ROUNDS,
     (State.ROUNDS, Event.STATE_SENT): State.FINAL,
     (State.FINAL, Event.END_OF_RAM_SENT): State.HANDED,
+    (State.READY, Event.ASK_SENT): State.ASKED,
+    (State.ASKED, Event.OUTCOME_RECEIVED): State.ANSWERED,
+    (State.ANSWERED, Event.HEARD_SENT): State.FINISHED,
     **{(state, Event.WITHDRAWN_SENT): State.OVER for state in _CONVERSATION},
     **{(state, Event.REFUSED_RECEIVED): State.OVER for state in _CONVERSATION},
 }
@@ -136,6 +156,9 @@ _DESTINATION: Final[dict[tuple[State, Event], State]] = {
     (State.COPYING, Event.BUILT_SENT): State.ROUNDS,
     (State.ROUNDS, Event.STATE_RECEIVED): State.FINAL,
     (State.FINAL, Event.END_OF_RAM_RECEIVED): State.HANDED,
+    (State.READY, Event.ASK_RECEIVED): State.ASKED,
+    (State.ASKED, Event.OUTCOME_SENT): State.ANSWERED,
+    (State.ANSWERED, Event.HEARD_RECEIVED): State.FINISHED,
     **{(state, Event.REFUSED_SENT): State.OVER for state in _CONVERSATION},
     **{(state, Event.WITHDRAWN_RECEIVED): State.OVER for state in _CONVERSATION},
 }

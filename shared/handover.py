@@ -16,6 +16,9 @@
     END_OF_RAM  source ──▶ destination      after STATE and the last page; the agents' part is over
     PREPARED    destination ──▶ source      loaded; a word from you and it runs
     COMMIT      source ──▶ destination      it is yours. STARTED or REFUSED answers
+    HEARD       source ──▶ destination      I have heard that
+    ASK         source ──▶ destination      in doubt, over a new connection: what has become of the guest?
+    OUTCOME     destination ──▶ source      it runs here, it never will, or I don't know it. HEARD answers
                 both
     REFUSED     destination ──▶ source      no, and why
     WITHDRAWN   source ──▶ destination      never mind, and why
@@ -52,6 +55,9 @@ class Message(IntEnum):
     END_OF_RAM = 13
     PREPARED = 14
     COMMIT = 15
+    HEARD = 16
+    ASK = 17
+    OUTCOME = 18
 
 
 AGENTS_ONLY: Final = frozenset({Message.HEARTBEAT, Message.PAGES, Message.SYNC, Message.SYNCED})
@@ -78,4 +84,7 @@ LIMITS: Final[dict[Message, Limit]] = {
     Message.END_OF_RAM: Limit(MAX_REASON, 0),
     Message.PREPARED: Limit(MAX_REASON, 0),
     Message.COMMIT: Limit(MAX_REASON, 0),
+    Message.HEARD: Limit(MAX_REASON, 0),
+    Message.ASK: Limit(MAX_REASON, 0),
+    Message.OUTCOME: Limit(MAX_REASON, 0),
 }

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from shared import log
 from shared.errors import ProtocolError
 from shared.reactor import Reactor, describe
+from shared.state_versions import KINDS
 from shared.vhost_backend import Server
 from shared.vhost_device import Backend
 
@@ -37,10 +38,8 @@ class Device(Backend, Protocol):
 class VhostWorker:
     """`bases` of quiesce are keyed by queue index."""
 
-    version = 1
-
     def __init__(self, kind: str, device: Device) -> None:
-        self.kind = kind
+        self.states = KINDS[kind]
         self.device = device
         self._server: Server | None = None
         self._quiet = False

@@ -9,7 +9,8 @@ The contract (one parametrised suite in tests/test_worker_contract.py holds ever
     host resource,
                   no notification, until resume
     save       -> {"kind", "version", "state"}; only while quiesced
-    load       takes what save gave; refuses another kind or a newer version
+    load       takes what save gave, of this version or an older one that can be upgraded
+               (shared/state_versions.py); refuses another kind and any other version
     resume     go on (or begin) from the present state
     stats      -> counters, name -> int
     heartbeat  -> {"epoch": n}: the native loop's own epoch where there is one, a main loop's pulse elsewhere
@@ -26,6 +27,7 @@ from shared import log
 from shared.errors import ProtocolError
 from shared.messages import Verb
 from shared.reactor import Reactor
+from shared.state_versions import StateKind
 
 if TYPE_CHECKING:
     from shared.control import Handler
@@ -43,8 +45,7 @@ class Start:
 
 
 class Worker(Protocol):
-    kind: str
-    version: int
+    states: StateKind
 
     def quiesce(self) -> dict[str, Any]: ...
     def save(self) -> dict[str, Any]: ...
@@ -56,12 +57,11 @@ class Worker(Protocol):
 
 
 def check_state(worker: Worker, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The state inside a `load` request. Raises ProtocolError for another kind or a version from the future."""
-    if saved["kind"] != worker.kind:
-        raise ProtocolError(f"state of kind {saved['kind']!r} given to a {worker.kind}")
-    if saved["version"] > worker.version:
-        raise ProtocolError(f"{worker.kind} state version {saved['version']} is newer than {worker.version}")
-    return dict(saved["state"])
+    """The state inside a `load` request, as the worker's load() takes it. Raises ProtocolError for another kind and
+    for a version that can't be read."""
+    if saved["kind"] != worker.states.name:
+        raise ProtocolError(f"state of kind {saved['kind']!r} given to a {worker.states.name}")
+    return worker.states.upgrade(saved["version"], saved["state"])
 
 
 def serve(start: Start, worker: Worker, reactor: Reactor, more: Mapping[str, Handler] | None = None) -> int:
@@ -69,9 +69,10 @@ def serve(start: Start, worker: Worker, reactor: Reactor, more: Mapping[str, Han
     from shared.control import Channel  # zmq only after the fork
 
     channel = Channel(reactor, start.endpoint, bind=True)
+    identity = {"kind": worker.states.name, "version": worker.states.version}
 
     def saved() -> dict[str, Any]:
-        return {"kind": worker.kind, "version": worker.version, "state": worker.save()}
+        return {**identity, "state": worker.save()}
 
     def do(action: Callable[[dict[str, Any]], None]) -> Handler:
         def handler(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def serve(start: Start, worker: Worker, reactor: Reactor, more: Mapping[str, Han
         return handler
 
     channel.handlers = {
-        Verb.HELLO: lambda _: {"kind": worker.kind, "version": worker.version, "pid": os.getpid()},
+        Verb.HELLO: lambda _: {**identity, "pid": os.getpid()},
         Verb.HEARTBEAT: lambda _: {"epoch": worker.epoch()},
         Verb.QUIESCE: lambda _: worker.quiesce(),
         Verb.SAVE: lambda _: saved(),

@@ -344,7 +344,7 @@ def test_another_kinds_state_is_refused(worker: Subject) -> None:
 
 def test_a_newer_version_is_refused(worker: Subject) -> None:
     worker.call(Verb.QUIESCE)
-    with pytest.raises(ProtocolError, match="state version 99 is newer than 1"):
+    with pytest.raises(ProtocolError, match=f"{worker.kind} state has version 99, this release reads .*newer one"):
         worker.call(Verb.LOAD, kind=worker.kind, version=99, state={})
     assert lives(worker)
 
@@ -354,8 +354,37 @@ def test_a_state_that_cannot_be_read_is_refused_and_the_old_one_stays(worker: Su
     worker.call(Verb.QUIESCE)
     before = worker.call(Verb.SAVE)
     with pytest.raises(FlotillaError):
-        worker.call(Verb.LOAD, kind=worker.kind, version=1, state=worker.broken_state)
+        worker.call(Verb.LOAD, **{**before, "state": worker.broken_state})
     assert worker.call(Verb.SAVE) == before
+
+
+@pytest.mark.parametrize(("version", "state"), [(2, {"number": "7"}), (3, {"number": 7}), (4, {"count": 7})])
+def test_every_known_version_is_loaded_and_saved_as_the_present_one(
+    make: Callable[[type[Subject]], Subject], version: int, state: dict[str, Any]
+) -> None:
+    toy = make(ToySubject)
+    toy.call(Verb.QUIESCE)
+    toy.call(Verb.LOAD, kind="toy", version=version, state=state)
+    assert toy.call(Verb.SAVE) == {"kind": "toy", "version": 4, "state": {"count": 7}}
+
+
+def test_a_version_older_than_the_oldest_is_refused_and_the_old_state_stays(
+    make: Callable[[type[Subject]], Subject],
+) -> None:
+    toy = make(ToySubject)
+    toy.call(Verb.QUIESCE)
+    with pytest.raises(ProtocolError, match=r"toy state has version 1, this release reads 2 to 4 \(take it through"):
+        toy.call(Verb.LOAD, kind="toy", version=1, state={"count": 7})
+    assert toy.call(Verb.SAVE)["state"] == {"count": 5}
+
+
+def test_a_state_that_an_upgrade_cannot_read_is_refused_by_its_own_version(
+    make: Callable[[type[Subject]], Subject],
+) -> None:
+    toy = make(ToySubject)
+    with pytest.raises(ProtocolError, match="toy state of version 2 can't be read: ValueError"):
+        toy.call(Verb.LOAD, kind="toy", version=2, state={"number": "many"})
+    assert lives(toy)
 
 
 def test_an_unknown_verb_is_a_typed_error(worker: Subject) -> None:

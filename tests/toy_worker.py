@@ -8,12 +8,22 @@ from typing import Any
 
 from shared.errors import HostError
 from shared.reactor import Reactor
+from shared.state_versions import State, StateKind
 from shared.worker import Start, serve
 
 
+def number_from_text(state: State) -> State:
+    return {"number": int(state["number"])}
+
+
+def number_to_count(state: State) -> State:
+    return {"count": state["number"]}
+
+
 class Toy:
-    kind = "toy"
-    version = 1
+    """Of its states version 1 is forgotten, 2 was {"number": "5"}, 3 was {"number": 5}, 4 is {"count": 5}."""
+
+    states = StateKind("toy", (number_from_text, number_to_count), oldest=2)
 
     def __init__(self, count: int) -> None:
         self.count = count

@@ -70,8 +70,10 @@ class Vmm:
 
     @classmethod
     def guest(cls, folder: Path, cmdline: str, *arguments: str, **options: Any) -> Vmm:
-        """A VMM with the probe guest: 128 MiB, serial on stdout, no console."""
-        own = ["--kernel", probe(), "--cmdline", cmdline, "--serial", "tty", "--console", "off"]
+        """A VMM with the probe guest: serial on stdout, by default 128 MiB and no console."""
+        own = ["--kernel", probe(), "--cmdline", cmdline, "--serial", "tty"]
+        if "--console" not in arguments:
+            own += ["--console", "off"]
         if "--memory" not in arguments:
             own += ["--memory", "size=128M"]
         return cls(folder, *own, *arguments, **options)

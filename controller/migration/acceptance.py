@@ -22,12 +22,12 @@ from controller.machine.hostcpu import host_phys_bits
 from controller.migration.descriptors import close_all
 from controller.migration.migratable import Parts
 from controller.taps import open_tap
-from controller.vm import STATE_VERSION
 from shared.errors import FlotillaError, HostError, MigrationError, ProtocolError
 from shared.kvm import REQUIRED_CAPS, Kvm
 from shared.linux import memfd
 from shared.memory import MEMFD_NAME, spans
 from shared.reactor import describe
+from shared.state_versions import refusals
 
 # Beside what every VM needs: capabilities whose value says how much of the guest's state fits.
 CAPS: Final = {**REQUIRED_CAPS, "XCRS": 56, "DEBUGREGS": 50, "GET_TSC_KHZ": 61, "XSAVE2": 208}
@@ -43,7 +43,6 @@ class Candidate:
 def machine_info(kvm: Kvm, images: Mapping[str, int]) -> dict[str, Any]:
     """What the destination compares: sizes of the disks by id, KVM's capabilities by name."""
     return {
-        "state_version": STATE_VERSION,
         "disk_sizes": {name: image_size(fd) for name, fd in images.items()},
         "kvm": {name: kvm.check_extension(number) for name, number in CAPS.items()},
     }
@@ -84,8 +83,7 @@ def _own_disks(config: VmConfig) -> list[DiskConfig]:
 
 
 def _versions(candidate: Candidate) -> list[str]:
-    version = candidate.info.get("state_version")
-    return [] if version == STATE_VERSION else [f"its state has version {version}, this release reads {STATE_VERSION}"]
+    return [describe(refusal) for refusal in refusals(candidate.info.get("state_versions", {}))]
 
 
 def _memory(candidate: Candidate) -> list[str]:

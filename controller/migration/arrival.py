@@ -11,14 +11,16 @@ import time
 from typing import Any
 
 from controller.migration import codec
-from controller.migration.commit import Line, destination_may_start
+from controller.migration.commit import Heard, Line, destination_may_start, outcome
 from controller.migration.descriptors import close_all
 from controller.migration.link import AgentLink, Delivery, Settings
 from controller.migration.migratable import Accept, Build, RemoteMigratable
+from controller.migration.outcome import Ticket
 from controller.migration.progress import Phase, Progress, Transfer, elapsed_ms
 from shared import log
 from shared.errors import FlotillaError, MigrationCancelled, MigrationError
 from shared.handover import Message
+from shared.messages import error_to_wire
 from shared.reactor import Reactor, describe
 
 
@@ -40,6 +42,7 @@ class Arrival:
         self._accept = accept
         self._line: Line | None = None
         self._refused = False
+        self._ticket: Ticket | None = None  # the source has one since PREPARED, and may come to be in doubt
         self.built: RemoteMigratable | None = None
         self.vm: RemoteMigratable | None = None
         self.running = False
@@ -108,7 +111,8 @@ class Arrival:
         line.check()
         deadline = time.monotonic() + self._settings.prepared  # from before PREPARED is said: never too late
         self._progress.to(Phase.PREPARED)
-        await line.send(Message.PREPARED, {"timing": timing}, self._settings.call)
+        self._ticket = Ticket.fresh()
+        await line.send(Message.PREPARED, {"timing": timing, "ticket": list(self._ticket)}, self._settings.call)
         commit = await line.receive((Message.COMMIT,), self._settings.prepared)
         if time.monotonic() > deadline:
             raise MigrationError(f"COMMIT came later than {self._settings.prepared:g} s after PREPARED")
@@ -159,9 +163,18 @@ class Arrival:
             return
         self._refused = True
         if self._line is not None:
-            await self._line.give_up(Message.REFUSED, problem)
+            await self._line.tell(Message.REFUSED, {"error": error_to_wire(problem)})
         else:
             await self._link.give_up(Message.REFUSED, problem)
+
+    def outcome(self) -> tuple[Ticket, Heard, Line] | None:
+        """After the end: what a source in doubt is to be told, and the stream on which it may say that it knows. The
+        stream is the caller's then. None when the source can't be in doubt."""
+        heard = outcome(ours=self.vm is not None, refused=self._refused)
+        if self._ticket is None or self._line is None or heard is Heard.NOTHING:
+            return None
+        line, self._line = self._line, None
+        return self._ticket, heard, line
 
     def close(self) -> None:
         if self._line is not None:

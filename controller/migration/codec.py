@@ -10,8 +10,11 @@
     MACHINE    config, parts, info, paused, release: a remote migration's BUILD
     ACCEPTED   took_ms (what the checks took)
     END_OF_RAM copied (figures of the rounds; may be missing)
-    PREPARED   timing
+    PREPARED   timing, ticket [name, secret] (for ASK and OUTCOME; an older peer leaves it out)
     COMMIT     paused_ms (how long the guest has been paused; None: it was paused before)
+    HEARD      –
+    ASK        name (of the ticket)
+    OUTCOME    outcome ("started", "refused" or "nothing"), secret (of the ticket; empty with "nothing")
     REFUSED    error (shared.messages.error_to_wire);  WITHDRAWN the same
 """
 
@@ -48,6 +51,9 @@ FIELDS: dict[Message, tuple[Field, ...]] = {
     Message.END_OF_RAM: (),
     Message.PREPARED: (Field("timing", dict),),
     Message.COMMIT: (),
+    Message.HEARD: (),
+    Message.ASK: (Field("name", str),),
+    Message.OUTCOME: (Field("outcome", str), Field("secret", str)),
     Message.REFUSED: (Field("error", dict),),
     Message.WITHDRAWN: (Field("error", dict),),
 }

@@ -1,15 +1,17 @@
-"""The commit of a remote migration: two rules, and the line on which the controllers follow them.
+"""The commit of a remote migration: its rules, and the line on which the controllers follow them.
 
     source                                                  destination
     PREPARING     ◀─────────────── PREPARED ──────────────  everything is here and loaded; nothing has been touched
     locks let go
     COMMITTED     ──────────────── COMMIT ───────────────▶  takes its locks, starts rings and vCPUs
     gone          ◀─────────────── STARTED ───────────────  or REFUSED, if it could not: then it has started nothing
+                  ──────────────── HEARD ────────────────▶  (WITHDRAWN after REFUSED)
 
 The stream is ordered and the only channel, so each side knows only what it has said and heard. The destination runs the
 guest if and only if it has heard COMMIT (and could start). The source may run it only if that can't be: COMMIT was
 never said, or REFUSED was heard after it. In between it is in doubt: no protocol over a lone stream can know. It stays
-paused and says so until the answer comes after all, or somebody who can look at the other host says which it is.
+paused and says so until the answer comes after all, by this stream or by another on which it asks (outcome.py), or
+somebody who can look at the other host says which it is.
 tests/controller/migration/test_remote_model.py enumerates every kill and every cut.
 """
 
@@ -24,7 +26,7 @@ from typing import Any
 from controller.migration import codec
 from controller.migration.link import GOODBYE_SECONDS, Delivery, reason_of
 from shared import log, wire
-from shared.errors import FlotillaError, MigrationError, ProtocolError
+from shared.errors import FlotillaError, MigrationCancelled, MigrationError, ProtocolError
 from shared.handover import Message
 from shared.messages import error_to_wire
 from shared.reactor import Event, Reactor, describe, within, writable
@@ -64,6 +66,14 @@ def source_decision(committed: bool, heard: Heard) -> Decision:
 def destination_may_start(commit_heard: bool, refused: bool) -> bool:
     """`refused`: REFUSED has been said, or tried to be."""
     return commit_heard and not refused
+
+
+def outcome(ours: bool, refused: bool) -> Heard:
+    """What the destination may tell a source that asks, now or later: only what will never change again. `ours`: the
+    guest is the destination's; `refused`: REFUSED has been said, or tried to be."""
+    if ours:
+        return Heard.STARTED
+    return Heard.REFUSED if refused else Heard.NOTHING
 
 
 class Line:
@@ -118,6 +128,21 @@ class Line:
             raise ProtocolError(f"the peer sent {item.type.name}, not {names}")
         return item
 
+    async def heard(self, seconds: float) -> bool:
+        """Whether the source has said that it knows the outcome; False at the end of the stream. Raises Timeout."""
+        deadline = time.monotonic() + seconds
+        while True:
+            if not self._inbox:
+                self._arrived.clear()
+                left = max(0.0, deadline - time.monotonic())
+                await within(self._reactor, left, self._arrived.wait(), "HEARD from the peer")
+            item = self._inbox.popleft()
+            if isinstance(item, Delivery):
+                if item.type in (Message.HEARD, Message.WITHDRAWN):
+                    return True
+            elif not isinstance(item, MigrationCancelled):  # that one is ours
+                return False
+
     def post(self, error: FlotillaError) -> None:
         """Let the next receive() or check() raise this."""
         self._inbox.append(error)
@@ -125,11 +150,15 @@ class Line:
 
     async def give_up(self, kind: Message, error: BaseException) -> None:
         """Tell the peer why (REFUSED or WITHDRAWN), if it can still be told, and end the stream."""
+        await self.tell(kind, {"error": error_to_wire(error)})
+        self.close()
+
+    async def tell(self, kind: Message, body: dict[str, Any]) -> None:
+        """Say something, if it can still be said."""
         try:
-            await self.send(kind, {"error": error_to_wire(error)}, GOODBYE_SECONDS)
+            await self.send(kind, body, GOODBYE_SECONDS)
         except FlotillaError as failure:
             log.debug(f"the peer could not be told: {describe(failure)}")
-        self.close()
 
     def check(self) -> None:
         """Raise the first trouble that has arrived, and leave it there."""

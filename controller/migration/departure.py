@@ -18,6 +18,7 @@ from controller.migration.arguments import Bounds, Url, parse_url
 from controller.migration.commit import Decision, Heard, Line, NothingSent, source_decision
 from controller.migration.link import AgentLink, Delivery, Settings
 from controller.migration.migratable import DirtyPages, RemoteMigratable
+from controller.migration.outcome import Inquiry, Ticket
 from controller.migration.outgoing import Fate
 from controller.migration.progress import Direction, Phase, Progress, Transfer, elapsed_ms
 from controller.migration.rounds import Next, Rounds
@@ -60,6 +61,8 @@ class Departure:
         settings: Settings | None = None,
     ) -> None:
         self._reactor = reactor
+        self._fleet = fleet
+        self._events = events
         self._vm = vm
         self._was_running = was_running
         self._settings = settings or Settings()
@@ -78,6 +81,8 @@ class Departure:
         self._unlocked = False
         self._committed_at: float | None = None
         self._heard = Heard.NOTHING
+        self._ticket: Ticket | None = None
+        self._inquiry: Inquiry | None = None
         self._cancelled = False
         self._answer: Future[None] = Future()
         self._verdict: Future[Heard] = Future()
@@ -117,7 +122,7 @@ class Departure:
         try:
             try:
                 await self._propose(url)
-                await self._copy(Rounds(bounds))
+                await self._copy(Rounds(bounds, self._vm.fixed_cost.total_ms))
                 await self._pause_and_save()
                 await self._commit()
             except Exception as error:
@@ -129,6 +134,8 @@ class Departure:
             if decision is Decision.GONE:
                 self.fate, self.running = Fate.THERE, False
                 self._progress.succeed()
+                if self._line is not None:
+                    await self._line.tell(Message.HEARD, {})
             else:
                 await self._go_on(url, problem or ProtocolError("the destination said STARTED before COMMIT"))
         except Exception as error:
@@ -168,6 +175,7 @@ class Departure:
         """Round after round until the pause is short enough and the destination is built."""
         self._progress.to(Phase.COPYING)
         began = time.monotonic()
+        self._copied["fixed_ms"] = round(rounds.fixed_ms, 3)
         bitmap = await self._start_logs()
         built: Delivery | None = None
         looked, flushed = time.monotonic(), 0.0
@@ -289,6 +297,8 @@ class Departure:
         began = time.monotonic()
         prepared = await line.receive((Message.PREPARED,), self._settings.prepared)
         progress.breakdown["prepare"] = {"total_ms": elapsed_ms(began), **prepared.body["timing"]}
+        self._vm.fixed_cost.heard("load", prepared.body["timing"].get("load_ms"))  # for the next attempt
+        self._ticket = Ticket.of(prepared.body.get("ticket"))
         line.check()  # the last moment in which saying no needs nobody's consent
         self._vm.unlock_disks()
         self._unlocked = True
@@ -323,6 +333,9 @@ class Departure:
         self._answer.set_exception(error)
         if self._line is not None:
             self._reactor.spawn(self._late_answer(self._line), "late answer")
+        if self._ticket is not None:
+            self._inquiry = Inquiry(self._reactor, self._fleet, self._events, self._settings, url)
+            self._inquiry.start(self._ticket, self._verdict.set_result)
         heard = await self._verdict
         self._reactor.call_soon(self._tell_resolved)
         return heard
@@ -350,6 +363,8 @@ class Departure:
         the clock says that the guest may run there."""
         if self._progress.phase is not Phase.IN_DOUBT:
             raise StateError("No migration is in doubt")
+        if self._verdict.done():
+            raise StateError("The destination has just answered", "look at vm.migration-progress")
         if here:
             assert self._committed_at is not None
             left = self._committed_at + self._settings.prepared - time.monotonic()
@@ -403,6 +418,8 @@ class Departure:
             await self._link.give_up(Message.WITHDRAWN, problem)
 
     async def _close(self) -> None:
+        if self._inquiry is not None:
+            await self._inquiry.close()
         if self._line is not None:
             self._line.close()
         await self._link.close()
@@ -421,7 +438,7 @@ def _too_slow(rounds: Rounds) -> MigrationError:
     why = (
         f"the guest writes {rounds.dirty_rate / 1e6:.0f} MB/s and the network carries {rounds.throughput / 1e6:.0f}"
         if not rounds.converges
-        else f"a pause now would take {rounds.downtime_ms:.0f} ms"
+        else f"a pause now would take {rounds.downtime_ms:.0f} ms, {rounds.overhead_ms:.0f} of them whatever is copied"
     )
     return MigrationError(
         f"timeout_s={bounds.timeout_s} is over and downtime_ms={bounds.downtime_ms} was not reached: {why}",

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from controller.dirty import bitmap_for
 from controller.migration.arguments import Bounds
+from controller.migration.fixed_cost import FIRST_GUESS_MS
 from controller.migration.migratable import RemoteMigratable
 from controller.migration.rounds import Next, Rounds
 from shared.pages import PAGE_SIZE
@@ -66,10 +67,12 @@ async def sample(reactor: Reactor, vm: RemoteMigratable) -> Dirtying:
     return Dirtying(found[0], found[1], held)
 
 
-def forecast(dirtying: Dirtying, gbit: float, bounds: Bounds) -> dict[str, Any]:
+def forecast(
+    dirtying: Dirtying, gbit: float, bounds: Bounds, fixed_ms: float = FIRST_GUESS_MS
+) -> dict[str, Any]:
     """One network. `total_s` and `downtime_ms` are None when it would not come to an end, and `why` says why not."""
     speed = gbit * 1e9 / 8
-    rounds = Rounds(bounds)
+    rounds = Rounds(bounds, fixed_ms)
     left, clock = dirtying.held, 0.0
     for _ in range(MAX_ROUNDS):
         seconds = left / speed + TURN_S
@@ -81,8 +84,8 @@ def forecast(dirtying: Dirtying, gbit: float, bounds: Bounds) -> dict[str, Any]:
             break
     fits = rounds.downtime_ms <= bounds.downtime_ms
     why = "" if fits else (
-        f"{rounds.dirty_rate / 1e6:.0f} MB/s are dirtied, {speed / 1e6:.0f} MB/s carried: "
-        f"the pause would not fall below {rounds.downtime_ms:.0f} ms"
+        f"{rounds.dirty_rate / 1e6:.0f} MB/s are dirtied, {speed / 1e6:.0f} MB/s carried: the pause would not fall "
+        f"below {rounds.downtime_ms:.0f} ms, {rounds.overhead_ms:.0f} of them whatever is copied"
     )  # fmt: skip
     return {
         "gbit_per_s": gbit,
@@ -98,10 +101,12 @@ async def estimate(reactor: Reactor, vm: RemoteMigratable) -> dict[str, Any]:
     """The answer of vm.migration-estimate."""
     bounds = Bounds()
     found = await sample(reactor, vm)
+    cost = vm.fixed_cost
     return {
         "ram_bytes_to_copy": round(found.held),
         "dirty_bytes_per_s": round(found.late / LOOKS[-1]),
         "dirty_bytes_in_100_ms": round(found.early),
         "bounds_downtime_ms": bounds.downtime_ms,
-        "forecasts": [forecast(found, gbit, bounds) for gbit in GBITS],
+        "fixed_cost": cost.report(),
+        "forecasts": [forecast(found, gbit, bounds, cost.total_ms) for gbit in GBITS],
     }

@@ -23,6 +23,7 @@ from controller.migration.descriptors import check_eventfd, check_ram, close_all
 from controller.migration.link import AgentLink, Delivery, Settings
 from controller.migration.listener import Listener, TcpListener, listen
 from controller.migration.migratable import Accept, Build, Migratable
+from controller.migration.outcome import Outcome, answer
 from controller.migration.ownership import Owner, Ownership, destination_may_abort
 from controller.migration.progress import Direction, Phase, Progress, elapsed_ms
 from shared import log
@@ -55,6 +56,8 @@ class Incoming:
     ) -> None:
         """`on_path(path, exists)` hears of the listening socket's name, for whoever removes it after a kill."""
         self._reactor = reactor
+        self._fleet = fleet
+        self._events = events
         self._build = build
         self._accept = accept
         self._on_path = on_path
@@ -63,6 +66,7 @@ class Incoming:
         self._link = AgentLink(reactor, fleet, self._settings, self._progress)
         self._listener: Listener | TcpListener | None = None
         self._arrival: Arrival | None = None
+        self._outcome: Outcome | None = None
         self._ownership: Ownership | None = None
         self._eventfd = -1
         self._source = -1  # pidfd of the source's controller
@@ -98,8 +102,7 @@ class Incoming:
     async def _run(self, url: Url) -> Migratable:
         try:
             try:
-                await self._meet(url)
-                first = await self._link.receive((Message.BUILD, Message.MACHINE), self._settings.build)
+                first = await self._first(url)
                 if first.type is Message.MACHINE:
                     await self._arrive(first)
                 else:
@@ -112,6 +115,7 @@ class Incoming:
             return self.vm
         finally:
             if self._arrival is not None:
+                self._keep_outcome(url, self._arrival)
                 self._arrival.close()
             await self._link.close()
             self._let_go()
@@ -127,7 +131,34 @@ class Incoming:
         finally:
             self.vm, self._built, self.running = arrival.vm, arrival.built, arrival.running
 
+    def _keep_outcome(self, url: Url, arrival: Arrival) -> None:
+        if (known := arrival.outcome()) is not None:
+            ticket, heard, line = known
+            self._outcome = Outcome(self._reactor, self._fleet, self._events, self._settings, url)
+            self._outcome.start(ticket, heard, line, self._on_path)
+
+    async def forget(self) -> None:
+        """After the end: a source that is in doubt about this one gets no answer any more, and its URL is free."""
+        if self._outcome is not None:
+            await self._outcome.close()
+
     # The straight way --------------------------------------------------------------------------------------------
+
+    async def _first(self, url: Url) -> Delivery:
+        """A source's first message. One that only asks for another migration's outcome is told that it is not known."""
+        while True:
+            await self._meet(url)
+            first = await self._link.receive((Message.BUILD, Message.MACHINE, Message.ASK), self._settings.build)
+            if first.type is not Message.ASK:
+                return first
+            try:
+                await answer(self._link, self._settings, first)
+            except FlotillaError as error:
+                log.debug(f"migration: somebody asked for another one: {describe(error)}")
+            await self._link.close()
+            if self._cancelled:
+                raise MigrationCancelled("it was cancelled")
+            self._link = AgentLink(self._reactor, self._fleet, self._settings, self._progress)
 
     async def _meet(self, url: Url) -> None:
         self._progress.to(Phase.LISTENING)

@@ -49,6 +49,10 @@ class Settings:
     relay: float = 30.0  # for our own agent to see off a message of a remote migration, over a network as slow as it is
     prepared: float = 60.0  # for PREPARED at the source, whose guest is paused, and COMMIT at the destination
     copied: float = 60.0  # for the destination to take what the kernel has of a round
+    heard: float = 30.0  # for HEARD at the destination; then it also listens for a source that asks
+    answer: float = 600.0  # for a source that asks, at the destination
+    ask: float = 600.0  # for an answer, at a source in doubt, which asks every `ask_again`
+    ask_again: float = 3.0
     report: float = 2.0  # for STARTED once the ownership word says RUNNING: only the figures are missing
     fault: str = ""
 

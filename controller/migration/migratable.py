@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
+from controller.migration.fixed_cost import FixedCost
 from shared.pages import Bitmap
 
 Parts = list[tuple[int, int, int, int]]  # (gpa, size, offset, slot)
@@ -63,6 +64,10 @@ class DirtyPages(Protocol):
 
 class RemoteMigratable(Migratable, Protocol):
     """What moving to another host takes beside that. At the source all but the last two; at the destination those."""
+
+    @property
+    def fixed_cost(self) -> FixedCost:
+        """What its pauses, saves, loads and starts have taken so far; it is told each of them."""
 
     @property
     def ended_itself(self) -> bool:

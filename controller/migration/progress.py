@@ -6,7 +6,7 @@
                     any but the last ──▶ SETTLING ──▶ RESUMING ──▶ FAILED | CANCELLED
                                             └──▶ COMPLETED | LOST
                     COMMITTED ──▶ IN_DOUBT ──▶ COMPLETED | SETTLING
-    receive    LISTENING ▶ GREETING ▶ READY
+    receive    LISTENING ▶ GREETING ▶ READY        (▶ LISTENING, after a peer that only asked for another's outcome)
       local       ▶ BUILDING ▶ BUILT ▶ LOADING ▶ CLAIMED ▶ RUNNING ▶ COMPLETED
       remote      ▶ CHECKING ▶ BUILDING ▶ BUILT ▶ LOADING ▶ PREPARED ▶ COMMITTED ▶ RUNNING ▶ COMPLETED
                     any but the last ──▶ FAILED | CANCELLED
@@ -105,9 +105,15 @@ def _send() -> Table:
     }
 
 
+def _receive() -> Table:
+    table = _table((_RECEIVE, _RECEIVE_REMOTE), frozenset({Phase.FAILED, Phase.CANCELLED}))
+    table[Phase.READY] |= {Phase.LISTENING}
+    return table
+
+
 SUCCESSORS: Final[dict[Direction, Table]] = {
     Direction.SEND: _send(),
-    Direction.RECEIVE: _table((_RECEIVE, _RECEIVE_REMOTE), frozenset({Phase.FAILED, Phase.CANCELLED})),
+    Direction.RECEIVE: _receive(),
 }
 ENDED: Final = {
     Phase.IDLE: "none",

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from controller.migration.arguments import Bounds, Strategy
+from controller.migration.fixed_cost import FIRST_GUESS_MS
 from shared.pages import PAGE_SIZE
 
-# Pause, save, load and start together on a development machine, in milliseconds, until this guest's own are known.
-FIXED_MS = 40.0
 TURNS = 3  # of the network within the downtime: END_OF_RAM, PREPARED and COMMIT, STARTED
 SHRINKS = 0.7  # a round that leaves less than this share of what it found is worth another one
 SMALL_MS = 5.0  # of copying: not worth a round
@@ -37,7 +36,7 @@ class Rounds:
     """Fed after each round, asked before the next. Bytes and seconds."""
 
     bounds: Bounds
-    fixed_ms: float = FIXED_MS
+    fixed_ms: float = FIRST_GUESS_MS  # of pause, save, load and start (fixed_cost.py)
     turn_s: float = 0.0  # the network's shortest turn so far
     throughput: float = GUESS
     dirty_rate: float = 0.0

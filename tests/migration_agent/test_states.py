@@ -33,6 +33,16 @@ REMOTE = {
         (Event.END_OF_RAM_RECEIVED, State.HANDED),
     ],
 }  # fmt: skip
+INQUIRY = {
+    Role.SOURCE: [
+        *STRAIGHT[Role.SOURCE][:3], (Event.ASK_SENT, State.ASKED), (Event.OUTCOME_RECEIVED, State.ANSWERED),
+        (Event.HEARD_SENT, State.FINISHED),
+    ],
+    Role.DESTINATION: [
+        *STRAIGHT[Role.DESTINATION][:3], (Event.ASK_RECEIVED, State.ASKED), (Event.OUTCOME_SENT, State.ANSWERED),
+        (Event.HEARD_RECEIVED, State.FINISHED),
+    ],
+}  # fmt: skip
 COMMIT = (Message.PREPARED, Message.COMMIT)  # over the stream that the agents have handed over
 
 
@@ -43,7 +53,7 @@ def machine(role: Role) -> tuple[Machine, list[tuple[State, Event, State]]]:
     return made, seen
 
 
-@pytest.mark.parametrize("way", [STRAIGHT, REMOTE], ids=["local", "remote"])
+@pytest.mark.parametrize("way", [STRAIGHT, REMOTE, INQUIRY], ids=["local", "remote", "inquiry"])
 @pytest.mark.parametrize("role", Role)
 def test_the_straight_way_and_one_event_per_transition(role, way):
     made, seen = machine(role)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests.netns import network_namespace
 from tests.vmm import REMOTE, Vmm, environment, poll
 
 pytestmark = pytest.mark.probe
@@ -149,8 +150,10 @@ def test_kill_before_the_hand_over_leaves_the_guest_at_the_source_and_a_retry_wo
 
 def test_paused_guest_moves_paused_and_its_devices_go_on_when_it_is_resumed(tmp_path, disk):
     """Twice, so that it leaves the second VMM without ever having run there. Its rings start at the resume."""
+    devices = ["--disk", f"path={disk}", "--net", "mac=12:34:56:78:90:ab", "--console", f"file={tmp_path}/console"]
     with (
-        Vmm.guest(tmp_path, "mode=blkload depth=8", "--disk", f"path={disk}", name="one") as first,
+        network_namespace(),
+        Vmm.guest(tmp_path, "mode=blkload,console,net depth=8", *devices, name="one") as first,
         Vmm(tmp_path, name="two") as second,
         Vmm(tmp_path, name="three") as third,
     ):
@@ -169,4 +172,5 @@ def test_paused_guest_moves_paused_and_its_devices_go_on_when_it_is_resumed(tmp_
         third.ask("resume")
         poll(lambda: third.ask("counters")["_disk0"]["write_ops"] > 100)
         third.more("blk ok ")
+        third.more("console ok ")
         assert b"BAD" not in first.output + third.output

@@ -174,6 +174,8 @@ def test_progress_has_rounds_pages_and_rates(tmp_path):
             assert progress["page_bytes"] >= progress["pages"] * 4096
             assert 0 < progress["downtime_ms"] < progress["total_ms"]
             assert {"build_ms", "load_ms", "start_ms"} <= set(progress["breakdown"])
+            cost = destination.ask("migration-estimate")["fixed_cost"]
+            assert list(cost["measured_ms"]) == ["load", "start"] and cost["guessed"] == ["pause", "save"]
 
 
 def test_zero_pages_are_not_sent(tmp_path):
@@ -198,7 +200,11 @@ def test_estimate_knows_how_fast_the_guest_writes_and_leaves_it_running(tmp_path
         assert 16 << 20 < answer["dirty_bytes_per_s"] < 48 << 20  # its working set, however often it is rewritten
         assert 32 << 20 <= answer["ram_bytes_to_copy"] <= 128 << 20
         assert [row["gbit_per_s"] for row in answer["forecasts"]] == [1, 10, 25]
+        assert answer["fixed_cost"]["guessed"] == ["pause", "save", "load", "start"]
         vmm.more("ram ok ")
+        vmm.ask("pause")
+        vmm.ask("resume")
+        assert list(vmm.ask("migration-estimate")["fixed_cost"]["measured_ms"]) == ["pause"]
         vmm.ask("pause")
         refused = vmm.remote("migration-estimate")
         assert refused.returncode == 1 and "Paused" in refused.stderr
@@ -267,6 +273,40 @@ def test_stream_that_ends_between_commit_and_started_is_a_doubt_until_somebody_r
         source.ask("migration-resolve", "--there")
         assert source.wait() == 0 and not source.api.exists()
         destination.more("equal ")
+        assert b"not equal" not in source.output + destination.output
+
+
+@pytest.mark.parametrize("cut", [Cut(Message.STARTED), Cut(Message.COMMIT)], ids=["runs there", "never will"])
+def test_source_in_doubt_asks_the_destination_and_settles_it_by_itself(tmp_path, disk, cut):
+    """When there is a way to it again."""
+    with (
+        Vmm.guest(tmp_path, "mode=equal", "--disk", f"path={disk}", name="one") as source,
+        Vmm(tmp_path, name="two") as destination,
+    ):
+        source.expect("equal 1 ")
+        source.wait_api()
+        here, there = f"{tmp_path}/sock1", f"{tmp_path}/sock2"
+        receiver = Receiver(destination, f"unix:{there}")
+        relay = Relay(here, there, cut)
+        sent = source.remote("send-migration", f"unix:{here}")
+        relay.close()
+        assert sent.returncode == 1 and "in doubt" in sent.stderr
+        assert source.ask("info")["migration"] == "in-doubt"
+        arrives = cut.message is Message.STARTED
+        assert receiver.end()[0] == (0 if arrives else 1)
+        poll(lambda: os.path.exists(there))
+        relay = Relay(here, there)
+        try:
+            if arrives:
+                assert source.wait() == 0 and not source.api.exists()
+                destination.more("equal ")
+            else:
+                poll(lambda: source.ask("info")["state"] == "Running")
+                source.more("equal ")
+                assert source.ask("migration-progress")["state"] == "failed"
+        finally:
+            relay.close()
+        poll(lambda: not os.path.exists(there) and "migration" not in destination.fleet())
         assert b"not equal" not in source.output + destination.output
 
 

@@ -269,7 +269,7 @@ def test_receiver_survives_ends_and_silence(lab):
         ({"hello": 0.2}, b"", "the peer said nothing for 0.2 s"),
         ({"hello": 0.2}, b"FLOTILLA", "the peer said nothing for 0.2 s"),
         ({"idle": 0.2}, encode_hello(), "the peer has been silent for 0.2 s"),
-        ({"build": 0.2}, encode_hello(), "BUILD or MACHINE from the peer"),
+        ({"build": 0.2}, encode_hello(), "BUILD or MACHINE or ASK from the peer"),
     ):
         destination.receive(lab.url, settings=settings)
         with knock(lab) as peer:

@@ -6,9 +6,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 
 import pytest
 
+from controller.migration import codec
+from controller.migration.fixed_cost import FIRST_GUESS_MS, GUESSES
+from shared import wire
 from shared.handover import Message
 from tests.controller.migration.conftest import Died, Lab, Remote
 from tests.controller.migration.relay import Cut, Relay
@@ -352,6 +356,171 @@ def test_commit_that_comes_too_late_is_refused_and_settles_the_doubt(lab):
     still_works(lab, source, destination)
 
 
+# A source in doubt asks -------------------------------------------------------------------------------------------
+
+ASKING = {**FAST, "heard": 0.2, "ask_again": 0.05}
+
+
+def falls_into_doubt(lab: Lab, cut: Cut, source: Remote, destination: Remote) -> None:
+    """Over a relay that cuts the stream and is gone then: at first nobody can be asked."""
+    destination.receive_remote(lab.url, settings=ASKING)
+    sent = across(lab, cut, source, destination, **ASKING)
+    assert sent["kind"] == "MigrationInDoubt" and sent["progress"]["state"] == "in-doubt", sent
+
+
+@pytest.mark.parametrize("cut", [Cut(Message.COMMIT, -1), Cut(Message.STARTED, 0), Cut(Message.STARTED, 9)], ids=str)
+def test_source_in_doubt_asks_and_lets_go_of_a_guest_that_runs_there(lab, cut):
+    source, destination = lab.remote_source(), lab.controller()
+    falls_into_doubt(lab, cut, source, destination)
+    assert destination.done("receive")["error"] is None
+    listens_again(destination)
+    relay = Relay(f"{lab.folder}/relay", lab.url[5:])
+    try:
+        assert resolved(source) == "there"
+    finally:
+        relay.close()
+    lab.runs_on(destination)
+    listens_no_more(destination)
+
+
+@pytest.mark.parametrize("keep", [0, 4])
+def test_source_in_doubt_asks_and_goes_on_with_a_guest_that_never_will_run_there(lab, keep):
+    """At once: it need not wait until no COMMIT can be under way any more."""
+    source, destination = lab.remote_source(), lab.controller()
+    falls_into_doubt(lab, Cut(Message.COMMIT, keep), source, destination)
+    assert destination.done("receive")["error"]
+    lab.is_dead()
+    listens_again(destination)
+    relay = Relay(f"{lab.folder}/relay", lab.url[5:])
+    try:
+        assert resolved(source) == "here"
+    finally:
+        relay.close()
+    lab.runs_on(source)
+    listens_no_more(destination)
+    still_works(lab, source, destination)
+
+
+def test_refusal_that_was_cut_off_is_asked_for(lab):
+    """The destination has heard COMMIT and does not get a disk's lock."""
+    source, destination = lab.remote_source(), lab.controller()
+    destination.receive_remote(lab.url, settings=ASKING, fail="lock")
+    sent = across(lab, Cut(Message.REFUSED), source, destination, **ASKING)
+    assert sent["kind"] == "MigrationInDoubt"
+    assert destination.done("receive")["error"]
+    listens_again(destination)
+    relay = Relay(f"{lab.folder}/relay", lab.url[5:])
+    try:
+        assert resolved(source) == "here"
+    finally:
+        relay.close()
+    lab.runs_on(source)
+
+
+def test_destination_whose_source_is_dead_stops_listening_after_a_while(lab):
+    source, destination = lab.remote_source(), lab.controller()
+    destination.receive_remote(lab.url, settings={**ASKING, "answer": 0.5})
+    sent = across(lab, Cut(Message.STARTED), source, destination, **ASKING)
+    assert sent["kind"] == "MigrationInDoubt"
+    source.kill()
+    assert destination.done("receive")["error"] is None
+    listens_again(destination)
+    listens_no_more(destination)
+    lab.runs_on(destination)
+
+
+class Stranger:
+    """Listens where a destination was, and answers every question with the same."""
+
+    def __init__(self, path: str, answer: dict[str, str]) -> None:
+        self._path = path
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path)
+        self._listener.listen(1)
+        self._listener.settimeout(20)
+        self._answer = wire.encode(Message.OUTCOME, codec.encode(Message.OUTCOME, answer))
+
+    def answers(self) -> None:
+        """Returns when the source has hung up, without having said that it heard."""
+        connection, _ = self._listener.accept()
+        with connection:
+            connection.settimeout(20)
+            connection.sendall(wire.encode_hello())
+            decoder, answered = wire.Decoder(), False
+            while data := connection.recv(decoder.wants):
+                item = decoder.feed(data)
+                if isinstance(item, wire.Frame):
+                    assert item.type in (Message.HEARTBEAT, Message.ASK, Message.WITHDRAWN)
+                    if item.type is Message.ASK:
+                        connection.sendall(self._answer)
+                        answered = True
+            assert answered
+
+    def close(self) -> None:
+        self._listener.close()
+        os.unlink(self._path)
+
+
+def listens_again(destination: Remote) -> None:
+    while [exists for _, exists in destination.paths] != [True, False, True]:
+        destination.read()
+
+
+def resolved(source: Remote) -> str:
+    while (report := source.read()).get("event") != "resolved":
+        pass
+    return str(report["fate"])
+
+
+def listens_no_more(destination: Remote) -> None:
+    while [exists for _, exists in destination.paths][3:] != [False]:
+        destination.read()
+    assert not os.path.exists(destination.paths[-1][0])
+
+
+def test_another_vmm_that_receives_there_now_does_not_answer_and_goes_on_receiving(lab):
+    """Asked again and again, by a source whose own destination is dead."""
+    source, destination, other = lab.remote_source(), lab.controller(), lab.controller()
+    destination.receive_remote(lab.url, kill_at="running")
+    source.do("send", url=lab.url, settings=ASKING)
+    assert outcome(source, "send")["kind"] == "MigrationInDoubt"
+    assert outcome(destination, "receive") is None
+    other.receive_remote(lab.url)
+    for _ in range(3):
+        other.wait_event("migration-receive-ready")  # somebody has asked, and it listens again
+    assert source.call("fds")["progress"]["state"] == "in-doubt"
+    resolve_here(source)
+    assert source.call("send", url=lab.url)["error"] is None
+    assert other.done("receive")["error"] is None
+    lab.runs_on(other)
+
+
+def test_stranger_that_answers_without_the_secret_is_not_believed(lab):
+    """It says what would make two guests run."""
+    source, destination = lab.remote_source(), lab.controller()
+    falls_into_doubt(lab, Cut(Message.STARTED), source, destination)
+    assert destination.done("receive")["error"] is None
+    lab.runs_on(destination)
+    for secret in ("", "0" * 32):
+        stranger = Stranger(f"{lab.folder}/relay", {"outcome": "refused", "secret": secret})
+        stranger.answers()
+        assert source.call("fds")["progress"]["state"] == "in-doubt"
+        stranger.close()
+    lab.runs_on(destination)
+    assert source.call("resolve", here=False)["error"] is None
+
+
+def test_send_to_a_destination_that_only_answers_is_refused_with_what_to_do(lab):
+    source, destination = lab.remote_source(), lab.controller()
+    falls_into_doubt(lab, Cut(Message.COMMIT), source, destination)
+    assert destination.done("receive")["error"]
+    resolve_here(source)
+    listens_again(destination)
+    sent = source.call("send", url=lab.url)
+    assert sent["error"][1:] == ["the destination refused it", "nobody receives here now (receive-migration first)"]
+    still_works(lab, source, destination)  # a receive there takes the place of the answers
+
+
 def test_silent_peer_in_the_rounds_is_noticed(lab):
     """A network that carries nothing any more and says so to nobody."""
     source, destination = lab.remote_source(), lab.controller()
@@ -374,6 +543,19 @@ def test_guest_that_writes_too_fast_is_cancelled_when_the_time_is_up(lab):
     assert sent["progress"]["round"] > 2
     assert destination.done("receive")["error"][1] == "the source gave up"
     still_works(lab, source, destination)
+
+
+def test_what_an_attempt_has_shown_of_the_destination_is_in_the_estimate_of_the_next(lab):
+    source, destination = lab.remote_source(), lab.controller()
+    destination.receive_remote(lab.url, fail="lock")  # after PREPARED, which has told how long loading took
+    first = source.call("send", url=lab.url)["progress"]["breakdown"]
+    assert destination.done("receive")["error"]
+    destination.receive_remote(lab.url)
+    second = source.call("send", url=lab.url)["progress"]["breakdown"]
+    assert destination.done("receive")["error"] is None
+    assert first["copied"]["fixed_ms"] == FIRST_GUESS_MS
+    expected = FIRST_GUESS_MS - GUESSES["load"] + first["prepare"]["load_ms"]
+    assert second["copied"]["fixed_ms"] == pytest.approx(expected, abs=0.01)
 
 
 def test_guest_that_writes_too_fast_goes_all_the_same_when_told_so(lab):

@@ -1,12 +1,13 @@
 """Every kill and every cut of a remote migration, over the one stream: an exhaustive model.
 
     source controller ── agent A ── relay ── agent B ── destination controller
-
+                      ╌╌╌╌╌╌╌╌╌╌ ASK, OUTCOME ╌╌╌╌╌╌╌╌
 What is modelled is what matters for the commit: who is alive, what each side has said and heard, what is under way in
 the stream and where the stream is cut. The controllers follow the real rules (`source_decision`,
-`destination_may_start`). Until END_OF_RAM the agents hold the stream, so that an agent's death cuts it; from then on
-the controllers do. Whatever can be killed can be killed between any two steps, and either side can fail, cancel, or
-give up waiting where the real one can.
+`destination_may_start`, `outcome`). Until END_OF_RAM the agents hold the stream, so that an agent's death cuts it; from
+then on the controllers do. Whatever can be killed can be killed between any two steps, and either side can fail,
+cancel, or give up waiting where the real one can. A source in doubt asks over a connection of its own, for as long as
+the destination listens; an answer may take as long as it likes, or be lost.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from controller.migration.commit import Decision, Heard, destination_may_start, source_decision
+from controller.migration.commit import Decision, Heard, destination_may_start, outcome, source_decision
 
 SourceRule = Callable[[bool, Heard], Decision]
 StartRule = Callable[[bool, bool], bool]
+TellRule = Callable[[bool, bool], Heard]
 
 TO_DESTINATION = ("ram", "end", "commit", "withdrawn")
 TO_SOURCE = ("prepared", "started", "refused")
@@ -42,6 +44,8 @@ class World:
     refused: bool = False  # by the destination
     trouble: bool = False  # at the source: a cancel, a failure, a deadline
     trouble_there: bool = False
+    listens: bool = True  # the destination, for a source that asks, once PREPARED has been said
+    answer: Heard = Heard.NOTHING  # OUTCOME, on its way to the source
 
     @property
     def source_runs(self) -> bool:
@@ -144,6 +148,19 @@ def destination_steps(w: World, may_start: StartRule) -> Iterator[World]:
         yield say(w, "started", destination="running")
 
 
+def inquiry_steps(w: World, rule: SourceRule, may_tell: TellRule) -> Iterator[World]:
+    if w.answer is not Heard.NOTHING:
+        yield decide(replace(w, answer=Heard.NOTHING, heard=w.answer), rule)
+    elif can_be_asked(w):
+        told = may_tell(w.destination == "running", w.refused)
+        if told is not Heard.NOTHING:
+            yield replace(w, answer=told)
+
+
+def can_be_asked(w: World) -> bool:
+    return w.destination_alive and w.listens and w.destination not in ("building", "loading")
+
+
 def cuts(w: World) -> Iterator[World]:
     """The stream is cut at some place: of what is under way, some still arrives (a prefix: it is ordered), some not."""
     for forth in range(len(w.forth) + 1):
@@ -173,31 +190,41 @@ def kills(w: World) -> Iterator[World]:
         yield from cuts(w)
     if not w.trouble:
         yield replace(w, trouble=True)
+    if w.listens:
+        yield replace(w, listens=False)
+    if w.answer is not Heard.NOTHING:
+        yield replace(w, answer=Heard.NOTHING)
     if not w.trouble_there:
         yield replace(w, trouble_there=True)
 
 
-def progress(w: World, rule: SourceRule, may_start: StartRule) -> Iterator[World]:
+def progress(w: World, rule: SourceRule, may_start: StartRule, may_tell: TellRule) -> Iterator[World]:
     if w.source_alive:
         yield from source_steps(w, rule)
+    if w.in_doubt:
+        yield from inquiry_steps(w, rule, may_tell)
     if w.destination_alive:
         yield from destination_steps(w, may_start)
 
 
-def explore(rule: SourceRule = source_decision, may_start: StartRule = destination_may_start) -> Worlds:
+def explore(
+    rule: SourceRule = source_decision, may_start: StartRule = destination_may_start, may_tell: TellRule = outcome
+) -> Worlds:
     """Every reachable world and its successors without a further kill."""
     seen: dict[World, list[World]] = {}
     waiting = [World()]
     while waiting:
         world = waiting.pop()
         if world not in seen:
-            seen[world] = list(progress(world, rule, may_start))
+            seen[world] = list(progress(world, rule, may_start, may_tell))
             waiting += [*seen[world], *kills(world)]
     return seen
 
 
-def explore_with(rule: SourceRule, may_start: StartRule = destination_may_start) -> Callable[[], Worlds]:
-    return lambda: explore(rule, may_start)
+def explore_with(
+    rule: SourceRule = source_decision, may_start: StartRule = destination_may_start, may_tell: TellRule = outcome
+) -> Callable[[], Worlds]:
+    return lambda: explore(rule, may_start, may_tell)
 
 
 @pytest.fixture(scope="module")
@@ -267,9 +294,25 @@ def test_an_agent_decides_nothing_once_the_stream_is_handed_over(worlds):
             assert any(after.source == "committing" for after in worlds[w])
 
 
-def test_a_late_answer_settles_a_doubt(worlds):
-    settled = {after.source for w in worlds if w.in_doubt for after in worlds[w] if after.source != "doubt"}
+@pytest.mark.parametrize("by", ["the stream", "a question"])
+def test_a_late_answer_settles_a_doubt(worlds, by):
+    asked = by == "a question"
+    doubts = [w for w in worlds if w.in_doubt and (w.answer is not Heard.NOTHING) == asked and bool(w.back) != asked]
+    settled = {after.source for w in doubts for after in worlds[w] if after.source != "doubt"}
     assert settled == {"gone", "back"}
+
+
+def test_no_doubt_stays_while_the_destination_lives_and_can_be_asked(ends):
+    assert not [w for w in ends if w.in_doubt and can_be_asked(w)]
+    assert [w for w in ends if w.in_doubt and w.destination_alive]  # it listens no more
+
+
+def test_what_is_answered_is_still_so_when_the_answer_arrives(worlds):
+    for w in worlds:
+        if w.answer is Heard.REFUSED:
+            assert w.destination in ("refusing", "aborted") and w.refused, w
+        if w.answer is Heard.STARTED:
+            assert w.destination == "running", w
 
 
 BROKEN = {
@@ -279,7 +322,10 @@ BROKEN = {
     "resume after STARTED": explore_with(
         lambda committed, heard: Decision.WAIT if heard is Heard.NOTHING else Decision.RESUME
     ),
-    "start after REFUSED was said": explore_with(source_decision, lambda _commit, _refused: True),
+    "start after REFUSED was said": explore_with(may_start=lambda _commit, _refused: True),
+    "tell a source that asks REFUSED because it has not started yet": explore_with(
+        may_tell=lambda ours, _refused: Heard.STARTED if ours else Heard.REFUSED
+    ),
 }
 
 
@@ -288,9 +334,19 @@ def test_the_model_notices_a_broken_commit_rule(name):
     assert [w for w in BROKEN[name]() if w.source_runs and w.destination_runs]
 
 
-def test_the_model_notices_a_source_that_lets_go_without_an_answer():
-    """Then a guest is lost though both controllers live and nobody says so."""
-    worlds = explore(lambda committed, heard: Decision.GONE if committed else source_decision(committed, heard))
+LOSING = {
+    "the source lets go without an answer": explore_with(
+        lambda committed, heard: Decision.GONE if committed else source_decision(committed, heard)
+    ),
+    "the destination tells a source that asks STARTED before it has": explore_with(
+        may_tell=lambda _ours, refused: Heard.REFUSED if refused else Heard.STARTED
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSING)
+def test_the_model_notices_a_guest_that_is_lost_though_both_controllers_live_and_nobody_says_so(name):
+    worlds = LOSING[name]()
     lost = [
         w
         for w, successors in worlds.items()

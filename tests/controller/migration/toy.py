@@ -25,6 +25,7 @@ from controller.fleet import Fleet, Process, WorkerSpec
 from controller.locks import try_lock, unlock
 from controller.migration.arguments import Bounds
 from controller.migration.departure import Departure
+from controller.migration.fixed_cost import FixedCost
 from controller.migration.incoming import Incoming
 from controller.migration.link import Settings
 from controller.migration.outgoing import Fate, Outgoing
@@ -172,6 +173,7 @@ class ToyRemote(ToyVm):
         super().__init__(fleet, witness, pulse_fd, faults)
         self._fds |= {"guest": guest, "disk": disk}
         self._guest = GuestRam(guest)
+        self.fixed_cost = FixedCost()
 
     ended_itself = False
 
@@ -243,6 +245,7 @@ class Controller:
         self.vm: ToyVm | None = None
         self._new: ToyVm | None = None  # at a destination, while it is built
         self._migration: Outgoing | Departure | Incoming | None = None
+        self._arrived: Incoming | None = None
         self._faults: Faults = {}
         self._paths: set[str] = set()
         self.reactor.add_reader(line.fileno(), self._command)
@@ -347,10 +350,12 @@ class Controller:
     async def receive(self, faults: Faults) -> None:
         self._faults = faults
         settings = Settings(fault=faults.get("agent", ""), **faults.get("settings", {}))
+        if self._arrived is not None:
+            await self._arrived.forget()
         incoming = Incoming(
             self.reactor, self.fleet, self.events, self._build, self._accept, self._path, settings=settings
         )
-        self._migration = incoming
+        self._migration = self._arrived = incoming
         try:
             await incoming.run(faults["url"])
         finally:

@@ -15,6 +15,7 @@ from typing import Any
 from shared.atomics import cas32, load32, store32
 from shared.linux import mmap_fd
 from shared.reactor import Reactor, Timer
+from shared.state_versions import StateKind
 from shared.worker import Start, serve
 
 PAGE = 4096
@@ -97,8 +98,7 @@ class GuestRam:
 
 
 class Runner:
-    kind = "toy_runner"
-    version = 1
+    states = StateKind("toy_runner")
 
     def __init__(self, reactor: Reactor, ram: Ram, pulse: int, guest: GuestRam | None) -> None:
         self._guest = guest
