@@ -89,6 +89,7 @@ class Line:
         self._inbox: deque[Delivery | FlotillaError] = deque()
         self._arrived = Event()
         self._closed = False
+        self._ended = False  # nothing more will be read
         sock.setblocking(False)
         reactor.add_reader(sock.fileno(), self._read)
 
@@ -133,6 +134,8 @@ class Line:
         deadline = time.monotonic() + seconds
         while True:
             if not self._inbox:
+                if self._ended:  # somebody has taken the error already
+                    return False
                 self._arrived.clear()
                 left = max(0.0, deadline - time.monotonic())
                 await within(self._reactor, left, self._arrived.wait(), "HEARD from the peer")
@@ -188,6 +191,7 @@ class Line:
             self._over(error)
 
     def _over(self, error: FlotillaError) -> None:
+        self._ended = True
         self._reactor.remove_reader(self._sock.fileno())
         self.post(error)
 

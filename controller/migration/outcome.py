@@ -124,10 +124,17 @@ class Inquiry(_Links):
                 raise ProtocolError("whoever listens there is not the destination of this migration")
             if answer["outcome"] not in ANSWERS:
                 raise ProtocolError(f"the destination's answer is {answer['outcome']!r}")
-            await link.send(Message.HEARD, {})
+            await self._say_heard(link)
             return Heard(answer["outcome"])
         finally:
             await self._close_link()
+
+
+    async def _say_heard(self, link: AgentLink) -> None:
+        try:
+            await link.send(Message.HEARD, {})
+        except FlotillaError as error:  # the answer counts all the same; the destination goes on listening
+            log.debug(f"the destination could not be told that it was heard: {describe(error)}")
 
 
 class Outcome(_Links):

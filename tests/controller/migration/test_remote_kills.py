@@ -358,7 +358,7 @@ def test_commit_that_comes_too_late_is_refused_and_settles_the_doubt(lab):
 
 # A source in doubt asks -------------------------------------------------------------------------------------------
 
-ASKING = {**FAST, "heard": 0.2, "ask_again": 0.05}
+ASKING = {**FAST, "ask_again": 0.05}
 
 
 def falls_into_doubt(lab: Lab, cut: Cut, source: Remote, destination: Remote) -> None:
