@@ -23,8 +23,8 @@ from deploy.demo.host_vm import HostVm
 from deploy.demo.play import BOOT_PATTERN, WHICH_BOOT, Play, perform
 from deploy.demo.report import DemoError, Events, Hop, NestedReport
 
-# Seconds; they end what hangs. An emulated machine boots two Debians at once, starts our VMM in each, and in one a third
-# Debian, whose every exit costs several of the machine's own.
+# Seconds; they end what hangs. An emulated machine boots two Debians at once, starts our VMM in each, and in one of
+# them a third Debian: every exit of that costs several of the machine's own.
 BOOT, START, ANSWER, MIGRATION = 900.0, 300.0, 240.0, 900.0
 LOOK_SECONDS = 5.0
 PINGS = 3

@@ -55,7 +55,7 @@ def test_worker_is_the_controllers_child_and_keeps_the_contract(reactor, fleet):
     assert status(process.pid, "Name") == "toy0"
     assert reactor.run_until(process.call(Verb.STATS), SECONDS) == {"count": 5}
     saved = reactor.run_until(process.call(Verb.SAVE), SECONDS)
-    assert saved == {"kind": "toy", "version": 1, "state": {"count": 5}}
+    assert saved == {"kind": "toy", "version": 4, "state": {"count": 5}}
     reactor.run_until(process.call(Verb.LOAD, **{**saved, "state": {"count": 9}}), SECONDS)
     assert reactor.run_until(process.call(Verb.HEARTBEAT), SECONDS) == {"epoch": 9}
 
@@ -146,8 +146,8 @@ def test_unknown_verb_missing_field_and_wrong_type_are_typed_errors(reactor, fle
         reactor.run_until(process.call(Verb.LOAD, kind="toy", version="1", state={}), SECONDS)
     with pytest.raises(ProtocolError, match="state of kind 'blk'"):
         reactor.run_until(process.call(Verb.LOAD, kind="blk", version=1, state={}), SECONDS)
-    with pytest.raises(ProtocolError, match="newer"):
-        reactor.run_until(process.call(Verb.LOAD, kind="toy", version=2, state={}), SECONDS)
+    with pytest.raises(ProtocolError, match="toy state has version 5, this release reads 2 to 4"):
+        reactor.run_until(process.call(Verb.LOAD, kind="toy", version=5, state={}), SECONDS)
 
 
 def test_orderly_stop_ends_with_zero(reactor, fleet):
