@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Any, TextIO
 
 from ch_remote.http import Connection
@@ -11,6 +12,9 @@ from ch_remote.verbs import VERBS
 from shared.errors import FlotillaError
 
 TICK_SECONDS = 0.25
+# An answer costs the VMM's host as much CPU as it takes time. Where that is slow the guest needs it more: the next
+# question comes so many times later.
+REST = 20
 _CELLS = 20
 _CLEAR = "\r\033[K"
 
@@ -48,17 +52,29 @@ def _size(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
+def rest(began: float) -> float:
+    """Seconds from one question to the next, when the answer to one of `began` (time.monotonic()) has just come."""
+    return REST * (time.monotonic() - began)
+
+
 class Bar:
     """Asks the VMM at `path` and draws at each tick(); clear() leaves an empty line."""
 
     def __init__(self, path: str, stream: TextIO | None = None) -> None:
         self._path = path
         self._stream = sys.stderr if stream is None else stream
-        self._drawn = False
+        self._drawn = ""
+        self._rest_until = 0.0
         self.visible = self._stream.isatty()
 
     def tick(self) -> None:
-        """Never raises: a VMM that has other worries is asked again at the next tick."""
+        """Never raises: a VMM that has other worries is asked again at a later tick."""
+        began = time.monotonic()
+        if began >= self._rest_until:
+            self._ask()
+            self._rest_until = began + rest(began)
+
+    def _ask(self) -> None:
         import json
 
         verb = VERBS["migration-progress"]
@@ -71,9 +87,11 @@ class Bar:
             self.draw(progress)
 
     def draw(self, progress: dict[str, Any]) -> None:
-        self._stream.write(_CLEAR + line(progress, self._width()))
-        self._stream.flush()
-        self._drawn = True
+        text = line(progress, self._width())
+        if text != self._drawn:
+            self._stream.write(_CLEAR + text)
+            self._stream.flush()
+            self._drawn = text
 
     def _width(self) -> int:
         try:
@@ -85,4 +103,4 @@ class Bar:
         if self._drawn:
             self._stream.write(_CLEAR)
             self._stream.flush()
-            self._drawn = False
+            self._drawn = ""

@@ -10,7 +10,7 @@ from typing import Any
 
 from ch_remote import report
 from ch_remote.arguments import Command, parse_argv
-from ch_remote.bar import TICK_SECONDS, Bar
+from ch_remote.bar import TICK_SECONDS, Bar, rest
 from ch_remote.devices import net_body
 from ch_remote.http import Connection, Interrupts, Response, ServerGone
 from ch_remote.migration import receive_body, send_body
@@ -160,6 +160,7 @@ def _watch(path: str, command: Command) -> int:
     last: Response | None = None
     bar = Bar(path, sys.stdout)
     while True:
+        began = time.monotonic()
         try:
             with Connection(path) as connection:
                 response = connection.request(command.verb.method, command.verb.target)
@@ -181,7 +182,7 @@ def _watch(path: str, command: Command) -> int:
         if final:
             return 0
         last = response
-        time.sleep(WATCH_INTERVAL)
+        time.sleep(max(WATCH_INTERVAL, rest(began)))
 
 
 def _state(response: Response) -> str:

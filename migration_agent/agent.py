@@ -46,7 +46,7 @@ from shared.worker import Start
 
 HELLO_SECONDS = 10.0
 IDLE_SECONDS = 30.0
-REPORT_SECONDS = 0.2
+REPORT_SECONDS = 0.5
 
 
 class Agent:

@@ -26,7 +26,7 @@ from deploy.demo.report import DemoError, Events, Hop, NestedReport
 # Seconds; they end what hangs. An emulated machine boots two Debians at once, starts our VMM in each, and in one of
 # them a third Debian: every exit of that costs several of the machine's own.
 BOOT, START, ANSWER, MIGRATION = 900.0, 300.0, 240.0, 900.0
-LOOK_SECONDS = 5.0
+LOOK_SECONDS = 15.0  # each look costs both VMs what the guest could have
 PINGS = 3
 PING_PATTERN = r"(\d+) packets transmitted, (\d+) received"
 

@@ -45,3 +45,36 @@ def test_only_a_terminal_sees_it():
     bar.tick()  # nobody is there, which is nobody's error here
     bar.clear()
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(("answer_seconds", "asked"), [(0.005, 40), (0.1, 4), (1.0, 1)])
+def test_vmm_that_takes_long_to_answer_is_asked_less_often(monkeypatch, answer_seconds, asked):
+    """Ten seconds of ticks, a quarter of a second apart, beside what the answers themselves take."""
+    now, questions = 1000.0, []
+    monkeypatch.setattr("ch_remote.bar.time.monotonic", lambda: now)
+    bar = Bar("/nowhere", io.StringIO())
+
+    def ask():
+        nonlocal now
+        questions.append(now)
+        now += answer_seconds
+
+    monkeypatch.setattr(bar, "_ask", ask)
+    for _ in range(40):
+        bar.tick()
+        now += 0.25
+    assert len(questions) in (asked, asked + 1)
+
+
+def test_line_that_has_not_changed_is_not_drawn_again():
+    stream = io.StringIO()
+    bar = Bar("/nowhere", stream)
+    bar.draw(COPYING)
+    first = stream.getvalue()
+    bar.draw(COPYING)
+    assert stream.getvalue() == first
+    bar.draw({**COPYING, "round": 4})
+    assert "round 4" in stream.getvalue()[len(first) :]
+    bar.clear()
+    bar.draw(COPYING)
+    assert stream.getvalue().endswith(line(COPYING))
