@@ -1,4 +1,4 @@
-"""`python -m bench boot | footprint | migrate-local | migrate-remote`. Exit code 1 when ours could not be measured."""
+"""`python -m bench boot | footprint | migrate-local | migrate-remote | net`. Exit code 1 when ours could not be measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bench import boot, footprint, lab, migrate_local, migrate_remote, processes, report
+from bench import boot, footprint, lab, migrate_local, migrate_remote, net, processes, report
 from guest import build
 from shared.errors import FlotillaError
 
@@ -19,11 +19,12 @@ Figures of Flotilla beside its peers, in the same run on the same machine.
   footprint       memory of each process beyond guest RAM
   migrate-local   downtime of a local migration as the guest sees it; --lab: on the lab's KVM
   migrate-remote  throughput and downtime of a migration over loopback, idle and with a guest that writes
+  net             frames and bytes a second through a network card on a TAP, and round trips
 
 Peers: QEMU from PATH; Cloud Hypervisor and Firecracker where FLOTILLA_BENCH_CLOUD_HYPERVISOR and
 FLOTILLA_BENCH_FIRECRACKER name a binary. A peer that can't be measured is reported with the reason.
 """
-RUNS = {"boot": 20, "footprint": 3, "migrate-local": 5, "migrate-remote": 1}
+RUNS = {"boot": 20, "footprint": 3, "migrate-local": 5, "migrate-remote": 1, "net": 5}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -47,6 +48,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     ways, rates = migrate_remote.WAYS, migrate_remote.RATES
     remote.add_argument("--ways", nargs="+", choices=ways, default=list(ways))
     remote.add_argument("--rates", nargs="+", type=int, default=list(rates), metavar="MIB", help="the guest writes")
+    card = verbs.add_parser("net", parents=[common])
+    card.add_argument("--cases", nargs="+", choices=[str(case) for case in net.CASES], default=[], metavar="CASE")
+    card.add_argument("--seconds", type=float, default=2.0, metavar="S", help="that a sample takes")
     options = parser.parse_args(arguments)
     options.runs = options.runs or RUNS[options.bench]
     return options
@@ -76,6 +80,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return migrate_remote.run(
             kernel, options.runs, options.patience, options.sizes, options.ways, options.rates
         )
+    if options.bench == "net":
+        return net.run(kernel, options.runs, options.patience, options.seconds, options.cases)
     if options.lab:
         words = ["migrate-local", "--sizes", *options.sizes, "--runs", str(options.runs)]
         words += ["--tick-us", str(lab.TICK_US), "--sleep"]
