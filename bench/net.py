@@ -1,8 +1,9 @@
 """A network card as the host sees it: the probe guest on a TAP, beside QEMU's virtio-net with vhost=off on the same.
 
-A case is a way (tx: guest to host, rx: host to guest, rtt: pings by the guest, which the host's kernel answers), the size
-of a frame with its Ethernet header, and streams: UDP flows with a port each, on as many queue pairs. Which queue a flow to
-the guest takes is the host kernel's choice. Peers take turns (A B A B …), a fresh VMM each time. Figures:
+A case is a way (tx: guest to host, rx: host to guest, rtt: pings by the guest, which the host's kernel answers), the
+size of a frame with its Ethernet header, and streams: UDP flows with a port each, on as many queue pairs (and as many
+vCPUs, which the card asks for; one of them runs). Which queue a flow to the guest takes is the host kernel's choice.
+Peers take turns (A B A B …), a fresh VMM each time. Figures:
 
     kpps        thousand frames a second through the TAP, by the host kernel's counters
     mb_per_s    the same in 10^6 bytes
@@ -108,7 +109,7 @@ def vhost(kernel: str, runs: int, seconds: float, patience: float) -> report.Row
 
 def flotilla(kernel: str, case: Case) -> list[str]:
     return [
-        *programs.ours("flotilla"), "--kernel", kernel, "--cmdline", case.words(), "--cpus", "boot=1",
+        *programs.ours("flotilla"), "--kernel", kernel, "--cmdline", case.words(), "--cpus", f"boot={case.streams}",
         "--memory", f"size={MEMORY}M", "--serial", "tty", "--console", "off",
         "--net", f"tap={NAME},mac={GUEST_MAC},num_queues={2 * case.streams}",
     ]  # fmt: skip
@@ -120,8 +121,9 @@ def qemu(kernel: str, case: Case, vhost: str = "off") -> list[str]:
         several = device = ""
     return [
         programs.qemu(), "-accel", "kvm", "-M", "microvm,pcie=on,pic=off,pit=off", "-cpu", QEMU_CPU,
-        "-m", f"{MEMORY}M", "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio", "-kernel", kernel,
-        "-append", f"{case.words()} {MICROVM_WORDS}",
+        "-smp", str(case.streams), "-m", f"{MEMORY}M",
+        "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio", "-kernel", kernel, "-append",
+        f"{case.words()} {MICROVM_WORDS}",
         "-netdev", f"tap,id=n,ifname={NAME},script=no,downscript=no,vhost={vhost}{several}",
         "-device", f"virtio-net-pci,disable-legacy=on,netdev=n,mac={GUEST_MAC},romfile={device}",
     ]  # fmt: skip
@@ -199,7 +201,7 @@ class Guest:
 
 def _tx(wire: Wire, guest: Guest, case: Case, seconds: float) -> dict[str, float]:
     """A window in the middle of the guest's sending; or of its pings, which are frames both ways."""
-    guest.next(lambda line: line.gone > 0 and (line.answered > 0 or case.way == "tx"), "frame that the device has taken")
+    guest.next(lambda line: line.gone > 0 and (line.answered > 0 or case.way == "tx"), "frame that has gone out")
     before, spent = wire.counters(), cpu_seconds()
     first = guest.report_after(before.at)
     while (heard := guest.next()).at < before.at + seconds:

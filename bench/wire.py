@@ -1,4 +1,4 @@
-"""The host's end of a network bench: a TAP in a network namespace of the bench's own, its counters, and a flood to the guest.
+"""The host's end of a network bench: a TAP in a network namespace of the bench's own, its counters, a flood to the guest.
 
 The flood is a closed loop: it never has more frames on their way than the TAP's queue holds, so none is dropped and the
 guest's VMM alone sets the pace. UDP_SEGMENT makes one system call of many datagrams.
