@@ -1,4 +1,4 @@
-"""The host's end of a network bench: a TAP in a network namespace of the bench's own, its counters, a flood to the guest.
+"""The host's end of a network bench: a TAP in a namespace of the bench's own, its counters, and a flood to the guest.
 
 The flood is a closed loop: it never has more frames on their way than the TAP's queue holds, so none is dropped and the
 guest's VMM alone sets the pace. UDP_SEGMENT makes one system call of many datagrams.
@@ -28,7 +28,7 @@ CLONE_NEWNET: Final = 0x4000_0000
 SOL_UDP, UDP_SEGMENT = 17, 103
 SEGMENTS: Final = 64
 LONGEST: Final = 65507  # of a datagram
-ON_THEIR_WAY: Final = 500  # frames; a TAP's queue holds 1000
+ON_THEIR_WAY: Final = 500  # frames; the TAP's queue holds twice as many
 PAUSE_SECONDS: Final = 0.00005
 
 
@@ -71,7 +71,7 @@ class Wire:
         ip("tuntap", "add", NAME, "mode", "tap", "vnet_hdr", *several)
         ip("address", "add", f"{HOST}/24", "dev", NAME)
         ip("neigh", "replace", GUEST, "lladdr", GUEST_MAC, "dev", NAME)
-        ip("link", "set", NAME, "up")
+        ip("link", "set", NAME, "up", "txqueuelen", str(2 * ON_THEIR_WAY))
         self._file = os.open("/proc/thread-self/net/dev", os.O_RDONLY | os.O_CLOEXEC)
         # Without somebody at that port each datagram would be answered with an error. Nobody reads it: what the guest
         # sends is counted where it enters the host, and thrown away at a full socket.
