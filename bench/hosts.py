@@ -40,9 +40,12 @@ class Hosts:
         for name in self.names.values():
             ip("netns", "add", name)
             ip("-n", name, "link", "set", "lo", "up")
-        self._join("one", "wire", "two", "wire")
+        self._wire()
         for host, address in ADDRESSES.items():
             ip("-n", self.names[host], "addr", "add", f"{address}/24", "dev", "wire")
+
+    def _wire(self) -> None:
+        self._join("one", "wire", "two", "wire")
 
     def _join(self, here: str, end: str, there: str, other: str) -> None:
         """A cable between two hosts, and the names of its ends."""
