@@ -8,6 +8,7 @@ Peers take turns (A B A B …), a fresh VMM each time. Figures:
     kpps        thousand frames a second through the TAP, by the host kernel's counters
     mb_per_s    the same in 10^6 bytes
     cpu_us      processor time of all of the VMM's processes per frame, the guest's own included
+    starved     rx: at how many of a hundred looks the TAP's queue was empty, the VMM quicker than the flood
     p50_us, p99_us  round trips by the guest's clock
 
 What the host counts must agree with what the guest counts, else there is no figure.
@@ -234,7 +235,7 @@ def _rx(wire: Wire, guest: Guest, case: Case, seconds: float, patience: float) -
             raise BenchError(f"the guest counts {line.rx} frames received, the host sent {due}")
     frames = after.to_guest - before.to_guest
     figures = _figures(case, before, after, frames, after.to_guest_bytes - before.to_guest_bytes, used)
-    return {**figures, "dropped": float(dropped)}
+    return {**figures, "dropped": float(dropped), "starved": 100 * flood.empty / flood.looks}
 
 
 def _figures(

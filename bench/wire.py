@@ -105,6 +105,7 @@ class Flood:
         self._streams = [self._open(payload) for _ in range(streams)]
         self._before = wire.counters()
         self.sent = 0
+        self.looks = self.empty = 0  # how often the queue was looked at, and found empty: the VMM waited for us
 
     def _open(self, payload: int) -> socket.socket:
         sock = self._sockets.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
@@ -129,7 +130,10 @@ class Flood:
         end = time.monotonic() + seconds
         turn = 0
         while (now := self._wire.counters()).at < end:
-            room = (ON_THEIR_WAY - self.waiting(now)) // self._segments
+            waiting = self.waiting(now)
+            self.looks += 1
+            self.empty += waiting <= 0
+            room = (ON_THEIR_WAY - waiting) // self._segments
             if room <= 0:
                 time.sleep(PAUSE_SECONDS)
             for _ in range(room):
