@@ -1,4 +1,5 @@
-"""`python -m bench boot | footprint | migrate-local | migrate-remote`. Exit code 1 when ours could not be measured."""
+"""`python -m bench boot | footprint | migrate-local | migrate-remote |
+net | migrate-net`. Exit code 1 when ours could not be measured."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bench import boot, footprint, lab, migrate_local, migrate_remote, processes, report
+from bench import boot, footprint, lab, migrate_local, migrate_net, migrate_remote, net, processes, report
 from guest import build
 from shared.errors import FlotillaError
 
@@ -19,11 +20,13 @@ Figures of Flotilla beside its peers, in the same run on the same machine.
   footprint       memory of each process beyond guest RAM
   migrate-local   downtime of a local migration as the guest sees it; --lab: on the lab's KVM
   migrate-remote  throughput and downtime of a migration over loopback, idle and with a guest that writes
+  net             frames and bytes a second through a network card on a TAP, and round trips
+  migrate-net     silence of a guest's network, and what is lost, while it moves to another host
 
 Peers: QEMU from PATH; Cloud Hypervisor and Firecracker where FLOTILLA_BENCH_CLOUD_HYPERVISOR and
 FLOTILLA_BENCH_FIRECRACKER name a binary. A peer that can't be measured is reported with the reason.
 """
-RUNS = {"boot": 20, "footprint": 3, "migrate-local": 5, "migrate-remote": 1}
+RUNS = {"boot": 20, "footprint": 3, "migrate-local": 5, "migrate-remote": 1, "net": 5, "migrate-net": 5}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -35,7 +38,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m bench", description=DESCRIPTION, formatter_class=form)
     verbs = parser.add_subparsers(dest="bench", required=True)
-    for name in ("boot", "footprint"):
+    for name in ("boot", "footprint", "migrate-net"):
         verbs.add_parser(name, parents=[common])
     migration = verbs.add_parser("migrate-local", parents=[common])
     migration.add_argument("--sizes", nargs="+", type=_size, default=list(migrate_local.SIZES), metavar="SIZE")
@@ -47,6 +50,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     ways, rates = migrate_remote.WAYS, migrate_remote.RATES
     remote.add_argument("--ways", nargs="+", choices=ways, default=list(ways))
     remote.add_argument("--rates", nargs="+", type=int, default=list(rates), metavar="MIB", help="the guest writes")
+    card = verbs.add_parser("net", parents=[common])
+    card.add_argument("--cases", nargs="+", choices=[str(case) for case in net.CASES], default=[], metavar="CASE")
+    card.add_argument("--seconds", type=float, default=2.0, metavar="S", help="that a sample takes")
     options = parser.parse_args(arguments)
     options.runs = options.runs or RUNS[options.bench]
     return options
@@ -76,6 +82,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return migrate_remote.run(
             kernel, options.runs, options.patience, options.sizes, options.ways, options.rates
         )
+    if options.bench == "net":
+        return net.run(kernel, options.runs, options.patience, options.seconds, options.cases)
+    if options.bench == "migrate-net":
+        return migrate_net.run(kernel, options.runs, options.patience)
     if options.lab:
         words = ["migrate-local", "--sizes", *options.sizes, "--runs", str(options.runs)]
         words += ["--tick-us", str(lab.TICK_US), "--sleep"]

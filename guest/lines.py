@@ -296,6 +296,24 @@ class NetLoad(Line):
 
 
 @dataclass(frozen=True, slots=True)
+class NetFlood(Line):
+    """`mode=netflood`: frames sent and, of these, taken by the device; frames that came and their bytes; echo requests
+    answered and lost, and quantiles of the round trips."""
+
+    PREFIX = "net flood"
+    POSITIONAL = ("sent",)
+    sent: int = 0
+    gone: int = 0
+    rx: int = 0
+    rx_bytes: int = 0
+    answered: int = 0
+    lost: int = 0
+    p50_us: int = 0
+    p99_us: int = 0
+    ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Ged(Line):
     """An ACPI GED interrupt: the event byte, and the byte when read again (0 when reading clears it)."""
 
@@ -383,7 +401,7 @@ Event: TypeAlias = Mark | Beat | Line
 
 _KINDS: Final[tuple[type[Line], ...]] = (
     *(Up, Ready, Done, Error, Equal, NotEqual, BlkOpen, BlkLoad, BlkOk, BlkLate, RamOpen, RamOk, ExitsOk, Seq),
-    *(Tick, RngOk, ConsoleOk, NetOpen, NetOk, NetLoad, Ged, PowerButton, Memory, CommandLine),
+    *(Tick, RngOk, ConsoleOk, NetOpen, NetOk, NetLoad, NetFlood, Ged, PowerButton, Memory, CommandLine),
 )
 
 

@@ -4,8 +4,8 @@
 #define MAX_TASKS 8
 
 static const struct mode *const modes[] = {
-    &mode_equal, &mode_blkload, &mode_ram,  &mode_exits, &mode_tick,
-    &mode_rng,   &mode_console, &mode_echo, &mode_net,   &mode_netload, &mode_pci, &mode_acpi,
+    &mode_equal,   &mode_blkload, &mode_ram, &mode_exits, &mode_tick,     &mode_rng,
+    &mode_console, &mode_echo,    &mode_net, &mode_netload, &mode_netflood, &mode_pci, &mode_acpi,
 };
 
 bool report_due(struct task *task)

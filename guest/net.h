@@ -82,13 +82,15 @@ struct udp {
     u32 length;
 };
 
-enum net_kind { NET_OTHER, NET_ARP_ASKED, NET_ARP_TOLD, NET_PING, NET_UDP };
+enum net_kind { NET_OTHER, NET_ARP_ASKED, NET_ARP_TOLD, NET_PING, NET_PONG, NET_UDP };
 /* What a received frame is, if it is meant for us; BAD for a wrong checksum. For NET_ARP_TOLD and NET_UDP, `udp` (at
- * least its `from`) is filled in. */
+ * least its `from`) is filled in; for NET_PONG its payload, the echo's number in front. */
 enum net_kind net_parse(const struct net *net, const struct net_frame *frame, struct udp *udp);
 /* Answers to a received ARP request or ping; false when no transmit frame is free. */
 bool net_answer(struct net *net, const struct net_frame *received, enum net_kind kind);
 bool net_ask_arp(struct net *net, u32 ip, bool gratuitous);
+/* An ICMP echo request with `length` bytes of payload (8 or more), the first of them `number`. */
+void net_send_ping(struct net *net, struct net_frame *frame, const struct net_peer *to, u64 number, u32 length);
 /* Payload goes to frame->data + NET_HEADERS, `length` bytes; then this puts the headers in front and sends. */
 void net_send_udp(struct net *net, struct net_frame *frame, const struct net_peer *to, u16 from_port, u16 port, u32 length);
 

@@ -9,6 +9,7 @@ enum { ICMP_ECHO_REPLY = 0, ICMP_ECHO_REQUEST = 8 };
 #define ETHERNET 14u
 #define IPV4 20u
 #define UDP_HEADER 8u
+#define ICMP_HEADER 8u
 #define UDP_CSUM 6u
 #define ARP 28u
 
@@ -122,13 +123,16 @@ enum net_kind net_parse(const struct net *net, const struct net_frame *frame, st
     }
     if (ip[9] == PROTOCOL_UDP)
         return parse_udp(frame, ip, total - IPV4, udp);
-    if (ip[9] != PROTOCOL_ICMP || total < IPV4 + 8 || ip[IPV4] != ICMP_ECHO_REQUEST)
+    bool answer = ip[IPV4] == ICMP_ECHO_REPLY;
+    if (ip[9] != PROTOCOL_ICMP || total < IPV4 + ICMP_HEADER || (!answer && ip[IPV4] != ICMP_ECHO_REQUEST))
         return NET_OTHER;
     if (fold(sum(ip + IPV4, total - IPV4, 0)) != 0xffff) {
         bad("net BAD icmp-checksum length=%u", total);
         return NET_OTHER;
     }
-    return NET_PING;
+    udp->payload = frame->data + ETHERNET + IPV4 + ICMP_HEADER;
+    udp->length = total - IPV4 - ICMP_HEADER;
+    return answer ? NET_PONG : NET_PING;
 }
 
 /* ---- sent --------------------------------------------------------------------------------------------- */
@@ -182,6 +186,20 @@ bool net_answer(struct net *net, const struct net_frame *received, enum net_kind
     frame->length = ETHERNET + IPV4 + length;
     net_send(net, frame);
     return true;
+}
+
+void net_send_ping(struct net *net, struct net_frame *frame, const struct net_peer *to, u64 number, u32 length)
+{
+    u8 *icmp = frame->data + ETHERNET + IPV4;
+    length += ICMP_HEADER;
+    ethernet(net, frame->data, to->mac, ETHERTYPE_IPV4);
+    ipv4(frame->data + ETHERNET, net->ip, to->ip, PROTOCOL_ICMP, length);
+    memset(icmp, 0, ICMP_HEADER);
+    icmp[0] = ICMP_ECHO_REQUEST;
+    memcpy(icmp + ICMP_HEADER, &number, sizeof(number));
+    put16(icmp + 2, (u16)~fold(sum(icmp, length, 0)));
+    frame->length = ETHERNET + IPV4 + length;
+    net_send(net, frame);
 }
 
 void net_send_udp(struct net *net, struct net_frame *frame, const struct net_peer *to, u16 from_port, u16 port, u32 length)

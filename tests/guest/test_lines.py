@@ -25,6 +25,7 @@ SAMPLE = (
     b"net open slot=4 mac=1234567890ab mtu=1400 features=0x120200023 pairs=2 size=256 link=1 irq=1\n"
     b"net ok 9 tx=8 arp=1 pings=2 echoed=3 sunk=4 verified=5 missing=6 dropped=7 announced=1 ns=10\n"
     b"net load 5 bytes=500 answered=4 lost=1 best_us=38 mean_us=89 worst_us=219 ns=11\n"
+    b"net flood 6 gone=5 rx=4 rx_bytes=300 answered=3 lost=2 p50_us=1 p99_us=7 ns=12\n"
     b"probe: done bad=2\n"
 )
 
@@ -51,7 +52,8 @@ def test_every_field_is_read() -> None:
         lines.NetOpen(0, text[12], 4, "1234567890ab", 1400, 0x120200023, pairs=2, size=256, link=1, irq=1),
         lines.NetOk(0, text[13], 9, 8, 1, 2, 3, 4, verified=5, missing=6, dropped=7, announced=1, ns=10),
         lines.NetLoad(0, text[14], 5, 500, 4, 1, best_us=38, mean_us=89, worst_us=219, ns=11),
-        lines.Done(0, text[15], bad=2),
+        lines.NetFlood(0, text[15], 6, gone=5, rx=4, rx_bytes=300, answered=3, lost=2, p50_us=1, p99_us=7, ns=12),
+        lines.Done(0, text[16], bad=2),
     ]
     assert all(type(line) is not lines.Line for line in found)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from guest.lines import Bad, Done, NetLoad, NetOk, NetOpen
+from guest.lines import Bad, Done, NetFlood, NetLoad, NetOk, NetOpen
 from guest.payload import Payload, decode, encode
 from tests.guest.conftest import Boot, Machine
 from tests.netns import ip, network_namespace
@@ -133,3 +133,40 @@ def test_payloads_tell_damage(length: int) -> None:
         damaged[at] ^= 0x80
         with pytest.raises(ValueError):
             decode(bytes(damaged))
+
+
+def frames_from_the_guest() -> int:
+    with open("/proc/thread-self/net/dev") as file:
+        (line,) = [line for line in file if line.strip().startswith("probe0:")]
+    return int(line.split()[2])
+
+
+@pytest.mark.parametrize(("words", "device"), [("", ""), ("pairs=2 bytes=22", "mq=on,vectors=6")])
+def test_flood_counts_what_has_gone_out(boot: Boot, network: None, words: str, device: str) -> None:
+    nics = nic(device, 2 if "mq" in device else 1)
+    machine = boot(f"mode=netflood report_ms=50 {words}", *nics, *("-smp", "2"))
+    line = machine.until(lambda event: isinstance(event, NetFlood) and event.gone > 1000, "1000 frames")
+    assert isinstance(line, NetFlood)
+    counted = frames_from_the_guest()
+    later = machine.until(lambda event: isinstance(event, NetFlood) and event.gone > line.sent, "further frames")
+    assert isinstance(later, NetFlood) and not bad(machine)
+    assert line.gone <= line.sent and line.gone <= counted
+
+
+def test_pings_by_the_guest_are_answered(boot: Boot, network: None) -> None:
+    machine = boot("mode=netflood ping=1 report_ms=50", *nic())
+    line = machine.until(lambda event: isinstance(event, NetFlood) and event.answered >= 50, "50 answers")
+    assert isinstance(line, NetFlood)
+    assert 0 < line.p50_us <= line.p99_us and line.rx >= 50 and not bad(machine)
+
+
+def test_flood_receives_without_answering(boot: Boot, network: None) -> None:
+    machine = boot("mode=netflood tx=0 report_ms=50", *nic())
+    mac = ":".join(MAC[i : i + 2] for i in range(0, 12, 2))
+    ip("neigh", "replace", GUEST, "lladdr", mac, "dev", "probe0")  # few frames wait for an answer to ARP
+    machine.line(NetFlood)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _ in range(100):
+            sock.sendto(bytes(958), (GUEST, 9))
+    line = machine.until(lambda event: isinstance(event, NetFlood) and event.rx_bytes >= 100_000, "100 frames")
+    assert isinstance(line, NetFlood) and line.rx >= 100 and line.answered == 0
