@@ -31,9 +31,9 @@ MIB = 1 << 20
 KERNEL_PACKAGES = [debian.KERNEL, "busybox-static", "systemd-boot-efi"]
 MACHINE_PACKAGES = [
     *("python3", "kmod", "iproute2", "iputils-ping", "procps", "psmisc", "socat", "strace", "fio", "curl", "jq"),
-    *("less", "tmux", "qemu-system-x86", "qemu-utils"),
+    *("iperf3", "less", "tmux", "qemu-system-x86", "qemu-utils"),
 ]
-GUEST_PACKAGES = ["kmod", "iproute2", "iputils-ping", "procps", "socat"]
+GUEST_PACKAGES = ["kmod", "iproute2", "iputils-ping", "procps", "socat", "iperf3"]
 
 # Modules of an initramfs; what they depend on is added, in order.
 BOOT_MODULES = ["virtio_pci", "virtio_blk", "virtio_net", "virtio_console"]

@@ -16,6 +16,7 @@ import pytest
 from tests.lab.lab import Lab
 
 DOCUMENT = Path(__file__).with_name("scripts") / "document.sh"
+NAMESPACES = Path(__file__).with_name("scripts") / "namespaces.sh"
 LIMIT = 600
 HOPS = 5
 MOST_STATE = 256 << 10  # bytes: that of devices and vCPUs, without RAM
@@ -103,3 +104,14 @@ def test_five_remote_hops_under_verified_disk_load(lab: Lab, way: str) -> None:
     report = perform(lab, *options)
     check(report, HOPS, ram_stays=False)
     assert report["verified"] >= HOPS
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(2 * LIMIT)
+def test_iperf3_and_ping_go_on_while_debian_moves_between_hosts(lab: Lab) -> None:
+    done = lab.run(NAMESPACES.read_text(), limit=LIMIT).must_succeed()
+    print(done.stderr)
+    what = ("send", "receive", "source", "iperf3", "ping", "destination")
+    assert done.stdout.splitlines() == [f"{each} 0" for each in what]
+    assert "error" not in (done.out / "iperf3").read_text()
+    assert re.search(r"longest silence of pings: \d+ ms", done.stderr)
