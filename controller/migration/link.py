@@ -149,12 +149,10 @@ class AgentLink:
     def cancel(self) -> None:
         """Make whatever waits here fail with MigrationCancelled."""
         self.post(MigrationCancelled("it was cancelled"))
-        if self._opening:
-            self._reactor.spawn(self._interrupt(), "cancel migration")
+        if self._opening and self._process is not None:
+            self._reactor.spawn(self._interrupt(self._process), "cancel migration")
 
-    async def _interrupt(self) -> None:
-        process = self._process
-        assert process is not None
+    async def _interrupt(self, process: Process) -> None:
         try:
             await process.call(Verb.CANCEL, GOODBYE_SECONDS)
         except FlotillaError:  # one that hangs is ended the hard way, which fails its calls too
