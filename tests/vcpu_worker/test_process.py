@@ -50,9 +50,14 @@ def test_pause_stops_the_guest_and_resume_lets_it_go_on() -> None:
         assert not vcpu.parked
         machine.run_until(lambda: vcpu.state is State.RUNNING)
         machine.pause()
-        machine.resume()
-        machine.pause()
-        assert machine.regs(vcpu).rax > before
+
+        def goes_on() -> bool:
+            """Once more: a busy host may have paused it before its first instruction."""
+            machine.resume()
+            machine.pause()
+            return machine.regs(vcpu).rax > before
+
+        assert any(goes_on() for _ in range(1000))
 
 
 def test_a_vcpu_started_with_a_pause_request_parks_before_its_first_instruction() -> None:
