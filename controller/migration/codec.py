@@ -25,7 +25,7 @@ from typing import Any
 import msgpack
 
 from shared.errors import MigrationError, ProtocolError
-from shared.handover import LIMITS, Message
+from shared.handover import AGENTS_ONLY, LIMITS, Message
 from shared.messages import Field
 
 MAX_ITEMS = 1 << 16  # of one list or map
@@ -72,6 +72,8 @@ def encode(kind: Message, body: dict[str, Any]) -> bytes:
 
 def decode(kind: Message, data: bytes) -> dict[str, Any]:
     """Raises ProtocolError that names message and field."""
+    if kind in AGENTS_ONLY:
+        raise ProtocolError(f"{kind.name} from the peer is not for a controller")
     try:
         body = msgpack.unpackb(
             data, raw=False, strict_map_key=False, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS

@@ -28,7 +28,7 @@ from controller.migration.listener import Listener
 from controller.migration.ownership import Action, Owner, Ownership, source_action
 from controller.migration.progress import SUCCESSORS, Direction, Phase, Progress
 from shared.errors import ConfigError, HostError, MigrationCancelled, MigrationError, ProtocolError
-from shared.handover import Message
+from shared.handover import AGENTS_ONLY, Message
 from shared.linux import memfd
 
 
@@ -161,7 +161,7 @@ def test_states_survive_the_codec(state):
     assert codec.decode(Message.STATE, codec.encode(Message.STATE, {"state": state})) == {"state": state}
 
 
-@given(st.sampled_from([m for m in Message if m is not Message.HEARTBEAT]), st.binary(max_size=200))
+@given(st.sampled_from(Message), st.binary(max_size=200))
 def test_no_bytes_from_the_peer_raise_anything_but_protocol_error(kind, data):
     try:
         body = codec.decode(kind, data)
@@ -171,6 +171,13 @@ def test_no_bytes_from_the_peer_raise_anything_but_protocol_error(kind, data):
             codec.taps_of(body)
     except ProtocolError:
         pass
+
+
+@pytest.mark.parametrize("kind", sorted(AGENTS_ONLY))
+@pytest.mark.parametrize("data", [b"", b"\x80", b"\xc0"])
+def test_message_that_is_for_agents_is_refused_by_name(kind, data):
+    with pytest.raises(ProtocolError, match=f"{kind.name} from the peer is not for a controller"):
+        codec.decode(kind, data)
 
 
 def test_length_that_would_allocate_gigabytes_is_refused():
