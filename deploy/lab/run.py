@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import shutil
 import sys
@@ -119,12 +118,15 @@ def run(
 
 
 def collect(tar: Path, out: Path) -> None:
-    """Unpack the job's $OUT."""
+    """Unpack the job's $OUT. What did not arrive whole, as from a machine that died, is said and left out."""
     out.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(tarfile.ReadError), tarfile.open(tar, "r:") as archive:
-        # Plain files and folders below `out` only (extractall's own filters came after Debian 12's Python).
-        inside = [each for each in archive if ".." not in Path(each.name).parts and not each.name.startswith("/")]
-        archive.extractall(out, [each for each in inside if each.isreg() or each.isdir()])
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            # Plain files and folders below `out` only (extractall's own filters came after Debian 12's Python).
+            inside = [each for each in archive if ".." not in Path(each.name).parts and not each.name.startswith("/")]
+            archive.extractall(out, [each for each in inside if each.isreg() or each.isdir()])
+    except tarfile.ReadError as error:
+        say(f"$OUT did not come back whole: {error} ({tar.stat().st_size} bytes came)")
 
 
 def _summary(verdict: Verdict, staging: float, machine: float) -> str:
