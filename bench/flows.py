@@ -31,6 +31,14 @@ PING_BYTES: Final = 48
 FLOW_BYTES: Final = 1000
 
 
+def checksum(data: bytes) -> int:
+    """Of an even number of bytes, as in every header of the Internet. Source: RFC 1071."""
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total ^ 0xFFFF
+
+
 @dataclass(frozen=True, slots=True)
 class Silence:
     """Of one kind of traffic. `gap_ms`: the longest time between two answers that followed each other."""
@@ -145,10 +153,7 @@ class Pings(Traffic):
             head = struct.pack(">BBHHHQ", ECHO_REQUEST, 0, checksum, self._identity, number & 0xFFFF, number)
             return head + self._body
 
-        total = sum(struct.unpack(f">{8 + PING_BYTES // 2}H", packed(0)))
-        while total >> 16:
-            total = (total & 0xFFFF) + (total >> 16)
-        return packed(total ^ 0xFFFF)
+        return packed(checksum(packed(0)))
 
 
 class Flow(Traffic):

@@ -13,8 +13,8 @@ from shared.errors import FlotillaError
 
 TICK_SECONDS = 0.25
 # An answer costs the VMM's host as much CPU as it takes time. Where that is slow the guest needs it more: the next
-# question comes so many times later.
-REST = 20
+# question comes so many times later, but for an answer that was slow only once.
+REST, MOST_REST_SECONDS = 20, 10.0
 _CELLS = 20
 _CLEAR = "\r\033[K"
 
@@ -54,7 +54,7 @@ def _size(count: float) -> str:
 
 def rest(began: float) -> float:
     """Seconds from one question to the next, when the answer to one of `began` (time.monotonic()) has just come."""
-    return REST * (time.monotonic() - began)
+    return min(REST * (time.monotonic() - began), MOST_REST_SECONDS)
 
 
 class Bar:
@@ -72,7 +72,7 @@ class Bar:
         began = time.monotonic()
         if began >= self._rest_until:
             self._ask()
-            self._rest_until = began + rest(began)
+            self._rest_until = time.monotonic() + rest(began)
 
     def _ask(self) -> None:
         import json

@@ -178,7 +178,7 @@ class Fleet:
 
         try:
             process.channel = Channel(self._reactor, process.endpoint, bind=False)
-            self._reactor.call_soon(lambda: self._watch_descriptors(process))
+            self._reactor.call_later(LOOK_SECONDS, lambda: self._watch_descriptors(process))
             await process.call("hello", HELLO_SECONDS)
         except FlotillaError as error:
             # A second one may only be started when nothing of this one can still write.
@@ -196,7 +196,7 @@ class Fleet:
             unlink_endpoint(process.endpoint)
 
     def _watch_descriptors(self, process: Process) -> None:
-        """Until its hello: zmq, when it has no descriptor for the connection, tries again for ever and says nothing."""
+        """While its hello is late: zmq, which has no descriptor for a connection, tries for ever and says nothing."""
         if process.state is not ProcessState.STARTING or process.channel is None:
             return
         try:

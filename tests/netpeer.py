@@ -9,19 +9,13 @@ import struct
 import threading
 import time
 
+from bench.flows import checksum
 from guest.payload import Payload, decode, encode
 
 ECHO, DISCARD = 7, 9
 SO_RCVBUFFORCE = 33
 ROOM = 32 << 20  # so that the host drops nothing of a burst
 PATIENCE = 1.0  # for one answer; a datagram may be lost when a worker is killed
-
-
-def checksum(data: bytes) -> int:
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return total ^ 0xFFFF
 
 
 def ping(address: str, size: int = 56, seconds: float = 20.0) -> None:

@@ -129,7 +129,6 @@ class Inquiry(_Links):
         finally:
             await self._close_link()
 
-
     async def _say_heard(self, link: AgentLink) -> None:
         try:
             await link.send(Message.HEARD, {})

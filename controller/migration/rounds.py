@@ -6,7 +6,8 @@ A round sends what the one before has left dirty. Pausing now would cost
 
 and the guest is paused once that is within the bound, and the last round has not made it much smaller any more: another
 round of a few milliseconds that halves the downtime is worth it. Rounds change nothing about the fixed part. Where that
-takes most of a bound that nobody asked for (a slow host, a network with long turns), copying may take as long again.
+takes most of a bound that nobody asked for (a slow host, a network with long turns), and rounds do not get shorter any
+more, copying may take as long again.
 """
 
 from __future__ import annotations
@@ -74,7 +75,12 @@ class Rounds:
     @property
     def copy_bound_ms(self) -> float:
         left = self.bounds.downtime_ms - self.overhead_ms
-        return left if self.bounds.strict else max(left, self.overhead_ms)
+        return left if self.bounds.strict or self.shrinks else max(left, self.overhead_ms)
+
+    @property
+    def shrinks(self) -> bool:
+        """Another round is likely to leave less than this one."""
+        return self.number < 2 or self.remaining < SHRINKS * self._before
 
     @property
     def converges(self) -> bool:
@@ -96,5 +102,4 @@ class Rounds:
             return Next.PAUSE if built else Next.ROUND
         if not built or self.copy_ms > self.copy_bound_ms:
             return Next.ROUND
-        shrinks = self.number < 2 or self.remaining < SHRINKS * self._before
-        return Next.ROUND if shrinks and self.copy_ms > SMALL_MS else Next.PAUSE
+        return Next.ROUND if self.shrinks and self.copy_ms > SMALL_MS else Next.PAUSE

@@ -130,14 +130,14 @@ class Local(Play):
         hop.breakdown = progress.get("breakdown") or {}
         hop.ram_stayed = bool(ram) and ram == vmm.ram_identity(target.pid)
         hop.gap_ms = _gap(source, target)
+        copied = self._way is not Way.LOCAL
         info = vmm.ch_remote(after, "info") if hop.hop == self._hops else vmm.ask(after, "vm.info")
         problems = {
             f"the state of the destination's VM is {info.get('state')}, not Running": info.get("state") != "Running",
             f"{before} of the source is still there": os.path.exists(before),
             f"{example.SOCKET} is still there": os.path.exists(example.SOCKET),
-            f"guest RAM is {'the same' if hop.ram_stayed else 'another'} file at the destination": hop.ram_stayed
-            is not (self._way is Way.LOCAL),
-            f"{hop.bytes_transferred} bytes were sent": _state_alone(hop) is not (self._way is Way.LOCAL),
+            f"guest RAM {'stayed in its file' if hop.ram_stayed else 'is another file'}": hop.ram_stayed is copied,
+            f"{hop.bytes_transferred} bytes were sent": _state_alone(hop) is copied,
             "the progress has no downtime": hop.downtime_ms is None,
         }
         if found := [text for text, is_so in problems.items() if is_so]:

@@ -66,6 +66,23 @@ def test_vmm_that_takes_long_to_answer_is_asked_less_often(monkeypatch, answer_s
     assert len(questions) in (asked, asked + 1)
 
 
+def test_vmm_that_was_slow_once_is_asked_again_after_a_while(monkeypatch):
+    now, questions = 1000.0, []
+    monkeypatch.setattr("ch_remote.bar.time.monotonic", lambda: now)
+    bar = Bar("/nowhere", io.StringIO())
+
+    def ask():
+        nonlocal now
+        now += 0.001 if questions else 30.0  # stopped for half a minute
+        questions.append(now)
+
+    monkeypatch.setattr(bar, "_ask", ask)
+    while len(questions) < 2:
+        bar.tick()
+        now += 0.25
+    assert questions[1] - questions[0] < 11
+
+
 def test_line_that_has_not_changed_is_not_drawn_again():
     stream = io.StringIO()
     bar = Bar("/nowhere", stream)

@@ -8,28 +8,12 @@ import socket
 import pytest
 
 from controller.events import EventMonitor
-from controller.fleet import Fleet
 from controller.migration.link import AgentLink, Settings
 from controller.migration.progress import Direction, Progress
-from controller.spawn import Zygote
 from shared.errors import FlotillaError, MigrationCancelled
-from shared.reactor import Reactor, gather
+from shared.reactor import gather
 
 SECONDS = 20
-
-
-@pytest.fixture
-def reactor():
-    loop = Reactor()
-    yield loop
-    loop.close()
-
-
-@pytest.fixture
-def fleet(reactor, tmp_path):
-    zygote = Zygote()
-    yield Fleet(reactor, zygote, str(tmp_path))
-    zygote.stop()
 
 
 @pytest.mark.parametrize("closed_first", [False, True])

@@ -62,6 +62,19 @@ def test_turn_of_the_network_that_is_longer_than_a_bound_nobody_asked_for_does_n
     assert rounds.next(112.0, built=True) is (Next.ROUND if strict else Next.PAUSE)
 
 
+def test_default_bound_is_kept_as_long_as_rounds_get_shorter():
+    """Though what no round makes shorter takes most of it: 190 of 300 ms."""
+    rounds = Rounds(Bounds(downtime_ms=300, strict=False))
+    after(rounds, 100 * MB, 100.0, 1000, turn=0.05)  # 1 MB/s
+    after(rounds, 4 * MB, 4.0, 60, turn=0.05)
+    assert rounds.overhead_ms == pytest.approx(190)
+    assert rounds.next(104.0, built=True) is Next.ROUND
+    after(rounds, MB, 1.0, 40, turn=0.05)  # 164 ms: less than 190, but the bound of 110 is within reach
+    assert rounds.next(105.0, built=True) is Next.ROUND
+    after(rounds, MB, 1.0, 38, turn=0.05)  # and now it is not
+    assert rounds.next(106.0, built=True) is Next.PAUSE
+
+
 def test_nothing_is_paused_before_the_destination_is_built():
     rounds = after(Rounds(Bounds(timeout_s=1, strategy=Strategy.IGNORE)), 100 * MB, 0.1, 0)
     assert rounds.next(5.0, built=False) is Next.ROUND
