@@ -54,6 +54,7 @@ class Settings:
     ask: float = 600.0  # for an answer, at a source in doubt, which asks every `ask_again`
     ask_again: float = 3.0
     report: float = 2.0  # for STARTED once the ownership word says RUNNING: only the figures are missing
+    dying: float = 2.0  # for the end of a destination that runs the guest and fell silent instead of reporting
     fault: str = ""
 
 

@@ -6,6 +6,7 @@ controllers' counts: `_settle` reads the word and, by the rule in ownership.py, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from enum import StrEnum
@@ -21,10 +22,10 @@ from controller.migration.migratable import Migratable
 from controller.migration.ownership import Action, Owner, Ownership, source_action
 from controller.migration.progress import Direction, Phase, Progress, elapsed_ms
 from shared import log
-from shared.errors import FlotillaError, GuestLost, MigrationCancelled, MigrationError, ProtocolError
+from shared.errors import FlotillaError, GuestLost, MigrationCancelled, MigrationError, ProtocolError, Timeout
 from shared.handover import Message
 from shared.linux import process_ended
-from shared.reactor import Cancelled, Event, Reactor, describe, drain_eventfd
+from shared.reactor import Cancelled, Event, Reactor, describe, drain_eventfd, within
 
 
 class Fate(StrEnum):
@@ -63,6 +64,7 @@ class Outgoing:
         self._peer = -1  # pidfd of the destination's controller
         self._peer_pid = 0
         self._changed = Event()  # the word may have, or the destination ended
+        self._peer_gone = Event()
         self._paused_at: float | None = None
         self._cancelled = False
         self.fate = Fate.HERE
@@ -214,6 +216,7 @@ class Outgoing:
 
     def _peer_ended(self) -> None:
         self._reactor.remove_reader(self._peer)
+        self._peer_gone.set()
         self._changed.set()
         self._link.post(MigrationError(f"the destination (pid {self._peer_pid}) died"))
 
@@ -232,7 +235,7 @@ class Outgoing:
             word = self._ownership.word
             action = source_action(word, ended)
             if action is Action.GONE:
-                return Fate.THERE
+                return Fate.LOST if problem is not None and await self._peer_dies() else Fate.THERE
             if action is Action.LOST:
                 return Fate.LOST
             if action is Action.TAKE_BACK:
@@ -241,6 +244,13 @@ class Outgoing:
                 continue
             log.warn(f"migration: {self._waits_for() or 'the destination goes on'}")
             await self._changed.wait()
+
+    async def _peer_dies(self) -> bool:
+        """A destination that runs the guest and could not say so may be about to end: what a killed process had open
+        closes, its agent's socket among it, before its pidfd tells."""
+        with contextlib.suppress(Timeout):
+            await within(self._reactor, self._settings.dying, self._peer_gone.wait(), "the destination's end")
+        return self._peer_gone.is_set()
 
     async def _go_on(self, url: str, problem: Exception) -> None:
         """The guest is ours: let it run and say why it could not go. Always raises."""

@@ -222,3 +222,23 @@ def test_destination_stopped_while_it_holds_the_claim(lab, how, end):
         assert sent["error"] and sent["running"]
         destination.wait()
         still_works(lab, source, lab.controller())
+
+
+@pytest.mark.parametrize("end", [signal.SIGCONT, signal.SIGKILL])
+def test_destination_that_falls_silent_once_it_runs_the_guest(lab, end):
+    """It may be dying, which its pidfd tells last: the source waits a moment before it says where the guest is."""
+    source, destination = lab.source(), lab.controller()
+    destination.receive(lab.url, stop_at="running")
+    source.do("send", url=lab.url, settings={"report": 0.1, "dying": 20.0 if end == signal.SIGKILL else 0.1})
+    source.wait_phase("settling")
+    if end == signal.SIGKILL:
+        destination.kill()
+        sent = outcome(source, "send")
+        assert sent["kind"] == "GuestLost" and str(destination.pid) in sent["error"][0]
+        lab.is_dead()
+    else:
+        sent = outcome(source, "send")
+        assert sent["error"] is None and sent["fate"] == "there"
+        signal.pidfd_send_signal(destination.pidfd, end)
+        assert outcome(destination, "receive")["error"] is None
+        lab.runs_on(destination)
