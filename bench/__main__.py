@@ -9,7 +9,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bench import boot, footprint, lab, migrate_local, migrate_net, migrate_remote, net, processes, report
+from bench import (
+    boot,
+    footprint,
+    lab,
+    migrate_local,
+    migrate_net,
+    migrate_remote,
+    net,
+    net_debian,
+    processes,
+    report,
+)
 from guest import build
 from shared.errors import FlotillaError
 
@@ -20,7 +31,8 @@ Figures of Flotilla beside its peers, in the same run on the same machine.
   footprint       memory of each process beyond guest RAM
   migrate-local   downtime of a local migration as the guest sees it; --lab: on the lab's KVM
   migrate-remote  throughput and downtime of a migration over loopback, idle and with a guest that writes
-  net             frames and bytes a second through a network card on a TAP, and round trips
+  net             frames and bytes a second through a network card on a TAP, and round trips; --debian: iperf3 of a
+                  Debian guest (~/workloads; a KVM that runs Linux), --lab: that in the lab
   migrate-net     silence of a guest's network, and what is lost, while it moves to another host
 
 Peers: QEMU from PATH; Cloud Hypervisor and Firecracker where FLOTILLA_BENCH_CLOUD_HYPERVISOR and
@@ -53,6 +65,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     card = verbs.add_parser("net", parents=[common])
     card.add_argument("--cases", nargs="+", choices=[str(case) for case in net.CASES], default=[], metavar="CASE")
     card.add_argument("--seconds", type=float, default=2.0, metavar="S", help="that a sample takes")
+    guest = card.add_mutually_exclusive_group()
+    guest.add_argument("--debian", action="store_true", help="a Debian guest's iperf3 instead of the probe guest")
+    guest.add_argument("--lab", action="store_true", help="--debian inside the lab (deploy/lab/README.md)")
     options = parser.parse_args(arguments)
     options.runs = options.runs or RUNS[options.bench]
     return options
@@ -82,6 +97,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return migrate_remote.run(
             kernel, options.runs, options.patience, options.sizes, options.ways, options.rates
         )
+    if options.bench == "net" and options.lab:
+        words = ["net", "--debian", "--runs", str(options.runs), "--seconds", str(options.seconds)]
+        return lab.run(kernel, words, lab_memory(()))
+    if options.bench == "net" and options.debian:
+        return net_debian.run(options.runs, options.patience, options.seconds)
     if options.bench == "net":
         return net.run(kernel, options.runs, options.patience, options.seconds, options.cases)
     if options.bench == "migrate-net":
@@ -97,7 +117,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def lab_memory(sizes: Sequence[str]) -> str:
     """RAM of a lab machine that may hold such guests: what a guest does not touch costs nothing."""
-    largest = max(int(size[:-1]) * {"M": 1, "G": 1024}[size[-1]] for size in sizes)
+    largest = max((int(size[:-1]) * {"M": 1, "G": 1024}[size[-1]] for size in sizes), default=0)
     return f"{max(4096, largest + 2048)}M"
 
 

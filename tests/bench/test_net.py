@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench import net, wire
+from bench import net, net_debian, report, wire
 from bench.errors import BenchError
 from bench.flows import AGAIN_SECONDS, Flow, Pings
 from guest.payload import decode
@@ -161,3 +161,21 @@ def test_a_guest_that_falls_silent_is_a_lost_connection(network):
         wire.ip("link", "set", "lo", "down")
         with pytest.raises(BenchError, match="Pings: "):
             pings.goes_on(20, 0.5)
+
+
+def test_net_with_debian_names_the_guest_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, answer, _ = bench("net", "--debian", "--runs", "1")
+    assert code == 1
+    for row in answer["rows"]:
+        assert f"{tmp_path}/workloads/focal.raw: No such file" in row["missing"] and "deploy/lab.sh" in row["missing"]
+
+
+def test_net_with_debian_compares_each_case_in_its_own_figure():
+    rows = []
+    for peer, times in (("flotilla", 2.0), ("qemu", 1.0)):
+        for case in net_debian.CASES:
+            rows.append(report.Row(peer, case.name, samples={case.figure: [times]}))
+    ratios = net_debian.compare(rows)
+    assert len(ratios) == len(net_debian.CASES) and set(ratios.values()) == {2.0}
+    assert "qemu rtt p50_us (lower is better)" in ratios and "qemu rx udp 64 kpps (higher is better)" in ratios

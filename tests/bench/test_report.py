@@ -36,7 +36,7 @@ def test_table_names_a_missing_peer_with_its_reason(capsys):
     assert "flotilla / qemu 512M: 0.50" in lines
 
 
-@pytest.mark.parametrize("words", ["boot --runs 0", "migrate-local --sizes 1T", "boot --runs x", ""])
+@pytest.mark.parametrize("words", ["boot --runs 0", "migrate-local --sizes 1T", "net --lab --debian", ""])
 def test_wrong_words_are_refused(words, capsys):
     with pytest.raises(SystemExit) as end:
         parse(words.split())
@@ -44,4 +44,4 @@ def test_wrong_words_are_refused(words, capsys):
 
 
 def test_lab_machine_holds_the_largest_guest():
-    assert [lab_memory(sizes) for sizes in (["256M", "1G"], ["256M", "4G"])] == ["4096M", "6144M"]
+    assert [lab_memory(sizes) for sizes in (["256M", "1G"], ["256M", "4G"], [])] == ["4096M", "6144M", "4096M"]
