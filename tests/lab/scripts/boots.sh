@@ -1,6 +1,6 @@
 # Boots the stock Debian guest in each way that a kernel can be given, and goes through its ends. Per case, $OUT has
 # CASE.console, CASE.stderr and CASE.rc; a case that hangs is ended and has rc 124.
-. "$LAB/library.sh"
+. "$LAB/library.sh" || exit 2 # deploy/lab.sh run --put tests/lab/library.sh
 limit=$1
 words="root=/dev/vda1 console=ttyS0 quiet"
 fresh() { cp --sparse=always ~/workloads/focal.raw /tmp/focal.raw; }

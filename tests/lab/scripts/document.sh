@@ -1,5 +1,5 @@
 # The live-migration document's four commands, typed as they stand (with its forgotten backslash), programs from PATH.
-. "$LAB/library.sh"
+. "$LAB/library.sh" || exit 2 # deploy/lab.sh run --put tests/lab/library.sh
 mkfifo /tmp/keys
 exec 7<> /tmp/keys
 

@@ -1,6 +1,6 @@
 # Debian moves by tcp from host a to host b (network namespaces with a bridge, a TAP and a cable each), while host c pings it
 # and has an iperf3 connection to it. Prints exit codes, and on stderr the longest silence.
-. "$LAB/library.sh"
+. "$LAB/library.sh" || exit 2 # deploy/lab.sh run --put tests/lab/library.sh
 modprobe -a tun bridge veth
 ip link add br0 type bridge
 ip link set br0 up

@@ -1,6 +1,6 @@
 # The live-migration document's nested example, typed as it stands into two VMs' serial ports. In a VM what runs on gets a
 # window (deploy/lab/host/root/window). $1: more words for all kernels.
-. "$LAB/library.sh"
+. "$LAB/library.sh" || exit 2 # deploy/lab.sh run --put tests/lab/library.sh
 words=${1:+ $1}
 cd ~/nested
 head -c 1M < /dev/urandom > tmp.img # create a dummy image for testing
