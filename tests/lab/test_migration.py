@@ -6,6 +6,7 @@ deploy/demo/inside.py goes through the steps and checks each; what it reports is
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -17,6 +18,8 @@ from tests.lab.lab import Lab
 
 DOCUMENT = Path(__file__).with_name("scripts") / "document.sh"
 NAMESPACES = Path(__file__).with_name("scripts") / "namespaces.sh"
+NETEM = Path(__file__).with_name("scripts") / "netem.py"
+TRIES = int(os.environ.get("FLOTILLA_NETEM", "30"))
 LIMIT = 600
 HOPS = 5
 MOST_STATE = 256 << 10  # bytes: that of devices and vCPUs, without RAM
@@ -115,3 +118,19 @@ def test_iperf3_and_ping_go_on_while_debian_moves_between_hosts(lab: Lab) -> Non
     assert done.stdout.splitlines() == [f"{each} 0" for each in what]
     assert "error" not in (done.out / "iperf3").read_text()
     assert re.search(r"longest silence of pings: \d+ ms", done.stderr)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(4 * LIMIT + 60 * TRIES)
+def test_debian_moves_between_hosts_over_a_cable_that_netem_makes_bad(lab: Lab) -> None:
+    """Each of the tries arrives or leaves the guest running at the source; the seed is printed."""
+    seed = int(os.environ.get("FLOTILLA_SEED", "1"))
+    script = f"exec python3 /lab/netem.py {seed} {TRIES}"
+    done = lab.run(script, limit=LIMIT + 60 * TRIES, puts={"netem.py": NETEM}).must_succeed()
+    print(done.stdout)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == TRIES
+    assert {(row["send"] == 0, row["receive"] == 0) for row in rows} <= {(True, True), (False, False)}
+    assert any(row["send"] == 0 for row in rows)
+    report = json.loads((done.out / "report.json").read_text())
+    assert report["ok"] and report["not_equal"] == 0 and len(set(report["boot_id"])) == 1
