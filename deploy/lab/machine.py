@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import selectors
 import signal
 import socket
@@ -23,6 +24,8 @@ from deploy.lab.images import Images
 
 CPU = "EPYC,+svm,+npt,+nrip-save"
 PORTS = ("stdout", "stderr", "out", "events", "control")
+MONITOR = "monitor"  # QEMU's own, asked where the CPU of a machine stands that gives no sign of life
+LOOKS, LOOK_SECONDS = 3, 5.0
 
 # Seconds. The machine is up after 6 on an idle host; a busy host may need several times that.
 BOOT_LIMIT = 240.0
@@ -85,6 +88,9 @@ def command(machine: Machine, images: Images, job: Path, console: Path, ports: d
     words += ["-device", "virtio-serial-pci"]
     for name, fd in ports.items():
         words += ["-chardev", f"socket,id={name},fd={fd}"]
+        if name == MONITOR:
+            words += ["-mon", f"chardev={name},mode=readline"]
+            continue
         words += ["-device", "virtconsole" if name == "tty" else "virtserialport"]
         words[-1] += f",chardev={name},name={name}"
     return words
@@ -120,7 +126,7 @@ class Session:
 
     def run(self, images: Images, job: Path, work: Path, terminal: int | None = None) -> Verdict:
         """Start the machine and stay until it is gone. `terminal` is a descriptor whose input goes to the shell."""
-        names = [*PORTS, "tty"] if terminal is not None else list(PORTS)
+        names = [*PORTS, MONITOR, "tty"] if terminal is not None else [*PORTS, MONITOR]
         theirs = {}
         for name in names:
             self._sockets[name], theirs[name] = socket.socketpair()
@@ -157,8 +163,8 @@ class Session:
                 for key, _ in self._selector.select(1.0):
                     if key.data != "qemu":
                         self._pass_on(key.data)
-                if why := self._overdue():
-                    self.verdict.died = why
+                if not self.verdict.died and (why := self._overdue()):
+                    self.verdict.died = f"{why}; {self._where()}"
                     process.kill()
             for name in list(self._sockets):
                 while self._pass_on(name):
@@ -218,6 +224,21 @@ class Session:
         if limit and now - self._began > limit + END_LIMIT:
             return f"it did not end the job, whose limit of {limit} s passed {END_LIMIT:.0f} s ago"
         return ""
+
+    def _where(self) -> str:
+        """What the CPU does: several looks tell a loop from a halt."""
+        monitor = self._sockets[MONITOR]
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(monitor)
+        monitor.settimeout(LOOK_SECONDS)
+        said = b""
+        for _ in range(LOOKS):
+            with contextlib.suppress(OSError):
+                monitor.sendall(b"info registers\n")
+                while data := monitor.recv(1 << 16):
+                    said += data
+        looks = re.findall(r"[RE]IP=[0-9a-f]+|CPL=\d|HLT=\d", said.decode(errors="replace"))
+        return f"its CPU stands at {' '.join(looks)}" if looks else "QEMU does not say where its CPU stands"
 
     def _why(self, code: int | None, errors: str) -> str:
         if code:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import pytest
+
+from deploy.lab import machine
 from tests.lab.lab import Lab
 
 
@@ -44,6 +48,15 @@ def test_death_of_the_lab_machine_is_told_apart_and_started_again(lab: Lab) -> N
     assert done.code == 125
     assert "Kernel panic" in done.died
     assert bytes(starts) == b"start\nstart\n"
+
+
+def test_machine_that_gives_no_sign_of_life_is_told_with_where_its_cpu_stands(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "BEAT_LIMIT", 15.0)
+    done = lab.run("kill -STOP $(pgrep -P 1 -f run/init); sleep 100", retries=0)
+    assert done.code == 125
+    assert re.search(r"no sign of life for 15 s; its CPU stands at RIP=[0-9a-f]+ ", done.died)
 
 
 def test_killed_vmm_is_not_the_death_of_the_lab_machine(lab: Lab) -> None:
