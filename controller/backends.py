@@ -301,14 +301,15 @@ class Backend:
             process.serving = False
         self._suspect = process.blameable
         self._blamed = time.monotonic() if self._suspect else self._blamed
-        if self._closing or self._starting or process is not self.process:
+        if self._closing:
+            return
+        if not process.wanted and (not self._starting or process.killed_by):  # a refusal to start is told as such
+            loss, kind = process.loss, self._spec.kind
+            self._fleet.supervision.lost(kind, self.name, process.pid, loss.cause, loss.reason, since=loss.since)
+        if self._starting or process is not self.process:
             return  # start() sees to it itself
         self.process = None
         self.reason = process.obituary
-        loss = process.loss
-        self._fleet.supervision.lost(
-            self._spec.kind, self.name, process.pid, loss.cause, loss.reason, since=loss.since
-        )
         self._to(BackendState.RESTARTING)
         lived = time.monotonic() - self._began
         self._delay = 0.0 if lived > STEADY_SECONDS else min(max(self._delay * 2, FIRST_DELAY), LAST_DELAY)

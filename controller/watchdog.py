@@ -144,7 +144,8 @@ class Watchdog:
             return
         silent = time.monotonic() - watch.asked
         if silent >= self._patience(process) and not process.busy() and not self._held(process, silent):
-            self._fleet.condemn(process, Cause.HUNG, f"no heartbeat for {silent:.1f} s", since=watch.answered or None)
+            reason = f"no heartbeat for {silent:.1f} s"
+            self._fleet.condemn(process, Cause.HUNG, reason, since=watch.answered or watch.asked)
 
     async def _ask(self, process: Process, watch: Watch) -> None:
         busy = process.busy()

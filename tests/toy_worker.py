@@ -50,15 +50,17 @@ class Toy:
 
     def fault(self, what: str, value: int) -> None:
         """`bug`; `sleep`: the main thread never answers again; `stall`: it answers and its epoch stands still;
-        `nonsense`: a heartbeat that is none; `crash`; else a new count."""
+        `nonsense`: a heartbeat that is none; `garbage`: an answer that is no message; else a new count."""
         if what == "bug":
             raise ZeroDivisionError("a bug in a handler")
         if what == "sleep":
             signal.pause()
-        if what == "crash":
-            os.abort()
         if what == "nonsense":
-            self.pulse = "soon"  # type: ignore[assignment]
+            self.pulse, self.moves = 1.5, False  # type: ignore[assignment]
+        if what == "garbage":
+            from shared import messages
+
+            messages.encode = lambda message: b"\xc1"
         self.moves = what != "stall"
         self.count = value
 
