@@ -58,6 +58,7 @@ class Services:
         self._api_delay = 0.1
         self._stopping = False
         self._janitor: Process | None = None
+        self._janitors = 0  # so many have been started
         self._updates: socket.socket | None = None
         self._leavings = leavings
         self._watchdog = Watchdog(reactor, fleet)
@@ -136,7 +137,7 @@ class Services:
         if terminal is not None:
             fds["tty"] = terminal[0]
         try:
-            self._janitor = await self._fleet.start(spec, fds, self._janitor_ended)
+            self._janitor = await self._fleet.start(spec, fds, self._janitor_ended, self._janitors)
         except BaseException:
             ours.close()
             raise
@@ -145,6 +146,7 @@ class Services:
             os.close(self_fd)
         ours.setblocking(False)  # a janitor that is stopped keeps nobody
         self._updates = ours
+        self._janitors += 1
         self._fleet.supervision.restored("janitor", "janitor", self._janitor.pid)
         if terminal is not None:
             self._tell({"termios": terminal[1]})
