@@ -51,8 +51,7 @@ class ForeignBackend:
     def row(self) -> dict[str, Any]:
         """Of `vmm.fleet`. Whose process it is, the socket does not tell."""
         state = "restarting" if self._reason else "running"
-        row = {"kind": KIND, "device": self._id, "pid": 0, "state": state, "restarts": self._restarts, "pss_kib": 0}
-        return row | ({"last_reason": self._reason} if self._reason else {})
+        return {"kind": KIND, "device": self._id, "pid": 0, "state": state, "restarts": self._restarts, "pss_kib": 0}
 
     def _lost(self, error: Exception | None) -> None:
         self._reason = describe(error) if error else "it closed the connection"
