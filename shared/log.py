@@ -32,8 +32,8 @@ _lost = 0  # lines that there was no room for
 
 def configure(level: Level, fd: int = 2, thread: str = "vmm", began: float | None = None) -> None:
     """Where and how much to log in this process. `began`: the VMM's start on CLOCK_MONOTONIC, in seconds."""
-    global _level, _fd, _thread, _began
-    _level, _fd, _thread = level, fd, thread
+    global _level, _fd, _thread, _began, _lost
+    _level, _fd, _thread, _lost = level, fd, thread, 0
     if began is not None:
         _began = began
 
