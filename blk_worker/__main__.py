@@ -1,6 +1,7 @@
 """The worker's start.
 
-`Start.spec`: path, readonly, direct, serial, sparse, num_queues, queue_size; all but `path` may be missing.
+`Start.spec`: path, readonly, direct, serial, sparse, num_queues, queue_size, and what BlockBackend says of trial, blame
+and die_on_sector; all but `path` may be missing.
 `Start.fds`: `vhost`, a connected vhost-user socket; `disk`, the image already open, else `path` is opened.
 
 `python -m blk_worker` is the same disk as a program for foreign front ends: blk_worker/program.py.
@@ -27,7 +28,8 @@ def main(start: Start) -> int:
     )  # fmt: skip
     backend = BlockBackend(
         reactor, disk, num_queues=spec.get("num_queues", 1), queue_size=spec.get("queue_size", 128),
-        sparse=bool(spec.get("sparse", True)),
+        sparse=bool(spec.get("sparse", True)), trial=bool(spec.get("trial")), blame=bool(spec.get("blame")),
+        die_on_sector=spec.get("die_on_sector"),
     )  # fmt: skip
     worker = VhostWorker("blk_worker", backend)
     worker.attach(reactor, socket.socket(fileno=start.fds["vhost"]))

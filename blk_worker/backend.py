@@ -16,7 +16,7 @@ from blk_worker.disk import Disk
 from blk_worker.native import Flag, Kind
 from shared import log
 from shared.errors import ConfigError, ProtocolError
-from shared.native_ring import Pulse, Step, VringError, check, regions_of, setup_of
+from shared.native_ring import Step, VringError, check, regions_of, setup_of
 from shared.reactor import Reactor, drain_eventfd
 from shared.vhost_backend import Mapping as MemoryMapping
 from shared.vhost_backend import Ring
@@ -25,7 +25,9 @@ from shared.virtio_blk import CONFIG_SIZE, WRITEBACK_OFFSET, BlkConfig, Feature,
 IO_THREADS = 16
 REPORT_SECONDS = 1.0
 MAX_QUEUES = 256
-SUMS = ("inflight", "resubmitted", "syncs", "bounced", "errors", "unsupported", "malformed", "kicks", "calls")
+SUMS = (
+    "inflight", "resubmitted", "syncs", "bounced", "errors", "unsupported", "malformed", "poisoned", "kicks", "calls",
+)  # fmt: skip
 NEVER = (1 << 64) - 1  # a latency before the first request, as in Cloud Hypervisor's counters
 
 
@@ -43,7 +45,12 @@ class BlockBackend:
         queue_size: int = 128,
         sparse: bool = True,
         io_threads: int = IO_THREADS,
+        trial: bool = False,
+        blame: bool = False,
+        die_on_sector: int | None = None,
     ) -> None:
+        """`trial`: a worker of this disk died of its own work lately; `blame`: the last one did. `die_on_sector`: a
+        fault that every incarnation has, for tests."""
         if not 0 < num_queues <= MAX_QUEUES:
             raise ConfigError(f"disk path={disk.path}: num_queues={num_queues} is not within 1 to {MAX_QUEUES}")
         if not 2 < queue_size <= 32768 or queue_size & (queue_size - 1):
@@ -62,16 +69,19 @@ class BlockBackend:
         self._mappings: tuple[MemoryMapping, ...] = ()
         self._log = (0, 0)
         self._running: set[int] = set()
-        self._pulse = Pulse()
-        self._reported: dict[int, tuple[int, int, int]] = {}
+        self._trial = Flag.TRIAL * trial | Flag.BLAME * blame
+        self._epoch = 0
+        self._reported: dict[int, tuple[int, int, int, int]] = {}
         self._report_timer = False
         self._fault = native.blk_fault()
         self._device = self._create()
+        if die_on_sector is not None:
+            self.fault("die-on-sector", die_on_sector)
 
     # The native device ------------------------------------------------------------------------------------------
 
     def _create(self) -> int:
-        disk, image, flags = self.disk, self.disk.geometry, Flag(0)
+        disk, image, flags = self.disk, self.disk.geometry, Flag(self._trial)
         if image.readonly:
             flags |= Flag.READONLY
         if disk.direct:
@@ -183,8 +193,8 @@ class BlockBackend:
 
     def _report(self) -> None:
         for index, counters in enumerate(self._counters):
-            now = (counters.malformed, counters.errors, counters.broken)
-            before = self._reported.get(index, (0, 0, 0))
+            now = (counters.malformed, counters.errors, counters.broken, counters.poisoned)
+            before = self._reported.get(index, (0, 0, 0, 0))
             self._reported[index] = now
             where = f"disk path={self.disk.path}, queue {index}"
             if now[0] > before[0]:
@@ -193,15 +203,19 @@ class BlockBackend:
             if now[1] > before[1]:
                 cause = os.strerror(counters.io_errno) if counters.io_errno else "requests out of range"
                 log.error(f"{where}: {now[1] - before[1]} requests failed: {cause}")
+            if now[3] > before[3]:
+                log.error(f"{where}: {now[3] - before[3]} requests that had killed their worker again and again were "
+                          f"failed, the last at sector {counters.poisoned_sector}")  # fmt: skip
             if now[2] and not before[2]:
                 log.error(f"{where}: the guest broke the ring ({VringError(counters.broken).name}); it stays stopped")
                 self.on_broken(index)
 
     def epoch(self) -> int:
-        """Rises from call to call while every running ring thread takes turns; this call asks for the next turn."""
-        epoch = self._pulse.take({index: self._counters[index].epoch for index in self._running})
+        """Rises from call to call while every ring thread that runs and every I/O thread that has a request takes turns
+        or is held by the kernel; this call asks for the next turn."""
+        self._epoch += self._native.blk_alive(self._device)
         self._native.blk_nudge(self._device)
-        return epoch
+        return self._epoch
 
     def counters(self, index: int) -> native.blk_counters:
         """The live counters of one queue, written by the native loop."""
@@ -228,6 +242,8 @@ class BlockBackend:
             result[f"{name}_latency_avg"] = sum(op.latency_sum_us for op in ops) // count if count else NEVER
         for name in SUMS:
             result[name] = sum(getattr(counters, name) for counters in self._counters)
+        if result["poisoned"]:
+            result["poisoned_sector"] = next(c.poisoned_sector for c in self._counters if c.poisoned)
         result["broken_queues"] = sum(bool(counters.broken) for counters in self._counters)
         return result
 
@@ -273,7 +289,8 @@ class BlockBackend:
     # Faults, for tests ------------------------------------------------------------------------------------------
 
     def fault(self, what: str, value: int) -> None:
-        """`delay` (ms), `fail` (how many requests, 0: all), `hang`, `die-<step>` (at its n-th time), `clear`.
+        """`delay` (ms), `fail` (how many requests, 0: all), `hang`, `die-<step>` (at its n-th time), `die-on-sector`,
+        `clear`.
 
         A queue that hangs can't be stopped before `clear`, and stop_queue() would wait for it: kill the process.
         """
@@ -286,6 +303,8 @@ class BlockBackend:
             fault.kinds, fault.fail, fault.count = every, 1, value
         elif what == "hang":
             fault.kinds, fault.delay_ms = every, native.HANG_FOR_EVER
+        elif what == "die-on-sector":
+            fault.die_on_sector, fault.sector = 1, value
         elif what.startswith("die-") and what[4:].upper() in Step.__members__:
             fault.die_at, fault.die_after = Step[what[4:].upper()], max(1, value)
         else:

@@ -25,6 +25,7 @@ static void blk_free(struct blk_device *d)
     if (d->event_fd >= 0)
         close(d->event_fd);
     free(d->pool.thread);
+    free(d->pool.pulse);
     free(d);
 }
 
@@ -53,11 +54,17 @@ struct blk_device *blk_create(const struct blk_config *config)
     pthread_mutex_init(&d->pool.lock, NULL);
     pthread_cond_init(&d->pool.work, NULL);
     pthread_mutex_init(&d->fault_lock, NULL);
+    pthread_rwlockattr_t fair; /* else a busy queue keeps another's suspect waiting for ever */
+    pthread_rwlockattr_init(&fair);
+    pthread_rwlockattr_setkind_np(&fair, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+    pthread_rwlock_init(&d->trial, &fair);
+    pthread_rwlockattr_destroy(&fair);
     pthread_cond_init(&d->fault_changed, NULL);
     d->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     d->pool.thread = calloc(config->io_threads + 1, sizeof(pthread_t));
+    d->pool.pulse = calloc(config->io_threads + 1, sizeof(struct blk_pulse));
     d->memory = calloc(1, sizeof(*d->memory));
-    bool complete = d->event_fd >= 0 && d->pool.thread && d->memory;
+    bool complete = d->event_fd >= 0 && d->pool.thread && d->pool.pulse && d->memory;
     for (uint32_t i = 0; i < config->num_queues; i++) {
         struct blk_queue *q = &d->queue[i];
         q->device = d;
@@ -143,6 +150,29 @@ void blk_nudge(struct blk_device *d)
             loop_signal(d->queue[i].control_fd);
 }
 
+static bool blk_moved(struct blk_pulse *pulse)
+{
+    uint64_t turns = __atomic_load_n(&pulse->turns, __ATOMIC_RELAXED);
+    bool moved = turns != pulse->seen || __atomic_load_n(&pulse->held, __ATOMIC_RELAXED);
+    pulse->seen = turns;
+    return moved;
+}
+
+int blk_alive(struct blk_device *d)
+{
+    bool alive = true;
+    for (uint32_t i = 0; i < d->config.num_queues; i++)
+        if (d->queue[i].running && !blk_moved(&d->queue[i].pulse))
+            alive = false;
+    pthread_mutex_lock(&d->pool.lock);
+    uint32_t threads = d->pool.threads;
+    pthread_mutex_unlock(&d->pool.lock);
+    for (uint32_t i = 0; i < threads; i++)
+        if (!blk_moved(&d->pool.pulse[i]) && __atomic_load_n(&d->pool.pulse[i].busy, __ATOMIC_RELAXED))
+            alive = false;
+    return alive;
+}
+
 int blk_event_fd(struct blk_device *d)
 {
     return d->event_fd;
@@ -157,7 +187,7 @@ void blk_set_fault(struct blk_device *d, const struct blk_fault *fault)
 {
     pthread_mutex_lock(&d->fault_lock);
     d->fault = *fault;
-    __atomic_store_n(&d->armed, fault->kinds != 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&d->armed, fault->kinds || fault->die_on_sector, __ATOMIC_RELAXED);
     pthread_cond_broadcast(&d->fault_changed);
     pthread_mutex_unlock(&d->fault_lock);
     for (uint32_t i = 0; i < d->config.num_queues; i++) {

@@ -49,6 +49,8 @@ enum {
     BLK_BLOCK_DEVICE = 4, /* fd is a block device: BLKDISCARD, BLKZEROOUT */
     BLK_CAN_DISCARD = 8,  /* offered */
     BLK_CAN_ZERO = 16,    /* offered */
+    BLK_TRIAL = 32,       /* a worker of this disk died of itself lately: try what it left one by one */
+    BLK_BLAME = 64,       /* … the last one did */
 };
 
 /* ABI. What a device is made of; stays constant but for `writeback`. */
@@ -90,6 +92,8 @@ struct blk_counters {
     uint64_t last_malformed; /* enum vring_error */
     uint64_t broken;      /* enum vring_error that stopped the queue, 0 while it works */
     uint64_t io_errno;    /* errno of the last failed system call */
+    uint64_t poisoned;    /* requests failed because each had killed its worker time and again */
+    uint64_t poisoned_sector; /* … the last one's sector */
     struct blk_op_counters op[BLK_KINDS];
 };
 
@@ -101,6 +105,16 @@ struct blk_fault {
     uint32_t fail;      /* nonzero: IOERR without doing it */
     uint32_t die_at;    /* enum vring_step, at the `die_after`-th occurrence per queue */
     uint32_t die_after;
+    uint64_t sector;      /* with die_on_sector: a request for it aborts the process */
+    uint32_t die_on_sector;
+};
+
+/* A native thread's sign of life. `held`: in a system call, which may last as long as the disk likes. */
+struct blk_pulse {
+    uint64_t turns;
+    uint64_t seen; /* blk_alive's */
+    uint32_t busy;
+    uint32_t held;
 };
 
 struct blk_device;
@@ -131,6 +145,7 @@ struct blk_queue {
     bool stopping;  /* atomic */
     bool ring_done; /* the ring thread takes no further request */
     pthread_t thread;
+    struct blk_pulse pulse;
     struct blk_counters counters;
 };
 
@@ -141,6 +156,7 @@ struct blk_pool {
     uint32_t queued, idle, threads, limit;
     bool closing;
     pthread_t *thread;
+    struct blk_pulse *pulse; /* of each thread */
 };
 
 /* A region table and the one it replaced, which a request may still be reading. */
@@ -161,6 +177,7 @@ struct blk_device {
     bool no_punch;    /* … FALLOC_FL_PUNCH_HOLE, BLKDISCARD */
     bool no_zero;     /* … FALLOC_FL_ZERO_RANGE, BLKZEROOUT */
     bool armed;       /* atomic: a fault is set */
+    pthread_rwlock_t trial; /* BLK_TRIAL: written while a suspect is tried, read by whatever else is carried out */
     pthread_mutex_t fault_lock;
     pthread_cond_t fault_changed;
     struct blk_fault fault;
@@ -195,6 +212,11 @@ BLK_API int blk_stopped(struct blk_device *device, uint32_t index);
 BLK_API int blk_stop_wait(struct blk_device *device, uint32_t index);
 /* Make each ring thread take a turn, so that its epoch moves though the guest is idle. */
 BLK_API void blk_nudge(struct blk_device *device);
+/*
+ * Whether since the last call each thread that has something to do took a turn or is in a system call. Ring threads have
+ * something to do if blk_nudge came after that call.
+ */
+BLK_API int blk_alive(struct blk_device *device);
 /* Signalled when there is something to look at: a drained queue, a malformed chain, a broken queue. */
 BLK_API int blk_event_fd(struct blk_device *device);
 BLK_API const struct blk_counters *blk_counters(struct blk_device *device, uint32_t index);

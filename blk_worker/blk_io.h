@@ -31,6 +31,15 @@ struct blk_outcome {
     uint64_t bytes;
 };
 
+/* The calling thread's. */
+static _Thread_local struct blk_pulse *blk_pulse;
+
+static void blk_held(bool held)
+{
+    if (blk_pulse)
+        __atomic_store_n(&blk_pulse->held, held, __ATOMIC_RELAXED);
+}
+
 /* Part of a chain, consumed from the front. */
 struct blk_span {
     struct iovec *iov;
@@ -74,6 +83,7 @@ static ssize_t blk_read_or_write(const struct blk_device *d, bool write, const s
                                  uint64_t offset, int flags)
 {
     ssize_t done;
+    blk_held(true);
     do {
         int n = count < IOV_MAX ? (int)count : IOV_MAX;
         if (write)
@@ -81,6 +91,7 @@ static ssize_t blk_read_or_write(const struct blk_device *d, bool write, const s
         else
             done = preadv2(d->config.fd, iov, n, (off_t)offset, flags);
     } while (done < 0 && errno == EINTR);
+    blk_held(false);
     return done;
 }
 
@@ -104,7 +115,9 @@ static int blk_transfer(struct blk_device *d, bool write, struct blk_span *span,
 static void blk_sync(const struct blk_device *d, struct blk_outcome *o)
 {
     o->synced = true;
+    blk_held(true);
     o->error = fdatasync(d->config.fd) ? errno : 0;
+    blk_held(false);
 }
 
 /* After a write has succeeded: without a write-back cache it must be durable before it is reported. */
@@ -201,9 +214,11 @@ static int blk_allocate(struct blk_device *d, int mode, uint64_t offset, uint64_
     int result;
     if (__atomic_load_n(missing, __ATOMIC_RELAXED))
         return EOPNOTSUPP;
+    blk_held(true);
     do {
         result = fallocate(d->config.fd, mode | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)bytes);
     } while (result < 0 && errno == EINTR);
+    blk_held(false);
     if (!result)
         return 0;
     if (errno == EOPNOTSUPP)
@@ -216,7 +231,9 @@ static int blk_discard(struct blk_device *d, uint64_t offset, uint64_t bytes)
     int error = 0;
     if (d->config.flags & BLK_BLOCK_DEVICE) {
         uint64_t range[2] = {offset, bytes};
+        blk_held(true);
         error = ioctl(d->config.fd, BLKDISCARD, range) ? errno : 0;
+        blk_held(false);
     } else {
         error = blk_allocate(d, FALLOC_FL_PUNCH_HOLE, offset, bytes, &d->no_punch);
     }
@@ -292,11 +309,13 @@ static enum blk_kind blk_kind_of(uint32_t type)
 }
 
 /* A test's fault for this kind of request: waits as told; true: fail it. */
-static bool blk_faulted(struct blk_device *d, enum blk_kind kind)
+static bool blk_faulted(struct blk_device *d, enum blk_kind kind, uint64_t sector)
 {
     uint32_t delay = 0;
     bool fail = false;
     pthread_mutex_lock(&d->fault_lock);
+    if (d->fault.die_on_sector && d->fault.sector == sector && (kind == BLK_READ || kind == BLK_WRITE))
+        abort();
     if (d->fault.kinds & (1u << kind)) {
         delay = d->fault.delay_ms;
         fail = d->fault.fail;
@@ -309,8 +328,10 @@ static bool blk_faulted(struct blk_device *d, enum blk_kind kind)
     pthread_mutex_unlock(&d->fault_lock);
     if (delay && delay != UINT32_MAX) {
         struct timespec rest = {delay / 1000, (long)(delay % 1000) * 1000000};
+        blk_held(true); /* it plays a slow disk */
         while (nanosleep(&rest, &rest) && errno == EINTR)
             ;
+        blk_held(false);
     }
     return fail;
 }
@@ -333,7 +354,7 @@ static bool blk_do(struct blk_device *d, struct blk_scratch *scratch, const stru
     if (!blk_allowed(d, o->kind, o))
         return true;
     o->status = BLK_S_IOERR;
-    if (__builtin_expect(__atomic_load_n(&d->armed, __ATOMIC_RELAXED), 0) && blk_faulted(d, o->kind)) {
+    if (__builtin_expect(__atomic_load_n(&d->armed, __ATOMIC_RELAXED), 0) && blk_faulted(d, o->kind, header->sector)) {
         o->error = EIO;
         return true;
     }
@@ -366,6 +387,34 @@ static bool blk_do(struct blk_device *d, struct blk_scratch *scratch, const stru
     }
     o->status = o->error ? BLK_S_IOERR : BLK_S_OK;
     return true;
+}
+
+/*
+ * A request that has killed worker after worker: an error to the guest, and its sector for the log. One that dies of being
+ * looked at even so is returned without a status.
+ */
+static void blk_refuse(const struct blk_request *request, struct blk_scratch *scratch, bool blindly,
+                       struct blk_outcome *o, uint32_t *len)
+{
+    struct blk_counters *counters = &request->queue->counters;
+    struct vring_chain *chain = &scratch->chain;
+    struct blk_request_header header;
+
+    *o = (struct blk_outcome){.kind = BLK_OTHER, .status = BLK_S_IOERR};
+    *len = 0;
+    counters->poisoned++;
+    counters->poisoned_sector = UINT64_MAX;
+    if (blindly || vring_parse(&request->queue->vring, request->head, chain)
+        || chain->readable_bytes < sizeof(header) || !chain->writable_bytes) {
+        chain->readable = chain->writable = 0;
+        return;
+    }
+    struct blk_span out = {chain->iov, chain->readable, chain->readable_bytes};
+    struct iovec *last = &chain->iov[chain->readable + chain->writable - 1];
+    *((volatile uint8_t *)last->iov_base + last->iov_len - 1) = BLK_S_IOERR;
+    *len = 1;
+    blk_copy(&out, &header, sizeof(header), false);
+    counters->poisoned_sector = header.sector;
 }
 
 /*

@@ -80,12 +80,53 @@ static void blk_complete(struct blk_request *request, const struct vring_chain *
     pthread_mutex_unlock(&q->lock);
 }
 
+/* While suspects are about, whatever else is carried out keeps out of their trials. */
+static bool blk_enter(struct blk_device *d)
+{
+    bool trial = d->config.flags & BLK_TRIAL;
+    if (trial) {
+        blk_held(true); /* a trial lasts as long as the disk likes */
+        pthread_rwlock_rdlock(&d->trial);
+        blk_held(false);
+    }
+    return trial;
+}
+
+static void blk_leave(struct blk_device *d, bool trial)
+{
+    if (trial)
+        pthread_rwlock_unlock(&d->trial);
+}
+
 static void blk_run(struct blk_request *request, struct blk_scratch *scratch)
 {
     struct blk_outcome outcome;
     uint32_t len;
+    bool trial = blk_enter(request->queue->device);
     blk_execute(request, scratch, BLK_MAY_BLOCK, &outcome, &len);
+    blk_leave(request->queue->device, trial);
     blk_complete(request, &scratch->chain, len, &outcome, true);
+}
+
+/* A request that may have killed the worker before, with nothing else under way on this disk. */
+static void blk_run_suspect(struct blk_request *request, struct blk_scratch *scratch)
+{
+    struct blk_queue *q = request->queue;
+    uint8_t attempts = vring_attempts(&q->vring, request->head);
+    struct blk_outcome outcome;
+    uint32_t len;
+    blk_held(true);
+    pthread_rwlock_wrlock(&q->device->trial);
+    blk_held(false);
+    vring_try(&q->vring, request->head);
+    if (attempts < VRING_POISON)
+        blk_execute(request, scratch, BLK_MAY_BLOCK, &outcome, &len);
+    else
+        blk_refuse(request, scratch, attempts > VRING_POISON, &outcome, &len);
+    blk_complete(request, &scratch->chain, len, &outcome, true);
+    pthread_rwlock_unlock(&q->device->trial);
+    if (attempts >= VRING_POISON)
+        loop_signal(q->device->event_fd);
 }
 
 /* Only if it need not wait for the disk; blk_publish_locked is to follow. */
@@ -93,7 +134,10 @@ static bool blk_run_cached(struct blk_request *request, struct blk_scratch *scra
 {
     struct blk_outcome outcome;
     uint32_t len;
-    if (!blk_execute(request, scratch, BLK_CACHED_ONLY, &outcome, &len))
+    bool trial = blk_enter(request->queue->device);
+    bool done = blk_execute(request, scratch, BLK_CACHED_ONLY, &outcome, &len);
+    blk_leave(request->queue->device, trial);
+    if (!done)
         return false;
     blk_complete(request, &scratch->chain, len, &outcome, false);
     return true;
@@ -108,6 +152,11 @@ static void *blk_io_main(void *argument)
     struct blk_scratch scratch;
     scratch.bounce = NULL;
     pthread_mutex_lock(&pool->lock);
+    /* Whoever made this thread has counted it before letting go of the lock. */
+    uint32_t number = 0;
+    while (!pthread_equal(pool->thread[number], pthread_self()))
+        number++;
+    struct blk_pulse *pulse = blk_pulse = &pool->pulse[number];
     for (;;) {
         while (!pool->head && !pool->closing) {
             pool->idle++;
@@ -122,7 +171,10 @@ static void *blk_io_main(void *argument)
             pool->tail = &pool->head;
         pool->queued--;
         pthread_mutex_unlock(&pool->lock);
+        __atomic_store_n(&pulse->turns, pulse->turns + 1, __ATOMIC_RELAXED);
+        __atomic_store_n(&pulse->busy, 1, __ATOMIC_RELAXED);
         blk_run(request, &scratch);
+        __atomic_store_n(&pulse->busy, 0, __ATOMIC_RELAXED);
         pthread_mutex_lock(&pool->lock);
     }
     pthread_mutex_unlock(&pool->lock);
@@ -209,9 +261,17 @@ static void blk_resubmit(struct blk_queue *q, struct blk_scratch *scratch)
     q->counters.inflight = q->inflight;
     q->counters.resubmitted += q->resubmits;
     pthread_mutex_unlock(&q->lock);
-    for (uint32_t i = 0; i < q->resubmits; i++)
-        if (!blk_submit(q->device, &q->request[q->resubmit[i].head]))
-            blk_run(&q->request[q->resubmit[i].head], scratch);
+    bool trial = q->device->config.flags & BLK_TRIAL;
+    if (trial && q->resubmits)
+        vring_blame(&q->vring, q->resubmit, q->resubmits, q->device->config.flags & BLK_BLAME);
+    for (uint32_t i = 0; i < q->resubmits; i++) {
+        struct blk_request *request = &q->request[q->resubmit[i].head];
+        __atomic_store_n(&q->pulse.turns, q->pulse.turns + 1, __ATOMIC_RELAXED);
+        if (trial && vring_attempts(&q->vring, request->head))
+            blk_run_suspect(request, scratch);
+        else if (!blk_submit(q->device, request))
+            blk_run(request, scratch);
+    }
     /* The predecessor may have died between its index and its notification. */
     loop_signal(q->call_fd);
 }
@@ -236,10 +296,12 @@ static void *blk_ring_main(void *argument)
     struct blk_request *batch[BLK_BATCH];
     struct blk_scratch scratch;
     scratch.bounce = NULL;
+    blk_pulse = &q->pulse;
     blk_resubmit(q, &scratch);
     while (!__atomic_load_n(&q->stopping, __ATOMIC_ACQUIRE)) {
         pthread_mutex_lock(&q->lock);
         q->counters.epoch++;
+        __atomic_store_n(&q->pulse.turns, q->pulse.turns + 1, __ATOMIC_RELAXED);
         vring_disable_notify(&q->vring);
         uint32_t count = blk_pop(q, batch);
         bool alone = count == 1 && q->inflight == 1;

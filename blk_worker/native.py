@@ -20,6 +20,8 @@ class Flag(IntFlag):
     BLOCK_DEVICE = 4
     CAN_DISCARD = 8
     CAN_ZERO = 16
+    TRIAL = 32
+    BLAME = 64
 
 
 class Kind(IntEnum):
@@ -77,6 +79,8 @@ class blk_counters(ctypes.Structure):
         ("last_malformed", c_uint64),
         ("broken", c_uint64),
         ("io_errno", c_uint64),
+        ("poisoned", c_uint64),
+        ("poisoned_sector", c_uint64),
         ("op", blk_op_counters * len(Kind)),
     )
     epoch: int
@@ -92,6 +96,8 @@ class blk_counters(ctypes.Structure):
     last_malformed: int
     broken: int
     io_errno: int
+    poisoned: int
+    poisoned_sector: int
     op: ctypes.Array[blk_op_counters]
 
 
@@ -103,6 +109,8 @@ class blk_fault(ctypes.Structure):
         ("fail", c_uint32),
         ("die_at", c_uint32),
         ("die_after", c_uint32),
+        ("sector", c_uint64),
+        ("die_on_sector", c_uint32),
     )
 
 
@@ -119,6 +127,7 @@ _FUNCTIONS: Final[dict[str, tuple[object, tuple[object, ...]]]] = {
     "blk_stopped": (c_int, (c_void_p, c_uint32)),
     "blk_stop_wait": (c_int, (c_void_p, c_uint32)),
     "blk_nudge": (None, (c_void_p,)),
+    "blk_alive": (c_int, (c_void_p,)),
     "blk_event_fd": (c_int, (c_void_p,)),
     "blk_counters": (POINTER(blk_counters), (c_void_p, c_uint32)),
     "blk_set_fault": (None, (c_void_p, POINTER(blk_fault))),

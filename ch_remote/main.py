@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ch_remote import report
+from ch_remote import fleet, report
 from ch_remote.arguments import Command, parse_argv
 from ch_remote.bar import TICK_SECONDS, Bar, rest
 from ch_remote.devices import net_body
@@ -58,7 +58,7 @@ def _run(command: Command) -> int:
         if command.name in MIGRATIONS:
             return _migrate(path, command, body)
         if "--watch" in command.flags:
-            return _watch(path, command)
+            return fleet.watch(path, command) if command.name == "fleet" else _watch(path, command)
         with Connection(path) as connection:
             return _finish(connection.request(command.verb.method, command.verb.target, body), command)
     except HostError as error:

@@ -76,8 +76,8 @@ def _reasons(body: bytes) -> tuple[list[str], str]:
     return value, ""
 
 
-def print_table(response: Response) -> None:
-    """The processes of vmm.fleet, one a line, with the server's keys as columns; verbatim if it is no such list."""
+def table(response: Response) -> list[str]:
+    """The lines of vmm.fleet's processes, with the server's keys as columns; the body itself if it is no such list."""
     import json
 
     try:
@@ -87,15 +87,16 @@ def print_table(response: Response) -> None:
     if isinstance(value, dict):
         value = value.get("processes")
     if not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
-        print_body(response)
-        return
+        return response.body.decode(errors="replace").splitlines()
     columns = list(dict.fromkeys(key for row in value for key in row))
     rows = [[key.upper() for key in columns], *([_cell(row.get(key)) for key in columns] for row in value)]
     widths = [max(len(row[index]) for row in rows) for index in range(len(columns))]
-    for row in rows:
-        sys.stdout.write(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n"
-        )
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def print_table(response: Response) -> None:
+    """See table()."""
+    sys.stdout.write("".join(f"{line}\n" for line in table(response)))
     sys.stdout.flush()
 
 

@@ -34,7 +34,12 @@ VERBS = {
         "PUT", "vm.create", "Create a VM from a VmConfig in JSON; - or nothing reads it from stdin", "[PATH]"
     ),
     "delete": Verb("PUT", "vm.delete", "Delete the VM"),
-    "fleet": Verb("GET", "vmm.fleet", "Every process of the VM; --table for people", flags=("--table",)),
+    "fleet": Verb(
+        "GET",
+        "vmm.fleet",
+        "Every process of the VM; --table for people, --watch the same until Ctrl-C",
+        flags=("--table", "--watch"),
+    ),
     "info": Verb("GET", "vm.info", "Configuration and state of the VM"),
     "migration-estimate": Verb(
         "GET", "vm.migration-estimate", "How long a remote migration would take, and its pause; takes a second"

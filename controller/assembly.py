@@ -110,8 +110,10 @@ class Assembly:
             undo.add(self.platform.close)
             platform = self.platform
             self.vcpus = Vcpus(
-                self._reactor, platform.kvm_vm, platform.pages, platform.apic_ids, platform, context.seccomp
-            )
+                self._reactor, platform.kvm_vm, platform.pages, platform.apic_ids, platform, context.seccomp,
+                context.fleet.supervision,
+            )  # fmt: skip
+            context.fleet.patients.append(self.vcpus.patients)
 
     def _open_end(self, device: Any) -> HostEnd | None:
         if device.mode is ConsoleMode.OFF:
@@ -162,7 +164,9 @@ class Assembly:
         frontend = Frontend(self._reactor, self.platform.memory, disk.id, own=not disk.vhost_user)
         if disk.vhost_user:
             assert disk.vhost_socket is not None
-            foreign = ForeignBackend(self._reactor, frontend, disk.id, disk.vhost_socket)
+            foreign = ForeignBackend(
+                self._reactor, frontend, disk.id, disk.vhost_socket, self._context.fleet.supervision
+            )
             self._disks[disk.id] = Disk(disk, None, frontend, foreign=foreign)
             await foreign.connect()
             sizes = (disk.queue_size,) * disk.num_queues
@@ -236,16 +240,25 @@ class Assembly:
         await gather(self._reactor, *(backend.start() for backend in self._backends))
 
     async def wait_serving(self) -> None:
-        """Until every device has its worker. Raises WorkerError that names device and reason, within WORKER_SECONDS."""
+        """Until every device has its worker. Raises WorkerError that names device and reason, within WORKER_SECONDS;
+        at once for a back end of somebody else's that is away: nobody knows for how long."""
+        for foreign in self._foreign():
+            if (absence := foreign.absence()) is not None:
+                raise absence
         await gather(self._reactor, *(backend.wait_serving(WORKER_SECONDS) for backend in self._backends))
 
     def absence(self) -> WorkerError | None:
         """The error that names a worker which does not serve now."""
-        return next((b.absence() for b in self._backends if b.state is not BackendState.SERVING), None)
+        ours = (b.absence() for b in self._backends if b.state is not BackendState.SERVING)
+        return next(ours, None) or next((absence for f in self._foreign() if (absence := f.absence())), None)
 
     def describe_workers(self) -> list[dict[str, Any]]:
-        """Rows of `vmm.fleet` for workers that do not serve now."""
-        return [row for backend in self._backends if (row := backend.row()) is not None]
+        """Rows of `vmm.fleet` for workers that do not serve as they should, and for other people's back ends."""
+        ours = [row for backend in self._backends if (row := backend.row()) is not None]
+        return ours + [foreign.row() for foreign in self._foreign()]
+
+    def _foreign(self) -> list[ForeignBackend]:
+        return [disk.foreign for disk in self._disks.values() if disk.foreign is not None] + self.nets.foreign()
 
     def frontend(self, device_id: str) -> Frontend:
         device = self.functions[device_id].device
@@ -308,8 +321,8 @@ class Assembly:
         """Counters of every disk and network device of ours, by device id."""
         answers = await self.nets.counters()
         for name, disk in self._disks.items():
-            if disk.backend is not None and disk.backend.process is not None:
-                answers[name] = await disk.backend.process.call("stats")
+            if disk.backend is not None:
+                answers[name] = await disk.backend.stats()
         return answers
 
     # End ---------------------------------------------------------------------------------------------------------
@@ -337,6 +350,7 @@ class Assembly:
         if self._closed:
             return False
         self._closed = True
+        self._context.fleet.patients.remove(self.vcpus.patients)
         self.vcpus.close()
         for name in self.functions:
             self.frontend(name).close()

@@ -1,10 +1,13 @@
 """A worker that serves one or more vhost-user devices, and its successors.
 
-    start ──▶ STARTING ──▶ SERVING ──(killed, crashed, hung up)──▶ RESTARTING
-                  │         ▲   ▲                                    │  │
-                  │         │   └────────────── replayed ────────────┘  │
-                  └───── START_DELAYS are used up ──▶ FAILED ◀──────────┘
+    start ──▶ STARTING ──▶ SERVING ──(ended, disconnected, hung, refused)──▶ RESTARTING
+                  │         ▲   ▲                                              │  │
+                  │         │   └──────────────── replayed ────────────────────┘  │
+                  └───── START_DELAYS are used up ──▶ QUARANTINED ◀───────────────┘
                             └─────────── replayed ──────┘ tried again every LAST_DELAY, as long as the VM lives
+
+`degraded` in `vmm.fleet` is SERVING by a worker that had to be replaced OFTEN within the last minute
+(controller/supervision.py). How each loss is noticed: docs/fault-isolation.md.
 
 The guest sees nothing of it: kicks stay in the eventfds, requests that were in flight are in the inflight region. The
 pidfd has been waited for before a successor is forked, so nothing of the dead process can still write (DESIGN, fence).
@@ -18,12 +21,15 @@ import time
 from collections.abc import Mapping
 from enum import StrEnum
 
-from controller.fleet import Fleet, Process, ProcessState, WorkerSpec
+from controller.fleet import Fleet, Process, ProcessState, WorkerSpec, pss_kib
+from controller.statistics import merge
+from controller.supervision import OFTEN, RECENT_SECONDS, cause_of
 from controller.vhost_frontend import Frontend
 from controller.warmup import warm_up
 from shared import log
 from shared.errors import FlotillaError, HostError, Timeout, WorkerError, WorkerLost
 from shared.reactor import Event, Reactor, describe, sleep, within
+from shared.records import replace
 from shared.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,7 +48,10 @@ class BackendState(StrEnum):
     STARTING = "starting"
     SERVING = "running"
     RESTARTING = "restarting"
-    FAILED = "failed"
+    QUARANTINED = "quarantined"
+
+
+DEGRADED = "degraded"
 
 
 class Backend:
@@ -64,7 +73,7 @@ class Backend:
         self._fds: dict[str, int] = {}
         self._closing = False
         self._starting = False
-        self._settled = Event()  # the state is SERVING or FAILED
+        self._settled = Event()  # the state is SERVING or QUARANTINED
         self._idle = Event()  # no process is on its way up
         self._idle.set()
         self._restarts = 0
@@ -74,6 +83,10 @@ class Backend:
         self.reason = ""  # why the last attempt came to nothing
         self.process: Process | None = None
         self.preload: dict[str, Any] | None = None  # a save's answer that every incarnation loads before it serves
+        self._past: dict[str, int] = {}  # what the processes before this one have counted
+        self._failed_requests = 0  # of this process, as far as they have been reported
+        self._blamed = -RECENT_SECONDS  # when a worker last died by its own work
+        self._suspect = False  # … the last one did
         try:
             for name, fd in fds.items():
                 self._fds[name] = os.dup(fd)
@@ -94,7 +107,7 @@ class Backend:
 
     def _to(self, state: BackendState) -> None:
         self.state = state
-        if state in (BackendState.SERVING, BackendState.FAILED):
+        if state in (BackendState.SERVING, BackendState.QUARANTINED):
             self._settled.set()
         else:
             self._settled.clear()
@@ -109,14 +122,15 @@ class Backend:
             for delay in (*START_DELAYS, None):
                 try:
                     await self._attempt()
-                    self._to(BackendState.SERVING)
+                    self._serves()
                     return
                 except FlotillaError as error:
                     self.reason = describe(error)
                     if self._closing:
                         raise
                     if delay is None:
-                        self._to(BackendState.FAILED)
+                        self._to(BackendState.QUARANTINED)
+                        self._fleet.supervision.quarantined(self._spec.kind, self.name, self.reason)
                         raise self.absence() from None
                     log.warn(f"{self.absence()}; trying again")
                     await sleep(self._reactor, delay)
@@ -157,7 +171,7 @@ class Backend:
             for name in self._frontends:
                 pairs[name] = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             fds = {**self._fds, **{name: theirs.fileno() for name, (_, theirs) in pairs.items()}}
-            process = await self._fleet.fork(self._spec, fds, self._ended, self._restarts)
+            process = await self._fleet.fork(self._task(), fds, self._ended, self._restarts)
             self.process = process
             await self._connect(process, {name: ours for name, (ours, _) in pairs.items()})
         except OSError as error:
@@ -166,6 +180,12 @@ class Backend:
             for ours, theirs in pairs.values():
                 ours.close()
                 theirs.close()
+
+    def _task(self) -> WorkerSpec:
+        """What to fork, with what the worker has to know about its predecessor's end (shared/vring_recovery.h)."""
+        if time.monotonic() - self._blamed > RECENT_SECONDS:
+            return self._spec
+        return replace(self._spec, spec={**self._spec.spec, "trial": True, "blame": self._suspect})
 
     async def _connect(self, process: Process, sockets: Mapping[str, socket.socket]) -> None:
         if not self._closing:
@@ -190,6 +210,36 @@ class Backend:
 
     # Serving -----------------------------------------------------------------------------------------------------
 
+    def _serves(self) -> None:
+        process = self.process
+        assert process is not None
+        self._failed_requests = 0
+        process.occupied = lambda: self._starting or any(frontend.busy for frontend in self._frontends.values())
+        process.on_heartbeat = self._heard
+        process.serving = True
+        self._to(BackendState.SERVING)
+        self._fleet.supervision.restored(self._spec.kind, self.name, process.pid)
+
+    def _heard(self) -> None:
+        """New statistics of our process."""
+        stats = self.process.stats if self.process is not None else {}
+        if (failed := stats.get("poisoned", 0)) > self._failed_requests:
+            what = f"the last one at sector {stats.get('poisoned_sector', 0)}"
+            new, self._failed_requests = failed - self._failed_requests, failed
+            self._fleet.supervision.failed_request(self._spec.kind, self.name, new, what)
+
+    async def stats(self) -> dict[str, int]:
+        """Counters of the worker and of all before it. A worker that is not there has told its last ones."""
+        process = self.process
+        if process is not None and process.serving:
+            try:
+                process.stats = await process.call("stats")
+            except WorkerLost:
+                log.debug(f"{self.name} died before it told its counters")
+            if process is self.process:
+                return merge(self._past, process.stats)
+        return dict(self._past)
+
     async def wait_serving(self, seconds: float) -> None:
         """Until the worker is up. Raises WorkerError, which names devices and reason: at once if it has failed for
         now, after `seconds` if it neither comes up nor fails."""
@@ -197,7 +247,7 @@ class Backend:
             await within(self._reactor, seconds, self._settled.wait(), f"{self.devices}: a worker")
         except Timeout as error:
             raise self.absence() from error
-        if self.state is BackendState.FAILED:
+        if self.state is BackendState.QUARANTINED:
             raise self.absence()
 
     def absence(self) -> WorkerError:
@@ -206,17 +256,20 @@ class Backend:
         return WorkerError(f"{self.devices}: no worker serves it: {reason}")
 
     def row(self) -> dict[str, Any] | None:
-        """A row of `vmm.fleet` while the worker is not serving; None while its process's own row tells everything."""
+        """A row of `vmm.fleet` while the worker is not serving as it should; None while its process's own row tells
+        everything."""
+        state = str(self.state)
         if self.state is BackendState.SERVING:
-            return None
+            if self._fleet.supervision.often(self._spec.kind, self.name) < OFTEN:
+                return None
+            state = DEGRADED
         return {
             "kind": self._spec.kind,
             "device": self.name,
             "pid": self.process.pid if self.process is not None else 0,
-            "state": str(self.state),
+            "state": state,
             "restarts": self._restarts,
-            "pss_kib": 0,
-            "reason": self.reason,
+            "pss_kib": pss_kib(self.process.pid) if self.process is not None else 0,
         }
 
     async def call(self, verb: str, **arguments: Any) -> dict[str, Any]:
@@ -239,11 +292,21 @@ class Backend:
     def _hung_up(self, error: Exception | None) -> None:
         """The connection broke. A worker that lives on is of no use: end it, its end brings the successor."""
         if self.process is not None and not self._closing:
-            log.warn(f"{self.name}: vhost-user connection lost: {describe(error) if error else 'closed'}")
-            self._fleet.kill(self.process)
+            reason = f"vhost-user connection lost: {describe(error) if error else 'closed'}"
+            self._fleet.hung_up(self.process, cause_of(error), reason)
 
     def _ended(self, process: Process) -> None:
-        if self._closing or self._starting or process is not self.process:
+        if process.serving:
+            self._past = merge(self._past, process.stats)
+            process.serving = False
+        self._suspect = process.blameable
+        self._blamed = time.monotonic() if self._suspect else self._blamed
+        if self._closing:
+            return
+        if not process.wanted and (not self._starting or process.killed_by):  # a refusal to start is told as such
+            loss, kind = process.loss, self._spec.kind
+            self._fleet.supervision.lost(kind, self.name, process.pid, loss.cause, loss.reason, since=loss.since)
+        if self._starting or process is not self.process:
             return  # start() sees to it itself
         self.process = None
         self.reason = process.obituary

@@ -14,13 +14,17 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 
 from controller.spawn import LAST_WORDS, LAST_WORDS_BYTES, Zygote
+from controller.supervision import Cause, Supervision, process_state
 from shared import log
 from shared.errors import FlotillaError, WorkerError, WorkerLost
-from shared.reactor import Event, Reactor
+from shared.reactor import Event, Reactor, describe
 from shared.records import Record, field
 from shared.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from controller.watchdog import Patient
     from shared.control import Channel
 
 STOP_SECONDS = 5.0
@@ -47,6 +51,14 @@ class WorkerSpec(Record):
     control: bool = True  # has a control channel
 
 
+class Verdict(Record):
+    """Why a process was ended that lived. `since`: when it last did its work, CLOCK_MONOTONIC; None: until then."""
+
+    cause: Cause
+    reason: str
+    since: float | None = None
+
+
 class Process:
     """One process of the fleet. `ended` is set once it has been waited for."""
 
@@ -58,6 +70,14 @@ class Process:
         self.restarts = restarts
         self.state = ProcessState.STARTING
         self.exit_status: int | None = None
+        self.killed_by = 0  # the signal that ended it; 0: it exited
+        self.wanted = False  # it was told to end
+        self.verdict: Verdict | None = None
+        self.serving = False  # it has work to do, so the watchdog asks it for heartbeats
+        self.occupied: Callable[[], bool] = lambda: False  # with something that may take as long as it likes
+        self.on_heartbeat: Callable[[], None] = lambda: None
+        self.stats: dict[str, int] = {}  # as last told
+        self._calls = 0
         self.reason = ""  # its last words, once it has ended
         self.last_words = -1  # where they come from
         self.channel: Channel | None = None
@@ -70,11 +90,34 @@ class Process:
         said = f": {self.reason}" if self.reason else ""
         return f"{self.name} (pid {self.pid}) ended with {self.exit_status}{said}"
 
+    @property
+    def loss(self) -> Verdict:
+        """What its end is to be reported as."""
+        return self.verdict or Verdict(Cause.ENDED, self.obituary)
+
+    @property
+    def blameable(self) -> bool:
+        """Whether its own work may have ended it: not if it was killed (137 is a shell's SIGKILL) or stopped."""
+        import signal
+
+        if self.verdict is not None:
+            return self.verdict.cause is Cause.HUNG and self.verdict.since is not None
+        return self.killed_by != signal.SIGKILL and self.exit_status != 128 + signal.SIGKILL
+
+    def busy(self) -> bool:
+        """Somebody of ours waits for its answer, which may have to wait for a disk."""
+        return self._calls > 0 or self.occupied()
+
     async def call(self, verb: str, timeout: float | None = 10.0, **arguments: Any) -> dict[str, Any]:
         """One request to the worker. Raises WorkerLost when it is dead or dies meanwhile."""
         if self.channel is None:
             raise WorkerLost(f"{self.name} (pid {self.pid}) has ended")
-        return await self.channel.call(verb, timeout, **arguments)
+        counted = verb != "heartbeat"
+        self._calls += counted
+        try:
+            return await self.channel.call(verb, timeout, **arguments)
+        finally:
+            self._calls -= counted
 
 
 def _read_words(fd: int) -> str:
@@ -113,11 +156,16 @@ def row(kind: str, device: str, pid: int, state: str, restarts: int) -> dict[str
 class Fleet:
     """Starts, lists and watches processes. Restarting is policy and belongs to whoever started them."""
 
-    def __init__(self, reactor: Reactor, zygote: Zygote, runtime_dir: str) -> None:
+    def __init__(
+        self, reactor: Reactor, zygote: Zygote, runtime_dir: str, supervision: Supervision | None = None
+    ) -> None:
         self._reactor = reactor
+        self.supervision = supervision or Supervision()
+        self.patients: list[Callable[[], Iterable[Patient]]] = []  # more processes for the watchdog
         self.zygote = zygote
         self._runtime_dir = runtime_dir
         self._incarnation = 0
+        self._zygote_verdict: Verdict | None = None
         self.processes: list[Process] = []
 
     def adopt(self, kind: str, name: str, pid: int, on_end: Callable[[Process], None], restarts: int = 0) -> Process:
@@ -178,6 +226,7 @@ class Fleet:
 
         try:
             process.channel = Channel(self._reactor, process.endpoint, bind=False)
+            process.channel.on_nonsense = lambda error: self.condemn(process, Cause.REFUSED, describe(error))
             self._reactor.call_later(LOOK_SECONDS, lambda: self._watch_descriptors(process))
             await process.call("hello", HELLO_SECONDS)
         except FlotillaError as error:
@@ -211,19 +260,24 @@ class Fleet:
         try:
             result = os.waitid(os.P_PIDFD, process.pidfd, os.WEXITED)
             process.exit_status = result.si_status if result else None
+            process.killed_by = result.si_status if result and result.si_code != os.CLD_EXITED else 0
         except ChildProcessError:
             process.exit_status = None
         os.close(process.pidfd)
         if process.last_words >= 0:
             process.reason = _read_words(process.last_words)
             os.close(process.last_words)
-        wanted = process.state is ProcessState.STOPPING
+        process.wanted = process.state is ProcessState.STOPPING and process.verdict is None
         process.state = ProcessState.ENDED
         self.processes.remove(process)
         if process.channel is not None:
             process.channel.close(process.obituary)
             process.channel = None
-        level = log.info if wanted else log.warn
+        elif process.endpoint:  # nobody greeted it, and it may have bound its name
+            from shared.control import unlink_endpoint
+
+            unlink_endpoint(process.endpoint)
+        level = log.info if process.wanted else log.warn
         level(f"{process.kind} {process.obituary}")
         process.ended.set()
         on_end(process)
@@ -248,6 +302,32 @@ class Fleet:
 
             process.state = ProcessState.STOPPING
             signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
+
+    def condemn(self, process: Process, cause: Cause, reason: str, *, since: float | None = None) -> None:
+        """End a process that lives and is of no use. Its supervisor hears of it as of any other death."""
+        if process.state in (ProcessState.STARTING, ProcessState.RUNNING):
+            process.verdict = Verdict(cause, reason, since)
+            log.warn(f"{process.kind} {process.name} (pid {process.pid}), {cause}: {reason}; ending it")
+            self.kill(process)
+
+    def hung_up(self, process: Process, cause: Cause, reason: str) -> None:
+        """Its connection broke. One that is ending anyway is its pidfd's to report: sockets close a moment earlier."""
+        if cause is Cause.DISCONNECTED and process_state(process.pid)[1]:
+            return
+        self.condemn(process, cause, reason)
+
+    def condemn_zygote(self, cause: Cause, reason: str) -> None:
+        self._zygote_verdict = Verdict(cause, reason)
+        self.zygote.kill()
+
+    def renew_zygote(self) -> None:
+        """Start another if it has died: the next worker must not wait for its imports."""
+        zygote, pid = self.zygote, self.zygote.pid
+        if zygote.running and process_state(pid)[0] == "Z" and zygote.renew():
+            verdict = self._zygote_verdict or Verdict(Cause.ENDED, "it has ended")
+            self._zygote_verdict = None
+            self.supervision.lost("zygote", "zygote", pid, verdict.cause, verdict.reason)
+            self.supervision.restored("zygote", "zygote", zygote.pid)
 
     def describe(self) -> list[dict[str, Any]]:
         """Rows for `vmm.fleet`: this process, its zygote, and every other process but the vCPUs.

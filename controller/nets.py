@@ -127,7 +127,9 @@ class Nets:
     async def _foreign(self, config: NetConfig, frontend: Frontend) -> Nic:
         """Back ends of this kind have no configuration space and no control queue; the VMM answers for the former."""
         assert config.vhost_socket is not None and config.id is not None
-        foreign = ForeignBackend(self._reactor, frontend, config.id, config.vhost_socket)
+        foreign = ForeignBackend(
+            self._reactor, frontend, config.id, config.vhost_socket, self._fleet.supervision
+        )
         await foreign.connect()
         sizes = (config.queue_size,) * config.num_queues
         spec = _spec(config, config.mtu)
@@ -153,6 +155,10 @@ class Nets:
                 nic.backend = Backend(self._reactor, self._fleet, worker, {VHOST: nic.device.frontend}, fds)
                 made.append(nic.backend)
         return made
+
+    def foreign(self) -> list[ForeignBackend]:
+        """The back ends that somebody else runs."""
+        return [nic.foreign for nic in self._nics.values() if nic.foreign is not None]
 
     # Moving ------------------------------------------------------------------------------------------------------
 
@@ -206,12 +212,8 @@ class Nets:
         return {name: nic.backend for name, nic in self._nics.items() if nic.backend is not None}
 
     async def counters(self) -> dict[str, Any]:
-        """By device id, for those whose worker is up."""
-        answers = {}
-        for name, backend in self._workers().items():
-            if backend.process is not None:
-                answers[name] = await backend.process.call("stats")
-        return answers
+        """By device id."""
+        return {name: await backend.stats() for name, backend in self._workers().items()}
 
     # End ---------------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from controller.api_socket import ApiSocket
 from controller.fleet import Fleet, Process, ProcessState, WorkerSpec
 from controller.leavings import Leavings
 from controller.spawn import exec_python
+from controller.watchdog import Watchdog
 from shared import log
 from shared.control import Channel, unlink_endpoint
 from shared.errors import FlotillaError, Timeout
@@ -57,23 +58,30 @@ class Services:
         self._api_delay = 0.1
         self._stopping = False
         self._janitor: Process | None = None
+        self._janitors = 0  # so many have been started
         self._updates: socket.socket | None = None
         self._leavings = leavings
+        self._watchdog = Watchdog(reactor, fleet)
         for path in api_socket.paths if api_socket else ():
             leavings.path(path, True)
         leavings.on_path, leavings.on_terminal = self._path_changed, self._terminal_changed
 
     async def start(self) -> None:
-        """Failures are logged and tried again at the next death: the guest runs on without either."""
+        """Failures are logged and tried again: the guest runs on without either."""
+        self._watchdog.start()
         self._start_api()
-        try:
-            await self._start_janitor()
-        except FlotillaError as error:
-            log.warn(f"no janitor: {describe(error)}")
+        await self._start_janitor()
 
     # The API process ---------------------------------------------------------------------------------------------
 
     def _start_api(self) -> None:
+        try:
+            self._launch_api()
+        except (FlotillaError, OSError) as error:
+            log.warn(f"no API process: {describe(error)}; trying again")
+            self._reactor.call_later(LAST_DELAY, self._start_api)
+
+    def _launch_api(self) -> None:
         if self._api_socket is None or self._stopping:
             return
         self._incarnation += 1
@@ -83,25 +91,43 @@ class Services:
         channel.handlers[Verb.API] = lambda a: requests.answer(
             self._verbs, a["method"], a["path"], a.get("body") or b""
         )
-        channel.on_event = lambda name, _: unlink_endpoint(endpoint) if name == "ready" else None
+        channel.on_event = lambda name, _: self._api_ready(endpoint) if name == "ready" else None
         self._channel = channel
         pid = exec_python(API_CODE, [endpoint, str(os.getpid())], {3: self._api_socket.sock.fileno()})
         self._api = self._fleet.adopt("api", "api", pid, self._api_ended, self._incarnation - 1)
         self._api.state = ProcessState.RUNNING
 
-    def _api_ended(self, _: Process) -> None:
+    def _api_ready(self, endpoint: str) -> None:
+        unlink_endpoint(endpoint)
+        if self._api is not None:
+            self._fleet.supervision.restored("api", "api", self._api.pid)
+
+    def _api_ended(self, process: Process) -> None:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
         self._api = None
         if not self._stopping:
+            self._lost(process)
             lived = time.monotonic() - self._api_began
             self._api_delay = 0.1 if lived > STEADY_SECONDS else min(self._api_delay * 2, LAST_DELAY)
             self._reactor.call_later(self._api_delay, self._start_api)
 
+    def _lost(self, process: Process) -> None:
+        if not process.wanted:
+            loss = process.loss
+            self._fleet.supervision.lost(process.kind, process.name, process.pid, loss.cause, loss.reason)
+
     # The janitor -------------------------------------------------------------------------------------------------
 
     async def _start_janitor(self) -> None:
+        try:
+            await self._launch_janitor()
+        except (FlotillaError, OSError) as error:
+            log.warn(f"no janitor: {describe(error)}; trying again")
+            self._reactor.call_later(LAST_DELAY, self._restart_janitor)
+
+    async def _launch_janitor(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self_fd = os.pidfd_open(os.getpid())
         known = {"paths": list(self._leavings.paths)}
@@ -111,20 +137,27 @@ class Services:
         if terminal is not None:
             fds["tty"] = terminal[0]
         try:
-            self._janitor = await self._fleet.start(spec, fds, self._janitor_ended)
+            self._janitor = await self._fleet.start(spec, fds, self._janitor_ended, self._janitors)
+        except BaseException:
+            ours.close()
+            raise
         finally:
             theirs.close()
             os.close(self_fd)
+        ours.setblocking(False)  # a janitor that is stopped keeps nobody
         self._updates = ours
+        self._janitors += 1
+        self._fleet.supervision.restored("janitor", "janitor", self._janitor.pid)
         if terminal is not None:
             self._tell({"termios": terminal[1]})
 
-    def _janitor_ended(self, _: Process) -> None:
+    def _janitor_ended(self, process: Process) -> None:
         self._janitor = None
         if self._updates is not None:
             self._updates.close()
             self._updates = None
         if not self._stopping:
+            self._lost(process)
             self._reactor.call_later(0.1, self._restart_janitor)
 
     def _restart_janitor(self) -> None:
@@ -153,6 +186,7 @@ class Services:
     async def stop(self) -> None:
         """Let requests under way be answered, end both processes, remove the API socket."""
         self._stopping = True
+        self._watchdog.stop()
         if self._api_socket is not None:
             self._api_socket.close()
         if self._api is not None and self._channel is not None:

@@ -69,7 +69,7 @@ class Zygote:
 
     @property
     def running(self) -> bool:
-        """As far as is known: its death is noticed at the next request."""
+        """As far as is known: its death is noticed at the next request, or by the watchdog."""
         return self._socket is not None
 
     def stop(self) -> None:
@@ -79,6 +79,19 @@ class Zygote:
             self._socket = None
             os.kill(self.pid, signal.SIGKILL)
             _reap(self.pid)
+
+    def kill(self) -> None:
+        """It hangs: whoever waits for its answer gets its end instead."""
+        if self._socket is not None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def renew(self) -> bool:
+        """Start another in a dead one's place; False while somebody is at it already."""
+        if self._lock.held:
+            return False
+        self.stop()
+        self.start()
+        return True
 
     async def fork(self, reactor: Reactor, request: dict[str, Any], fds: Mapping[str, int]) -> int:
         """The pid of a new worker, a child of ours. Raises WorkerError."""

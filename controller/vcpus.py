@@ -12,13 +12,19 @@ from collections.abc import Callable
 
 from controller.bus import Bus, Effect
 from controller.config.cli import Seccomp
+from controller.supervision import Cause, Supervision
 from shared import kvm, log
 from shared.errors import FlotillaError, HostError
 from shared.reactor import Future, Reactor, describe, drain_eventfd, within
-from shared.typed import Any, Protocol
+from shared.typed import TYPE_CHECKING, Any, Protocol
 from vcpu_worker.layout import StatePages
 from vcpu_worker.process import Exit, ExitKind, Vcpu
 from vcpu_worker.seccomp import Forbidden
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from controller.watchdog import Patient
 
 PAUSE_SECONDS = 10.0
 # A vCPU that is killed again and again is started again and again, but not in a busy loop.
@@ -61,8 +67,11 @@ class Vcpus:
         apic_ids: list[int],
         machine: Machine,
         seccomp: Seccomp,
+        supervision: Supervision,
     ) -> None:
         self._reactor = reactor
+        self._supervision = supervision
+        self._verdicts: dict[int, str] = {}  # by pid, of those that were ended for hanging
         self._machine = machine
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.all: list[Vcpu] = []
@@ -90,6 +99,7 @@ class Vcpus:
     def _spawn(self, vcpu: Vcpu) -> None:
         vcpu.spawn()
         self._spawned[vcpu.index] = time.monotonic()
+        self._supervision.restored("vcpu", vcpu.name, vcpu.pid)
         self._reactor.add_reader(vcpu.pidfd, lambda: self._ended(vcpu))
 
     def _ended(self, vcpu: Vcpu) -> None:
@@ -97,7 +107,9 @@ class Vcpus:
         end.
         """
         self._reactor.remove_reader(vcpu.pidfd)
+        pid = vcpu.pid
         status = vcpu.reap()
+        verdict = self._verdicts.pop(pid, "")
         if self._closing:
             return
         if status in BIRTH_FAILURES:
@@ -107,7 +119,8 @@ class Vcpus:
                 return
         else:
             self._stillborn = 0
-        log.warn(f"{vcpu.name} ended with {status}; starting its successor")
+        cause = Cause.HUNG if verdict else Cause.ENDED
+        self._supervision.lost("vcpu", vcpu.name, pid, cause, verdict or f"it ended with {status}")
         lived = time.monotonic() - self._spawned[vcpu.index]
         if lived > STEADY_SECONDS:
             self._respawn(vcpu)
@@ -122,6 +135,21 @@ class Vcpus:
         except HostError as error:
             log.error(f"{describe(error)}; trying again")
             self._reactor.call_later(1.0, lambda: self._respawn(vcpu))
+
+    def patients(self) -> Iterable[Patient]:
+        """For the watchdog: a vCPU that is stopped is as good as dead, and its successor goes on where it was."""
+        from controller.watchdog import Patient
+
+        for vcpu in self.all:
+            if vcpu.pid:
+                yield Patient("vcpu", vcpu.name, vcpu.pid, self._condemner(vcpu, vcpu.pid))
+
+    def _condemner(self, vcpu: Vcpu, pid: int) -> Callable[[Cause, str], None]:
+        def condemn(_: Cause, reason: str) -> None:
+            self._verdicts[pid] = reason
+            vcpu.kill()
+
+        return condemn
 
     # Exits -------------------------------------------------------------------------------------------------------
 

@@ -79,6 +79,10 @@ class Frontend:
         return self._live.is_set() and self._given_up is None
 
     @property
+    def busy(self) -> bool:
+        return self._lock.held  # a conversation is under way, which may have to wait for a disk
+
+    @property
     def bases(self) -> dict[int, int]:
         """Next avail index per queue if stop() has stopped them; empty while they run."""
         return {} if self._session is None or self._session.running else dict(self._session.bases)

@@ -29,6 +29,7 @@ from controller.leavings import Leavings
 from controller.runtime import RuntimeDir
 from controller.signals import Signals
 from controller.spawn import Zygote
+from controller.supervision import Supervision
 from controller.vm import Vm
 from controller.warmup import HEAD_START, warm_up
 from shared import log
@@ -65,7 +66,7 @@ class Vmm:
         self.events = EventMonitor(began)
         self.runtime = RuntimeDir()
         self.zygote = Zygote()
-        self.fleet = Fleet(self.reactor, self.zygote, self.runtime.path)
+        self.fleet = Fleet(self.reactor, self.zygote, self.runtime.path, Supervision(self.events.emit))
         self.config: VmConfig | None = None
         self.vm: Vm | None = None
         self.state = VmState.CREATED
@@ -232,7 +233,7 @@ class Vmm:
             rows += self.vm.describe()
         # The VM's rows come last: of a worker that is being started again, what is wrong counts more than its pid.
         by_name = {(row["kind"], row["device"]): row for row in rows}
-        return [by_name[name] for name in sorted(by_name)]
+        return [by_name[name] | self.fleet.supervision.columns(*name) for name in sorted(by_name)]
 
     async def info(self, _: None) -> dict[str, Any]:
         from controller.config.codec import to_json

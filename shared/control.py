@@ -60,6 +60,7 @@ class Channel:
         self._peers: set[Peer] = set()
         self.handlers: dict[str, Handler] = {}
         self.on_event: Callable[[str, dict[str, Any]], None] = lambda _name, _args: None
+        self.on_nonsense: Callable[[ProtocolError], None] = lambda _error: None  # the peer sent what is no message
         if bind:
             self._socket.bind(endpoint)
         else:
@@ -118,6 +119,7 @@ class Channel:
                 self._dispatch(peer, messages.decode(frames[-1]))
             except ProtocolError as error:
                 self._send(peer, {"id": 0, "error": messages.error_to_wire(error)})
+                self.on_nonsense(error)
 
     def _dispatch(self, peer: Peer, message: dict[str, Any]) -> None:
         number = message.get("id", 0)

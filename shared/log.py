@@ -2,12 +2,14 @@
 
 error: something a user asked for failed. warn: abnormal, no impact. info: rare state changes. debug, trace: developers.
 The time counts from the start of the VMM (workers are told it). Standard library's logging costs 15 ms of import and is
-not used. One write(2) per line, so that lines of several processes never mix.
+not used. One write(2) per line, so that lines of several processes never mix. A pipe that nobody reads loses lines and
+stops nobody; how many is said as soon as there is room again.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import sys
 import time
 from enum import IntEnum
@@ -25,12 +27,13 @@ _level = Level.WARN
 _fd = 2
 _thread = "vmm"
 _began = time.monotonic()
+_lost = 0  # lines that there was no room for
 
 
 def configure(level: Level, fd: int = 2, thread: str = "vmm", began: float | None = None) -> None:
     """Where and how much to log in this process. `began`: the VMM's start on CLOCK_MONOTONIC, in seconds."""
-    global _level, _fd, _thread, _began
-    _level, _fd, _thread = level, fd, thread
+    global _level, _fd, _thread, _began, _lost
+    _level, _fd, _thread, _lost = level, fd, thread, 0
     if began is not None:
         _began = began
 
@@ -49,17 +52,29 @@ def settings() -> dict[str, object]:
     return {"level": int(_level), "fd": _fd, "began": _began}
 
 
+def _room() -> bool:
+    """Whether a line can be written without a wait: a pipe that polls as writable takes PIPE_BUF bytes."""
+    poll = select.poll()
+    poll.register(_fd, select.POLLOUT)
+    return bool(poll.poll(0))
+
+
 def _write(level: Level, text: str) -> None:
+    global _lost
     if level > _level:
+        return
+    if not _room():
+        _lost += 1
         return
     frame = sys._getframe(2)
     path = frame.f_code.co_filename.rsplit("/", 2)
     where = f"{'/'.join(path[-2:])}:{frame.f_lineno}"
-    line = f"cloud-hypervisor: {time.monotonic() - _began:.6f}s: <{_thread}> {level.name}:{where} -- {text}\n"
+    missing, _lost = (f" ({_lost} lines before this one were lost)" if _lost else ""), 0
+    line = f"cloud-hypervisor: {time.monotonic() - _began:.6f}s: <{_thread}> {level.name}:{where} -- {text}{missing}\n"
     try:
         os.write(_fd, line.encode(errors="replace"))
     except OSError:
-        pass  # a full disk or a closed terminal must not take the VM with it
+        _lost += 1  # a full disk or a closed terminal must not take the VM with it
 
 
 def error(text: str) -> None:

@@ -394,6 +394,10 @@ class Lock:
         self._held = False
         self._waiters: deque[Future[None]] = deque()
 
+    @property
+    def held(self) -> bool:
+        return self._held
+
     async def __aenter__(self) -> None:
         if self._held:
             waiter: Future[None] = Future()

@@ -63,10 +63,14 @@ struct vring_used {
     struct vring_used_elem ring[]; /* behind the last one: avail_event */
 };
 
-/* vhost-user.rst: DescStateSplit and QueueRegionSplit. Shared with the front end, survives us. */
+/*
+ * vhost-user.rst: DescStateSplit and QueueRegionSplit. Shared with the front end, survives us. The first byte of its
+ * padding is ours: see vring_blame.
+ */
 struct vring_inflight_desc {
     uint8_t inflight;
-    uint8_t padding[5];
+    uint8_t attempts;
+    uint8_t padding[4];
     uint16_t next;
     uint64_t counter;
 };
@@ -357,6 +361,7 @@ static inline int vring_pop(struct vring *v, uint16_t *head)
     vring_reached(v, VRING_STEP_POPPED);
     if (v->inflight) {
         struct vring_inflight_desc *state = &v->inflight->desc[i];
+        __atomic_store_n(&state->attempts, 0, __ATOMIC_RELEASE);
         __atomic_store_n(&state->counter, v->counter++, __ATOMIC_RELEASE);
         vring_reached(v, VRING_STEP_COUNTED);
         __atomic_store_n(&state->inflight, 1, __ATOMIC_RELEASE);

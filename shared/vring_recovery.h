@@ -46,6 +46,44 @@ static inline uint32_t vring_recover(struct vring *v, struct vring_resubmit *out
 }
 
 /*
+ * Which of the requests that were taken over may have killed their worker. An attempts byte counts deaths:
+ *
+ *     taken ──worker dies──▶ 1 ──tried alone, dies──▶ 2 ──tried alone, dies──▶ 3: to be failed
+ *                            └──────── done ─────────┴─▶ (taken again: 0)
+ *
+ * The first death blames all that were in flight; from then on the suspects are tried alone (vring_try), so that only the
+ * one that is being tried is blamed for the next. `died` is false when somebody else ended the worker.
+ */
+enum { VRING_TRIED = 0x80, VRING_ATTEMPTS = 0x7f, VRING_POISON = 3 };
+
+static inline void vring_blame(struct vring *v, const struct vring_resubmit *list, uint32_t count, bool died)
+{
+    bool tried = false;
+    for (uint32_t i = 0; i < count; i++)
+        tried |= v->inflight->desc[list[i].head].attempts & VRING_TRIED;
+    for (uint32_t i = 0; i < count; i++) {
+        uint8_t *attempts = &v->inflight->desc[list[i].head].attempts, n = *attempts & VRING_ATTEMPTS;
+        if (died && (*attempts & VRING_TRIED) && n < VRING_ATTEMPTS)
+            n++;
+        else if (died && !tried && !n)
+            n = 1;
+        __atomic_store_n(attempts, n, __ATOMIC_RELEASE);
+    }
+}
+
+/* The deaths that a request is blamed for. */
+static inline uint8_t vring_attempts(const struct vring *v, uint16_t head)
+{
+    return v->inflight ? v->inflight->desc[head].attempts & VRING_ATTEMPTS : 0;
+}
+
+/* It is tried now, and nothing else is. */
+static inline void vring_try(struct vring *v, uint16_t head)
+{
+    __atomic_fetch_or(&v->inflight->desc[head].attempts, VRING_TRIED, __ATOMIC_SEQ_CST);
+}
+
+/*
  * Begin at avail index `base`. desc, avail, used, size, memory, log, used_gpa, inflight and the feature flags are set by the
  * caller; ring addresses are the caller's to check against guest memory. *resubmit is the number of entries in `out`.
  *

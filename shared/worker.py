@@ -13,7 +13,8 @@ The contract (one parametrised suite in tests/test_worker_contract.py holds ever
                (shared/state_versions.py); refuses another kind and any other version
     resume     go on (or begin) from the present state
     stats      -> counters, name -> int
-    heartbeat  -> {"epoch": n}: the native loop's own epoch where there is one, a main loop's pulse elsewhere
+    heartbeat  -> {"epoch": n, "stats": as above}: the epoch rises from one to the next while every native thread takes
+                  its turns or is held by the kernel; where there is no native loop it is the main loop's pulse
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def serve(start: Start, worker: Worker, reactor: Reactor, more: Mapping[str, Han
 
     channel.handlers = {
         Verb.HELLO: lambda _: {**identity, "pid": os.getpid()},
-        Verb.HEARTBEAT: lambda _: {"epoch": worker.epoch()},
+        Verb.HEARTBEAT: lambda _: {"epoch": worker.epoch(), "stats": dict(worker.stats())},
         Verb.QUIESCE: lambda _: worker.quiesce(),
         Verb.SAVE: lambda _: saved(),
         Verb.LOAD: do(lambda args: worker.load(check_state(worker, args))),

@@ -27,6 +27,7 @@ class Toy:
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self.pulse, self.moves = 0, True
 
     def quiesce(self) -> dict[str, Any]:
         return {"bases": {}}
@@ -44,11 +45,23 @@ class Toy:
         return {"count": self.count}
 
     def epoch(self) -> int:
-        return self.count
+        self.pulse += self.moves
+        return self.pulse
 
     def fault(self, what: str, value: int) -> None:
+        """`bug`; `sleep`: the main thread never answers again; `stall`: it answers and its epoch stands still;
+        `nonsense`: a heartbeat that is none; `garbage`: an answer that is no message; else a new count."""
         if what == "bug":
             raise ZeroDivisionError("a bug in a handler")
+        if what == "sleep":
+            signal.pause()
+        if what == "nonsense":
+            self.pulse, self.moves = 1.5, False  # type: ignore[assignment]
+        if what == "garbage":
+            from shared import messages
+
+            messages.encode = lambda message: b"\xc1"
+        self.moves = what != "stall"
         self.count = value
 
 

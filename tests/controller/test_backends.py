@@ -68,8 +68,8 @@ def test_worker_that_can_not_start_fails_after_a_few_tries_with_its_reason(rig: 
         rig.run(backend.start())
     row = backend.row()
     assert row is not None
-    assert (row["state"], row["restarts"], row["pid"]) == ("failed", 3, 0)
-    assert "this host has no moon" in row["reason"]
+    assert (row["state"], row["restarts"], row["pid"]) == ("quarantined", 3, 0)
+    assert "this host has no moon" in rig.fleet.supervision.columns("toy", "_toy0")["last_reason"]
     assert rig.fleet.processes == []
 
 
@@ -90,7 +90,7 @@ def test_worker_that_can_not_start_is_tried_again_until_it_can(rig: Rig, tmp_pat
     backend = rig.disk(image)
     os.close(image)
     task = rig.reactor.spawn(backend.start_for_good())
-    rig.until(lambda: backend.state is BackendState.FAILED)
+    rig.until(lambda: backend.state is BackendState.QUARANTINED)
     path.write_bytes(bytes(4096))
     rig.run(task)
     assert backend.state is BackendState.SERVING and backend.row() is None
@@ -127,7 +127,7 @@ def test_failed_worker_is_restarting_no_more_when_the_vm_ends(rig: Rig) -> None:
     """The pause between two attempts must not keep anybody: close() returns, and the loop notices by itself."""
     backend = rig.toy(refuse=True)
     task = rig.reactor.spawn(backend.start_for_good())
-    rig.until(lambda: backend.state is BackendState.FAILED)
+    rig.until(lambda: backend.state is BackendState.QUARANTINED)
     rig.run(backend.close())
     rig.reactor.run_until(task, LAST_DELAY + SECONDS)
     assert rig.fleet.processes == []

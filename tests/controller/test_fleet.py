@@ -38,7 +38,7 @@ def test_worker_is_the_controllers_child_and_keeps_the_contract(reactor, fleet):
     saved = reactor.run_until(process.call(Verb.SAVE), SECONDS)
     assert saved == {"kind": "toy", "version": 4, "state": {"count": 5}}
     reactor.run_until(process.call(Verb.LOAD, **{**saved, "state": {"count": 9}}), SECONDS)
-    assert reactor.run_until(process.call(Verb.HEARTBEAT), SECONDS) == {"epoch": 9}
+    assert reactor.run_until(process.call(Verb.STATS), SECONDS) == {"count": 9}
 
 
 def test_worker_has_given_up_privileges_and_leaves_no_name_behind(reactor, fleet, tmp_path):

@@ -40,8 +40,8 @@ def test_worker_that_can_not_start_at_boot_is_shown_and_tried_again(tmp_path: Pa
     source.chmod(0)
     with Vmm.guest(tmp_path, "mode=rng", "--rng", f"src={source}") as vmm:
         vmm.wait_api()
-        poll(lambda: row(vmm).get("state") == "failed")
-        assert "Permission denied" in row(vmm)["reason"] and row(vmm)["restarts"] >= 3
+        poll(lambda: row(vmm).get("state") == "quarantined")
+        assert "Permission denied" in row(vmm)["last_reason"] and row(vmm)["restarts"] >= 3
         assert vmm.ask("info")["state"] == "Running"
         refused(vmm, "pause")
         refused(vmm, "send-migration", "--local", f"unix:{tmp_path}/nobody")
@@ -58,7 +58,7 @@ def test_vmm_ends_in_order_while_a_worker_can_not_start(tmp_path: Path, source: 
     source.chmod(0)
     with Vmm.guest(tmp_path, "mode=rng", "--rng", f"src={source}") as vmm:
         vmm.wait_api()
-        poll(lambda: row(vmm).get("state") == "failed")
+        poll(lambda: row(vmm).get("state") == "quarantined")
         vmm.process.send_signal(signal.SIGTERM)
         assert vmm.wait() == 0
 
@@ -69,7 +69,7 @@ def test_killed_worker_without_a_successor_fails_a_pause_and_the_guest_goes_on(t
         vmm.wait_api()
         source.chmod(0)
         os.kill(vmm.pid_of("console"), signal.SIGKILL)
-        poll(lambda: row(vmm).get("state") == "failed")
+        poll(lambda: row(vmm).get("state") == "quarantined")
         refused(vmm, "pause")
         assert vmm.ask("info")["state"] == "Running"
         source.chmod(0o644)

@@ -96,3 +96,40 @@ def test_a_log_that_is_full_stops_nobody(sink):
 def test_what_cannot_be_encoded_is_written_all_the_same(sink):
     log.error("a path \udcff")
     assert sink.writes()[0].endswith("a path ?\n")
+
+
+def test_pipe_that_nobody_reads_loses_lines_stops_nobody_and_says_so_afterwards():
+    """The descriptor blocks, as standard error of a program in a pipeline does."""
+    read_end, write_end = os.pipe()
+    log.configure(Level.ERROR, write_end)
+    try:
+        os.set_blocking(write_end, False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(write_end, bytes(4096))
+        os.set_blocking(write_end, True)
+        log.error("one")
+        log.error("two")
+        os.read(read_end, 1 << 20)
+        log.error("three")
+        assert os.read(read_end, 65536).decode().endswith("-- three (2 lines before this one were lost)\n")
+    finally:
+        log.configure(Level.WARN)
+        os.close(read_end)
+        os.close(write_end)
+
+
+def test_full_disk_under_the_log_stops_nobody_and_is_said_afterwards(tmp_path):
+    full = os.open("/dev/full", os.O_WRONLY)
+    path = tmp_path / "log"
+    file = os.open(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        log.configure(Level.ERROR, full)
+        log.error("one")
+        os.dup2(file, full)
+        log.error("two")
+        assert path.read_text().endswith("-- two (1 lines before this one were lost)\n")
+    finally:
+        log.configure(Level.WARN)
+        os.close(full)
+        os.close(file)

@@ -1,0 +1,39 @@
+"""A worker's counters, carried over its death: what `vm.counters` tells never goes backwards.
+
+A killed process takes its counters with it. What it last told (with every heartbeat, and whenever somebody asked) is
+kept and added to its successor's, so at most the counts since the last heartbeat are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from shared.typed import Final
+
+# What describes the present and not the past: only the living one's counts.
+PRESENT: Final = ("inflight", "broken_queues")
+NONE_YET: Final = (1 << 64) - 1  # a latency before the first request
+
+
+def merge(before: Mapping[str, int], now: Mapping[str, int]) -> dict[str, int]:
+    """Counters of a worker and of those before it. By name: `*_min`, `*_max`, `*_avg` (weighted by `*_ops`), sums."""
+    merged = {name: value for name, value in before.items() if name not in PRESENT and name not in now}
+    for name, value in now.items():
+        if name in PRESENT or name not in before:
+            merged[name] = value
+        elif name.endswith("_min") or (name.endswith(("_max", "_avg")) and NONE_YET in (before[name], value)):
+            merged[name] = min(before[name], value)
+        elif name.endswith("_max"):
+            merged[name] = max(before[name], value)
+        elif name.endswith("_avg"):
+            merged[name] = _average(name, before, now)
+        else:
+            merged[name] = before[name] + value
+    return merged
+
+
+def _average(name: str, before: Mapping[str, int], now: Mapping[str, int]) -> int:
+    ops = name.removesuffix("_latency_avg") + "_ops"
+    first, second = before.get(ops, 0), now.get(ops, 0)
+    total = first + second
+    return (before[name] * first + now[name] * second) // total if total else now[name]

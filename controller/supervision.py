@@ -1,0 +1,182 @@
+"""What went wrong with which process and what became of it: for the log, events, counters and `vmm.fleet`.
+
+    lost(cause) ─▶ worker-lost         ended, disconnected, hung or refused; the successor is on its way
+    restored()  ─▶ worker-restarted    with the stall: from the loss until somebody serves again
+    quarantined() ─▶ worker-quarantined   no successor comes up; tried again for as long as the VM lives
+    failed_request() ─▶ worker-request-failed   a request that killed worker after worker was failed alone
+
+Who detects what is docs/fault-isolation.md's table. Here nothing is decided.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from enum import StrEnum
+
+from shared import log
+from shared.errors import ProtocolError, Timeout
+from shared.records import Record, field
+from shared.typed import Any, Final
+
+HISTORY: Final = 256
+# So many losses within so many seconds, and a worker that serves is `degraded`.
+OFTEN, RECENT_SECONDS = 3, 60.0
+PF_EXITING = 0x4  # linux/sched.h; the ninth field of /proc/PID/stat
+
+
+class Cause(StrEnum):
+    """Why a process had to be replaced; each is a detection of its own."""
+
+    ENDED = "ended"  # its pidfd says so: killed, or crashed
+    DISCONNECTED = "disconnected"  # it lives, and has hung up on its device
+    HUNG = "hung"  # it lives, and does nothing or does not answer
+    REFUSED = "refused"  # it broke vhost-user's protocol or the control plane's
+
+
+def cause_of(error: Exception | None) -> Cause:
+    """Of a vhost-user connection that is gone."""
+    if isinstance(error, ProtocolError):
+        return Cause.REFUSED
+    return Cause.HUNG if isinstance(error, Timeout) else Cause.DISCONNECTED
+
+
+class Incident(Record, frozen=False):
+    """One loss. `stall_ms`: until somebody served again, None as long as nobody does."""
+
+    when: float  # CLOCK_MONOTONIC, seconds
+    kind: str
+    name: str
+    pid: int
+    cause: Cause
+    reason: str
+    stall_ms: float | None = None
+
+
+class Account(Record, frozen=False):
+    """What one process and those before it have come to."""
+
+    counts: dict[Cause, int] = field(default_factory=dict)
+    recent: deque[Incident] = field(default_factory=lambda: deque(maxlen=OFTEN * 8))
+    since: float | None = None  # the loss that nobody has made good yet
+    quarantine: str = ""  # why there is no worker
+    quarantines: int = 0
+    failed_requests: int = 0
+
+
+Emit = Callable[[str, str, "dict[str, Any] | None"], None]
+
+
+class Supervision:
+    """`emit` is the event monitor's."""
+
+    def __init__(self, emit: Emit = lambda _source, _event, _properties: None) -> None:
+        self._emit = emit
+        self.history: deque[Incident] = deque(maxlen=HISTORY)
+        self.accounts: dict[tuple[str, str], Account] = {}
+
+    def account(self, kind: str, name: str) -> Account:
+        return self.accounts.setdefault((kind, name), Account())
+
+    def lost(self, kind: str, name: str, pid: int, cause: Cause, reason: str, *, since: float | None = None) -> None:
+        """A process that served is gone or is being ended. `since`: when it was last known to do its work."""
+        incident = Incident(time.monotonic(), kind, name, pid, cause, reason)
+        account = self.account(kind, name)
+        account.counts[cause] = account.counts.get(cause, 0) + 1
+        account.recent.append(incident)
+        if account.since is None:
+            account.since = incident.when if since is None else since
+        self.history.append(incident)
+        log.warn(f"{kind} {name} (pid {pid}) is lost, {cause}: {reason}")
+        self._emit("vmm", "worker-lost", self._properties(incident))
+
+    def restored(self, kind: str, name: str, pid: int) -> None:
+        """Somebody serves; says so only after a loss or a quarantine."""
+        account = self.account(kind, name)
+        if account.since is None and not account.quarantine:
+            return
+        now = time.monotonic()
+        stall = round((now - (now if account.since is None else account.since)) * 1000, 3)
+        unserved = Incident(now, kind, name, pid, Cause.REFUSED, account.quarantine)
+        last = account.recent[-1] if account.recent else unserved
+        last.stall_ms = stall
+        account.since, account.quarantine = None, ""
+        log.info(f"{kind} {name} is served again by pid {pid} after {stall:.1f} ms")
+        self._emit("vmm", "worker-restarted", self._properties(last) | {"pid": pid})
+
+    def quarantined(self, kind: str, name: str, reason: str) -> None:
+        """No worker comes up. Told once, however often it is tried again for the same reason."""
+        account = self.account(kind, name)
+        if account.quarantine == reason:
+            return
+        account.quarantine, account.quarantines = reason, account.quarantines + 1
+        cause = account.recent[-1].cause if account.recent else Cause.REFUSED
+        log.error(f"{kind} {name} is quarantined: {reason}")
+        incident = Incident(time.monotonic(), kind, name, 0, cause, reason)
+        self._emit("vmm", "worker-quarantined", self._properties(incident))
+
+    def failed_request(self, kind: str, name: str, count: int, what: str) -> None:
+        """Requests that were failed to the guest because each had killed its worker time and again."""
+        account = self.account(kind, name)
+        account.failed_requests += count
+        log.error(f"{kind} {name}: {count} requests killed their worker again and again and were failed: {what}")
+        properties = {"name": name, "kind": kind, "requests": count, "reason": what}
+        self._emit("vmm", "worker-request-failed", properties)
+
+    def often(self, kind: str, name: str, cause: Cause | None = None) -> int:
+        """Losses within the last RECENT_SECONDS, of one cause or all."""
+        account = self.accounts.get((kind, name))
+        if account is None:
+            return 0
+        then = time.monotonic() - RECENT_SECONDS
+        return sum(i.when > then and (cause is None or i.cause is cause) for i in account.recent)
+
+    def columns(self, kind: str, name: str) -> dict[str, Any]:
+        """Of a row of `vmm.fleet`."""
+        account = self.accounts.get((kind, name))
+        last = account.recent[-1] if account is not None and account.recent else None
+        quarantine = account.quarantine if account is not None else ""
+        return {
+            "last_cause": str(last.cause) if last is not None else None,
+            "last_reason": quarantine or (last.reason if last is not None else None),
+            "last_stall_ms": last.stall_ms if last is not None else None,
+        }
+
+    @staticmethod
+    def _properties(incident: Incident) -> dict[str, Any]:
+        return {
+            "name": incident.name,
+            "kind": incident.kind,
+            "pid": incident.pid,
+            "cause": str(incident.cause),
+            "reason": incident.reason,
+            "stall_ms": incident.stall_ms,
+        }
+
+
+def process_state(pid: int, thread: int = 0) -> tuple[str, bool]:
+    """The letter of proc_pid_stat(5) (R S D T t Z X) and whether it is ending; ("X", True) when it is gone."""
+    path = f"/proc/{pid}/task/{thread}/stat" if thread else f"/proc/{pid}/stat"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return "X", True
+    try:
+        text = os.read(fd, 1024)
+    except OSError:  # ESRCH
+        return "X", True
+    finally:
+        os.close(fd)
+    fields = text[text.rindex(b")") + 2 :].split()
+    return fields[0].decode(), bool(int(fields[6]) & PF_EXITING)
+
+
+def thread_states(pid: int) -> str:
+    """The letters of all threads."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return ""
+    return "".join(process_state(pid, int(thread))[0] for thread in threads)

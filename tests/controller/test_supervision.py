@@ -1,0 +1,348 @@
+"""Deaths, hangs and refusals of real workers, noticed by the real watchdog; what remains in events and statistics."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from controller.backends import Backend, BackendState
+from controller.fleet import Fleet, WorkerSpec
+from controller.pci.virtio import Virtqueue
+from controller.statistics import NONE_YET, merge
+from controller.supervision import OFTEN, Cause, Supervision, process_state
+from controller.vhost_frontend import Frontend
+from controller.watchdog import Limits, Watchdog
+from shared.memory import GuestMemory
+from shared.reactor import Reactor, sleep
+from tests.controller.processes import SECONDS, running
+from tests.virtqueue import Driver
+
+SECTOR, SECTORS = 512, 64
+VERSION_1 = 1 << 32
+OK, IO_ERROR = 0, 1
+POISON = 13
+LIMITS = Limits(period=0.2, answer={}, other=0.5)
+
+
+class Rig:
+    """One worker under supervision. `events`: (event, properties) in their order."""
+
+    def __init__(self, reactor: Reactor, fleet: Fleet, folder: Path) -> None:
+        self.reactor, self.fleet, self.folder = reactor, fleet, folder
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        fleet.supervision = Supervision(lambda _, event, properties: self.events.append((event, properties or {})))
+        self.memory = GuestMemory.create(1 << 20)
+        self.driver = Driver(self.memory, 0x10000, 0, size=64)
+        self.watchdog = Watchdog(reactor, fleet, LIMITS)
+        self.backend: Backend
+        self.buffers: dict[int, list[int]] = {}
+
+    def toy(self) -> Rig:
+        spec = WorkerSpec("toy", "_toy0", "tests.toy_worker", "worker", {"count": 5})
+        self.backend = Backend(self.reactor, self.fleet, spec, {}, {})
+        self.run(self.backend.start())
+        self.watchdog.start()
+        return self
+
+    def disk(self, **spec: Any) -> Rig:
+        image = self.folder / "disk.raw"
+        image.write_bytes(b"".join(bytes([n]) * SECTOR for n in range(SECTORS)))
+        fd = os.open(image, os.O_RDWR | os.O_CLOEXEC)
+        frontend = Frontend(self.reactor, self.memory, "_disk0")
+        spec = {"path": str(image), "num_queues": 1, "queue_size": 64, **spec}
+        made = WorkerSpec("blk", "_disk0", "blk_worker.__main__", "worker", spec)
+        self.backend = Backend(self.reactor, self.fleet, made, {"vhost": frontend}, {"disk": fd})
+        os.close(fd)
+        self.run(self.backend.start())
+        d = self.driver
+        queue = Virtqueue(d.index, d.size, d.desc, d.avail, d.used, d.kick_fd, d.call_fd)
+        self.run(frontend.activate(VERSION_1, (queue,)))
+        self.watchdog.start()
+        return self
+
+    def read(self, *sectors: int) -> list[int]:
+        """Ask for each; the heads."""
+        heads = []
+        for sector in sectors:
+            header = bytes(8) + sector.to_bytes(8, "little")
+            head, targets = self.driver.add([header], [SECTOR, 1])
+            self.memory.write(targets[1], b"\xff")
+            self.buffers[head] = targets
+            heads.append(head)
+        self.driver.kick()
+        return heads
+
+    def done(self, count: int) -> None:
+        finished: list[tuple[int, int]] = []
+
+        def enough() -> bool:
+            finished.extend(self.driver.completed())
+            return len(finished) >= count
+
+        self.until(enough)
+
+    def result(self, head: int) -> tuple[int, bytes]:
+        """(status, what was read)"""
+        data, status = self.buffers[head]
+        return self.memory.read(status, 1)[0], self.memory.read(data, SECTOR)
+
+    def fault(self, what: str, value: int = 0) -> int:
+        """Let the worker go wrong; its pid. It may not live to answer."""
+        assert self.backend.process is not None
+        pid = self.backend.process.pid
+        task = self.reactor.spawn(self.backend.process.call("fault", None, what=what, value=value), what)
+        task.add_done_callback(lambda _: None)
+        self.run(sleep(self.reactor, 0.0))
+        return pid
+
+    def run(self, awaitable: Any) -> Any:
+        return self.reactor.run_until(awaitable, SECONDS)
+
+    def until(self, condition: Any) -> None:
+        async def turn() -> None:
+            while not condition():
+                await sleep(self.reactor, 0.002)
+
+        self.run(turn())
+
+    def replaced(self, pid: int) -> dict[str, Any]:
+        """Wait for another process than `pid` to serve; what `vmm.fleet` says of its loss."""
+        backend = self.backend
+        self.until(lambda: backend.state is BackendState.SERVING and backend.process and backend.process.pid != pid)
+        kind, name = next(iter(self.fleet.supervision.accounts))
+        return self.fleet.supervision.columns(kind, name)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with running(str(tmp_path)) as (reactor, fleet):
+        made = Rig(reactor, fleet, tmp_path)
+        yield made
+        made.watchdog.stop()
+        made.run(made.backend.close())
+        made.driver.close()
+        made.memory.close()
+
+
+# Three detections -------------------------------------------------------------------------------------------------
+
+
+def test_killed_worker_is_told_as_ended_with_its_stall(rig: Rig) -> None:
+    process = rig.toy().backend.process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    columns = rig.replaced(process.pid)
+    assert columns["last_cause"] == "ended" and f"pid {process.pid}" in columns["last_reason"]
+    assert columns["last_stall_ms"] > 0
+    (lost, told), (restarted, again) = rig.events
+    assert (lost, restarted) == ("worker-lost", "worker-restarted")
+    assert (told["name"], told["kind"], told["pid"], told["cause"]) == ("_toy0", "toy", process.pid, "ended")
+    assert told["stall_ms"] is None and again["stall_ms"] == columns["last_stall_ms"]
+    assert again["pid"] == rig.backend.process.pid  # type: ignore[union-attr]
+
+
+def test_stopped_worker_is_hung_and_its_successor_comes_after_its_death(rig: Rig) -> None:
+    process = rig.toy().backend.process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    columns = rig.replaced(process.pid)
+    assert (columns["last_cause"], columns["last_reason"]) == ("hung", "stopped by a signal")
+    assert process.ended.is_set() and not process.blameable
+
+
+def test_worker_that_answers_no_more_is_hung(rig: Rig) -> None:
+    """A verb whose answer is awaited may take its time; here the watchdog's question is the only one."""
+    process = rig.toy().backend.process
+    assert process is not None and process.channel is not None
+    rig.reactor.spawn(process.channel.call("fault", None, what="sleep"), "sleep").add_done_callback(lambda _: None)
+    columns = rig.replaced(process.pid)
+    assert columns["last_cause"] == "hung" and "no heartbeat for" in columns["last_reason"]
+    assert process.blameable
+
+
+def test_worker_whose_epoch_stands_still_is_hung(rig: Rig) -> None:
+    pid = rig.toy().fault("stall")
+    columns = rig.replaced(pid)
+    assert columns["last_cause"] == "hung" and "took no turn" in columns["last_reason"]
+
+
+def test_heartbeat_that_is_none_is_a_refusal(rig: Rig) -> None:
+    pid = rig.toy().fault("nonsense")
+    assert rig.replaced(pid)["last_cause"] == "refused"
+
+
+def test_control_message_that_is_none_is_a_refusal(rig: Rig) -> None:
+    pid = rig.toy().fault("garbage")
+    columns = rig.replaced(pid)
+    assert (columns["last_cause"], columns["last_reason"]) == ("refused", "control message is not msgpack")
+
+
+def test_worker_that_is_asked_for_something_long_is_not_hung(rig: Rig) -> None:
+    """A quiesce waits for the disk; whoever waits has a time limit of his own."""
+    process = rig.toy().backend.process
+    assert process is not None and process.channel is not None
+    rig.fault("sleep")
+    seen: list[float] = []
+    rig.fleet.patients.append(lambda: seen.append(0.0) or ())
+    rig.until(lambda: len(seen) >= 8)  # rounds of the watchdog
+    assert rig.backend.process is process and rig.events == []
+    rig.fleet.kill(process)
+
+
+def test_stop_that_ends_soon_is_no_hang(rig: Rig) -> None:
+    process = rig.toy().backend.process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    rig.until(lambda: process_state(process.pid)[0] == "T")
+    os.kill(process.pid, signal.SIGCONT)
+    rounds: list[int] = []
+    rig.fleet.patients.append(lambda: rounds.append(0) or ())
+    rig.until(lambda: len(rounds) >= 4)
+    assert rig.events == []
+
+
+def test_hung_again_and_again_gets_more_time_each_time(rig: Rig) -> None:
+    process = rig.toy().backend.process
+    assert process is not None
+    patience = [rig.watchdog._patience(process)]
+    for _ in range(2):
+        rig.fleet.supervision.lost("toy", "_toy0", 1, Cause.HUNG, "for a test")
+        patience.append(rig.watchdog._patience(process))
+    assert patience == [0.5, 1.0, 2.0]
+
+
+def test_ring_thread_that_hangs_is_replaced_and_its_request_is_done(rig: Rig) -> None:
+    process = rig.disk().backend.process
+    assert process is not None
+    rig.run(process.call("fault", what="hang"))
+    (head,) = rig.read(3)
+    columns = rig.replaced(process.pid)
+    assert columns["last_cause"] == "hung" and "took no turn" in columns["last_reason"]
+    rig.done(1)
+    assert rig.result(head) == (OK, bytes([3]) * SECTOR)
+
+
+@pytest.mark.parametrize("requests", [1, 4], ids=["ring-thread", "io-threads"])
+def test_slow_disk_is_no_hang(rig: Rig, requests: int) -> None:
+    """Each request takes six times as long as a worker may be silent."""
+    process = rig.disk().backend.process
+    assert process is not None
+    rig.run(process.call("fault", what="delay", value=3000))
+    heads = rig.read(*range(requests))
+    rig.done(requests)
+    assert rig.backend.process is process and rig.events == []
+    assert [rig.result(head)[0] for head in heads] == [OK] * requests
+
+
+# States -----------------------------------------------------------------------------------------------------------
+
+
+def test_worker_that_had_to_be_replaced_often_is_degraded(rig: Rig) -> None:
+    rig.toy()
+    for _ in range(OFTEN):
+        assert rig.backend.row() is None and rig.backend.process is not None
+        pid = rig.backend.process.pid
+        os.kill(pid, signal.SIGKILL)
+        rig.replaced(pid)
+    row = rig.backend.row()
+    assert row is not None and row["state"] == "degraded" and row["restarts"] == OFTEN
+    assert rig.backend.process is not None and row["pid"] == rig.backend.process.pid
+    account = rig.fleet.supervision.account("toy", "_toy0")
+    assert account.counts == {Cause.ENDED: OFTEN} and len(rig.fleet.supervision.history) == OFTEN
+
+
+def test_quarantine_is_told_once_with_its_reason() -> None:
+    events: list[str] = []
+    supervision = Supervision(lambda _source, event, _properties: events.append(event))
+    for _ in range(3):
+        supervision.quarantined("blk", "_disk0", "no such disk")
+    assert events == ["worker-quarantined"] and supervision.columns("blk", "_disk0")["last_reason"] == "no such disk"
+    supervision.restored("blk", "_disk0", 7)
+    supervision.restored("blk", "_disk0", 7)
+    assert events == ["worker-quarantined", "worker-restarted"]
+
+
+def test_stopped_and_dead_zygote_is_replaced_before_anybody_needs_it(rig: Rig) -> None:
+    rig.toy()
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        zygote = rig.fleet.zygote.pid
+        os.kill(zygote, number)
+        rig.until(lambda zygote=zygote: rig.fleet.zygote.pid != zygote)
+    causes = [properties["cause"] for event, properties in rig.events if event == "worker-lost"]
+    assert causes == ["hung", "ended"]
+
+
+# Statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_counters_never_go_backwards_over_a_death(rig: Rig) -> None:
+    rig.disk()
+    rig.read(*range(8))
+    rig.done(8)
+    before = rig.run(rig.backend.stats())
+    assert before["read_ops"] == 8 and rig.backend.process is not None
+    os.kill(rig.backend.process.pid, signal.SIGKILL)
+    rig.replaced(rig.backend.process.pid)
+    after = rig.run(rig.backend.stats())
+    assert {name: value for name, value in after.items() if name.endswith(("_ops", "_bytes"))} == {
+        name: value for name, value in before.items() if name.endswith(("_ops", "_bytes"))
+    }
+    rig.read(1)
+    rig.done(1)
+    assert rig.run(rig.backend.stats())["read_ops"] == 9
+
+
+def test_merged_counters() -> None:
+    before = {"read_ops": 3, "read_latency_min": 5, "read_latency_max": 9, "read_latency_avg": 6, "inflight": 4}
+    now = {"read_ops": 1, "read_latency_min": 2, "read_latency_max": 2, "read_latency_avg": 2, "inflight": 0, "new": 1}
+    assert merge(before, now) == {
+        "read_ops": 4, "read_latency_min": 2, "read_latency_max": 9, "read_latency_avg": 5, "inflight": 0, "new": 1,
+    }  # fmt: skip
+
+
+def test_merged_counters_of_a_successor_that_has_done_nothing() -> None:
+    before = {"read_ops": 3, "read_latency_min": 5, "read_latency_max": 9, "read_latency_avg": 6}
+    now = {"read_ops": 0, "read_latency_min": NONE_YET, "read_latency_max": NONE_YET, "read_latency_avg": NONE_YET}
+    assert merge(before, now) == before
+    assert merge(now, before) == before
+
+
+# Poison -----------------------------------------------------------------------------------------------------------
+
+
+def test_request_that_kills_three_workers_is_failed_alone(rig: Rig) -> None:
+    rig.disk(die_on_sector=POISON)
+    sectors = [2, 4, POISON, 6, 8]
+    heads = rig.read(*sectors)
+    rig.done(len(sectors))
+    for sector, head in zip(sectors, heads, strict=True):
+        status, data = rig.result(head)
+        assert status == (IO_ERROR if sector == POISON else OK)
+        assert sector == POISON or data == bytes([sector]) * SECTOR
+    assert sum(event == "worker-lost" for event, _ in rig.events) == 3
+    rig.until(lambda: rig.events[-1][0] == "worker-request-failed")
+    told = rig.events[-1][1]
+    assert (told["name"], told["requests"]) == ("_disk0", 1) and f"sector {POISON}" in told["reason"]
+    (head,) = rig.read(9)
+    rig.done(1)
+    assert rig.result(head)[0] == OK
+
+
+def test_request_whose_workers_somebody_kills_is_never_failed(rig: Rig) -> None:
+    """SIGKILL is no crash: the request is innocent, however often it was in flight."""
+    rig.disk()
+    assert rig.backend.process is not None
+    for _ in range(4):
+        process = rig.backend.process
+        rig.run(process.call("fault", what="hang"))
+        if not rig.buffers:
+            (head,) = rig.read(5)
+        os.kill(process.pid, signal.SIGKILL)
+        rig.replaced(process.pid)
+    rig.done(1)
+    assert rig.result(head) == (OK, bytes([5]) * SECTOR)
