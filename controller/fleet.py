@@ -86,6 +86,14 @@ def _read_words(fd: int) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in words.decode(errors="replace")).strip()
 
 
+def _violation(result: os.waitid_result | None) -> str:
+    """A process that its seccomp filter has killed could say nothing itself."""
+    import signal
+
+    killed = result is not None and result.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
+    return "ended by SIGSYS: a forbidden system call" if killed and result.si_status == signal.SIGSYS else ""
+
+
 def pss_kib(pid: int) -> int:
     """Proportional set size of a process in KiB, 0 when it is gone. Slow: walks its page tables."""
     try:
@@ -119,6 +127,7 @@ class Fleet:
         self._runtime_dir = runtime_dir
         self._incarnation = 0
         self.processes: list[Process] = []
+        self.seccomp = "true"  # as of --seccomp, for whom the zygote forks
 
     def adopt(self, kind: str, name: str, pid: int, on_end: Callable[[Process], None], restarts: int = 0) -> Process:
         """Watch a child of ours that exists already."""
@@ -149,6 +158,7 @@ class Fleet:
             "spec": dict(spec.spec),
             "endpoint": endpoint,
             "orphan": spec.orphan,
+            "seccomp": self.seccomp,
         }
         try:
             last_words, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -210,12 +220,12 @@ class Fleet:
         self._reactor.remove_reader(process.pidfd)
         try:
             result = os.waitid(os.P_PIDFD, process.pidfd, os.WEXITED)
-            process.exit_status = result.si_status if result else None
         except ChildProcessError:
-            process.exit_status = None
+            result = None
+        process.exit_status = result.si_status if result else None
         os.close(process.pidfd)
         if process.last_words >= 0:
-            process.reason = _read_words(process.last_words)
+            process.reason = _read_words(process.last_words) or _violation(result)
             os.close(process.last_words)
         wanted = process.state is ProcessState.STOPPING
         process.state = ProcessState.ENDED

@@ -15,10 +15,10 @@ from controller.config.cli import Seccomp
 from shared import kvm, log
 from shared.errors import FlotillaError, HostError
 from shared.reactor import Future, Reactor, describe, drain_eventfd, within
+from shared.seccomp import MODES
 from shared.typed import Any, Protocol
 from vcpu_worker.layout import StatePages
 from vcpu_worker.process import Exit, ExitKind, Vcpu
-from vcpu_worker.seccomp import Forbidden
 
 PAUSE_SECONDS = 10.0
 # A vCPU that is killed again and again is started again and again, but not in a busy loop.
@@ -27,12 +27,6 @@ RESTART_DELAY = 0.02
 # Exit codes of vcpu.c for a process that never came as far as the guest.
 BIRTH_FAILURES = {125: "its parent thread is gone", 126: "no signals", 127: "its seccomp filter is refused"}
 MAX_STILLBORN = 5
-SECCOMP = {
-    Seccomp.TRAP: Forbidden.KILL,
-    Seccomp.ERRNO: Forbidden.ERRNO,
-    Seccomp.LOG: Forbidden.LOG,
-    Seccomp.OFF: None,
-}
 # KVM_SYSTEM_EVENT_*: 1 shutdown, 2 reset, 3 crash
 SYSTEM_EVENT_SHUTDOWN = 1
 
@@ -68,7 +62,7 @@ class Vcpus:
         self.all: list[Vcpu] = []
         try:
             for index, apic_id in enumerate(apic_ids):
-                self.all.append(Vcpu(vm, pages, index, apic_id, self._event_fd, SECCOMP[seccomp]))
+                self.all.append(Vcpu(vm, pages, index, apic_id, self._event_fd, MODES[seccomp.value]))
         except BaseException:
             for vcpu in self.all:
                 vcpu.close()

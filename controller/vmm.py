@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from controller.migration.outgoing import Outgoing
     from controller.services import Services
 
-
 END_SECONDS = 20.0
 MIGRATION_SECONDS = 5.0
 
@@ -66,6 +65,7 @@ class Vmm:
         self.runtime = RuntimeDir()
         self.zygote = Zygote()
         self.fleet = Fleet(self.reactor, self.zygote, self.runtime.path)
+        self.fleet.seccomp = options.seccomp.value
         self.config: VmConfig | None = None
         self.vm: Vm | None = None
         self.state = VmState.CREATED
