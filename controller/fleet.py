@@ -121,13 +121,14 @@ def row(kind: str, device: str, pid: int, state: str, restarts: int) -> dict[str
 class Fleet:
     """Starts, lists and watches processes. Restarting is policy and belongs to whoever started them."""
 
-    def __init__(self, reactor: Reactor, zygote: Zygote, runtime_dir: str) -> None:
+    def __init__(self, reactor: Reactor, zygote: Zygote, runtime_dir: str, seccomp: str = "true") -> None:
+        """`seccomp`: the value of --seccomp, for every process that has a filter."""
         self._reactor = reactor
         self.zygote = zygote
         self._runtime_dir = runtime_dir
         self._incarnation = 0
         self.processes: list[Process] = []
-        self.seccomp = "true"  # as of --seccomp, for whom the zygote forks
+        self.seccomp = seccomp
 
     def adopt(self, kind: str, name: str, pid: int, on_end: Callable[[Process], None], restarts: int = 0) -> Process:
         """Watch a child of ours that exists already."""

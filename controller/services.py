@@ -29,7 +29,7 @@ STEADY_SECONDS, LAST_DELAY = 10.0, 5.0
 # Half a second of imports, 10 % less of it without a garbage collector and without a search for plugins of pydantic.
 API_CODE = (
     "import gc, os, sys; gc.disable(); os.environ['PYDANTIC_DISABLE_PLUGINS'] = '__all__'; "
-    "from controller.api.process import main; sys.exit(main(3, sys.argv[1], int(sys.argv[2])))"
+    "from controller.api.process import main; sys.exit(main(3, sys.argv[1], int(sys.argv[2]), sys.argv[3]))"
 )
 
 
@@ -85,7 +85,8 @@ class Services:
         )
         channel.on_event = lambda name, _: unlink_endpoint(endpoint) if name == "ready" else None
         self._channel = channel
-        pid = exec_python(API_CODE, [endpoint, str(os.getpid())], {3: self._api_socket.sock.fileno()})
+        arguments = [endpoint, str(os.getpid()), self._fleet.seccomp]
+        pid = exec_python(API_CODE, arguments, {3: self._api_socket.sock.fileno()})
         self._api = self._fleet.adopt("api", "api", pid, self._api_ended, self._incarnation - 1)
         self._api.state = ProcessState.RUNNING
 

@@ -27,6 +27,7 @@ from controller.events import EventMonitor
 from controller.fleet import Fleet
 from controller.leavings import Leavings
 from controller.runtime import RuntimeDir
+from controller.sandbox_report import report
 from controller.signals import Signals
 from controller.spawn import Zygote
 from controller.vm import Vm
@@ -64,8 +65,7 @@ class Vmm:
         self.events = EventMonitor(began)
         self.runtime = RuntimeDir()
         self.zygote = Zygote()
-        self.fleet = Fleet(self.reactor, self.zygote, self.runtime.path)
-        self.fleet.seccomp = options.seccomp.value
+        self.fleet = Fleet(self.reactor, self.zygote, self.runtime.path, options.seccomp.value)
         self.config: VmConfig | None = None
         self.vm: Vm | None = None
         self.state = VmState.CREATED
@@ -82,6 +82,7 @@ class Vmm:
             "vmm.ping": self.ping,
             "vmm.shutdown": self.shutdown_vmm,
             "vmm.fleet": self.describe_fleet,
+            "vmm.sandbox": lambda _: report(self.fleet, self.vm),
             "vm.info": self.info,
             "vm.counters": self.counters,
             "vm.create": self.create,

@@ -44,9 +44,11 @@ def main(request_fd: int, controller: int) -> int:
 
     import shared.control
     import shared.sandbox
+    import shared.seccomp
     import shared.vhost_backend
     import shared.worker  # noqa: F401  all of these only to be warm after the fork
 
+    shared.seccomp.load_all()
     gc.collect()
     gc.freeze()  # the children's collector must not touch, and so copy, these pages
     while True:

@@ -23,6 +23,7 @@ import ctypes
 import errno
 import os
 from enum import IntEnum
+from struct import Struct
 
 from shared.errors import ConfigError
 from shared.records import NamedTuple
@@ -39,6 +40,7 @@ SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC = 1, 1
 # offsets in struct seccomp_data
 _NR, _ARCH, _ARGUMENTS = 0, 4, 16
 _LOAD, _JUMP_IF_EQUAL, _JUMP_IF_SET, _RETURN = 0x20, 0x15, 0x45, 0x06
+_INSTRUCTION: Final = Struct("HBBI")  # struct sock_filter
 BPF_MAXINSNS: Final = 4096
 FOLDER: Final = os.path.join(os.path.dirname(os.path.abspath(__file__)), "syscalls")
 SUFFIX: Final = ".txt"
@@ -108,11 +110,27 @@ def _rule(name: str, condition: str = "") -> Rule:
 
 
 def exists(name: str) -> bool:
-    return os.path.exists(os.path.join(FOLDER, name + SUFFIX))
+    return name in _loaded or os.path.exists(os.path.join(FOLDER, name + SUFFIX))
+
+
+def load_all() -> None:
+    """Read every list now, so that no worker's start has to."""
+    for entry in os.listdir(FOLDER):
+        if entry.endswith(SUFFIX):
+            load(entry.removesuffix(SUFFIX))
+
+
+_loaded: dict[str, tuple[Rule, ...]] = {}
 
 
 def load(name: str) -> tuple[Rule, ...]:
-    """The rules of a list of shared/syscalls. Raises ConfigError, also when there is none."""
+    """The rules of a list of shared/syscalls, read once. Raises ConfigError, also when there is none."""
+    if name not in _loaded:
+        _loaded[name] = _read(name)
+    return _loaded[name]
+
+
+def _read(name: str) -> tuple[Rule, ...]:
     path = os.path.join(FOLDER, name + SUFFIX)
     try:
         with open(path) as file:
@@ -141,8 +159,8 @@ def assemble(rules: Iterable[Rule], forbidden: Forbidden = Forbidden.KILL) -> so
         code += [(_JUMP_IF_EQUAL, 0, len(block), NUMBERS[name]), *block]
     code.append((_RETURN, 0, 0, forbidden))
     assert len(code) <= BPF_MAXINSNS
-    program = (sock_filter * len(code))(*(sock_filter(*instruction) for instruction in code))
-    return sock_fprog(len(code), program)
+    packed = b"".join([_INSTRUCTION.pack(*instruction) for instruction in code])
+    return sock_fprog(len(code), (sock_filter * len(code)).from_buffer_copy(packed))
 
 
 def _block(alternatives: list[Rule], forbidden: Forbidden) -> list[Instruction]:
