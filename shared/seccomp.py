@@ -5,7 +5,7 @@ A list is lines of text, read from the top; `#` begins a comment:
     read                      allowed
     ioctl arg1==0x541b        allowed with this argument: the low 32 bits, which is all that the kernel takes of those
     clone arg0&0x10000        allowed if this bit is set
-    mmap arg2!&4              allowed if no bit of these is set
+    mmap arg2!&4              allowed if no bit of these is set; of several conditions on a line all must hold
     kill arg0==self           this process's pid
     openat errno=EACCES       refused with this error, also where a forbidden call is death: the interpreter and libc
                               call it on rare paths and go on without it
@@ -68,14 +68,20 @@ class sock_fprog(ctypes.Structure):
     _fields_ = (("len", ctypes.c_uint16), ("filter", ctypes.POINTER(sock_filter)))
 
 
+class Test(NamedTuple):
+    """`kind` is "==", "&" or "!&"; `value` None is our own pid."""
+
+    argument: int
+    kind: str
+    value: int | None
+
+
 class Rule(NamedTuple):
-    """One line of a list. `test` is "", "==", "&" or "!&" on the argument `argument`; `value` None is our own pid."""
+    """One line of a list: allowed if all tests hold, or refused with `error`."""
 
     name: str
-    argument: int = 0
-    test: str = ""
-    value: int | None = 0
-    error: int = 0  # errno, of a line that refuses
+    tests: tuple[Test, ...] = ()
+    error: int = 0
 
 
 def parse(text: str, where: str = "") -> tuple[Rule, ...]:
@@ -87,25 +93,27 @@ def parse(text: str, where: str = "") -> tuple[Rule, ...]:
             continue
         try:
             rules += load(words[0][1:]) if words[0].startswith("@") else [_rule(*words)]
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise ConfigError(f"system call list {where}, line {number}: {line.strip()!r}: {error}") from None
     return tuple(rules)
 
 
-def _rule(name: str, condition: str = "") -> Rule:
+def _rule(name: str, *conditions: str) -> Rule:
     if name not in NUMBERS:
         raise ValueError("shared/syscall_numbers.py has no such call")
-    if condition.startswith("errno="):
-        return Rule(name, error=getattr(errno, condition.removeprefix("errno=")))
-    if not condition:
-        return Rule(name)
-    for test in ("!&", "==", "&"):
-        left, found, right = condition.partition(test)
+    if len(conditions) == 1 and conditions[0].startswith("errno="):
+        return Rule(name, error=getattr(errno, conditions[0].removeprefix("errno=")))
+    return Rule(name, tuple(_test(condition) for condition in conditions))
+
+
+def _test(condition: str) -> Test:
+    for kind in ("!&", "==", "&"):
+        left, found, right = condition.partition(kind)
         if found:
             argument = int(left.removeprefix("arg"))
             if not 0 <= argument <= 5:
                 raise ValueError("arguments are arg0 to arg5")
-            return Rule(name, argument, test, None if right == "self" else int(right, 0))
+            return Test(argument, kind, None if right == "self" else int(right, 0))
     raise ValueError("a condition is argN==X, argN&X, argN!&X or errno=NAME")
 
 
@@ -165,8 +173,6 @@ def assemble(rules: Iterable[Rule], forbidden: Forbidden = Forbidden.KILL) -> so
 
 def _block(alternatives: list[Rule], forbidden: Forbidden) -> list[Instruction]:
     """The verdict on one call, known by its number."""
-    if any(not rule.test and not rule.error for rule in alternatives):
-        return [(_RETURN, 0, 0, SECCOMP_RET_ALLOW)]
     block: list[Instruction] = []
     refusal: int = forbidden
     for rule in alternatives:
@@ -174,11 +180,15 @@ def _block(alternatives: list[Rule], forbidden: Forbidden) -> list[Instruction]:
             # In `log` nothing is refused.
             refusal = forbidden if forbidden is Forbidden.LOG else SECCOMP_RET_ERRNO | rule.error
             continue
-        value = os.getpid() if rule.value is None else rule.value
-        jump = _JUMP_IF_EQUAL if rule.test == "==" else _JUMP_IF_SET
-        when_true, when_false = (1, 0) if rule.test == "!&" else (0, 1)
-        block += [(_LOAD, 0, 0, _ARGUMENTS + 8 * rule.argument), (jump, when_true, when_false, value & 0xFFFF_FFFF)]
+        for at, test in enumerate(rule.tests):
+            value = os.getpid() if test.value is None else test.value
+            jump = _JUMP_IF_EQUAL if test.kind == "==" else _JUMP_IF_SET
+            past = 2 * (len(rule.tests) - at - 1) + 1  # the tests that are left, and the permission
+            jumps = (past, 0) if test.kind == "!&" else (0, past)
+            block += [(_LOAD, 0, 0, _ARGUMENTS + 8 * test.argument), (jump, *jumps, value & 0xFFFF_FFFF)]
         block.append((_RETURN, 0, 0, SECCOMP_RET_ALLOW))
+        if not rule.tests:
+            return [block[-1]]
     return [*block, (_RETURN, 0, 0, refusal)]
 
 

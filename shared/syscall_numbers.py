@@ -25,6 +25,10 @@ NUMBERS: Final[dict[str, int]] = {
     "epoll_ctl": 233, "tgkill": 234, "openat": 257, "newfstatat": 262, "unlinkat": 263, "readlinkat": 267,
     "faccessat": 269, "ppoll": 271, "unshare": 272, "set_robust_list": 273, "epoll_pwait": 281, "fallocate": 285,
     "accept4": 288, "eventfd2": 290, "epoll_create1": 291, "dup3": 292, "pipe2": 293, "preadv": 295, "pwritev": 296,
+    # tried by flotilla doctor --sandbox
+    "shmget": 29, "setuid": 105, "rt_sigqueueinfo": 129, "pivot_root": 155, "reboot": 169, "init_module": 175,
+    "mq_open": 240, "kexec_load": 246, "keyctl": 250, "inotify_init1": 294, "perf_event_open": 298,
+    "open_by_handle_at": 304, "userfaultfd": 323, "fsopen": 430, "process_madvise": 440,
     "prlimit64": 302, "setns": 308, "getcpu": 309, "process_vm_readv": 310, "seccomp": 317, "getrandom": 318,
     "memfd_create": 319, "bpf": 321, "execveat": 322, "membarrier": 324, "preadv2": 327, "pwritev2": 328, "statx": 332,
     "rseq": 334, "pidfd_send_signal": 424, "io_uring_setup": 425, "pidfd_open": 434, "clone3": 435, "openat2": 437,
