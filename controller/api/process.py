@@ -27,6 +27,8 @@ from shared import messages, sandbox
 from shared.linux import die_with_parent, set_name
 from shared.messages import Verb
 
+CONNECT_SECONDS = 20.0
+
 
 class Controller:
     """Requests to the controller; answers are matched by number, so that any of them may take its time."""
@@ -130,7 +132,7 @@ async def serve(sock: socket.socket, endpoint: str, box: sandbox.Sandbox) -> Non
     config.load()
     await rehearse(app)
     with box.leave_files(endpoint) as name:
-        await controller.connect(name)
+        await asyncio.wait_for(controller.connect(name), CONNECT_SECONDS)  # else a successor tries
     server = Server(config, box.seal)
 
     def stop() -> None:
