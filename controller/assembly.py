@@ -112,6 +112,7 @@ class Assembly:
             self.vcpus = Vcpus(
                 self._reactor, platform.kvm_vm, platform.pages, platform.apic_ids, platform, context.seccomp
             )
+            self.vcpus.on_spawn = context.fleet.cgroups.enter
 
     def _open_end(self, device: Any) -> HostEnd | None:
         if device.mode is ConsoleMode.OFF:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 
+from controller.cgroups import Cgroups
 from controller.spawn import LAST_WORDS, LAST_WORDS_BYTES, Zygote
 from shared import log
 from shared.errors import FlotillaError, WorkerError, WorkerLost
@@ -129,11 +130,18 @@ class Fleet:
         self._incarnation = 0
         self.processes: list[Process] = []
         self.seccomp = seccomp
+        self.cgroups = Cgroups()
+
+    def use(self, cgroups: Cgroups) -> None:
+        """Every process from now on has a cgroup of its own there."""
+        self.cgroups = cgroups
+        self.zygote.on_start = lambda pid: cgroups.enter("zygote", pid)
 
     def adopt(self, kind: str, name: str, pid: int, on_end: Callable[[Process], None], restarts: int = 0) -> Process:
         """Watch a child of ours that exists already."""
         process = Process(kind, name, pid, os.pidfd_open(pid), restarts)
         self.processes.append(process)
+        self.cgroups.enter(name, pid)
         self._reactor.add_reader(process.pidfd, lambda: self._reap(process, on_end))
         return process
 
@@ -225,16 +233,18 @@ class Fleet:
             result = None
         process.exit_status = result.si_status if result else None
         os.close(process.pidfd)
+        violation = process.reason = _violation(result)
         if process.last_words >= 0:
-            process.reason = _read_words(process.last_words) or _violation(result)
+            process.reason = _read_words(process.last_words) or violation
             os.close(process.last_words)
         wanted = process.state is ProcessState.STOPPING
         process.state = ProcessState.ENDED
         self.processes.remove(process)
+        self.cgroups.leave(process.name)
         if process.channel is not None:
             process.channel.close(process.obituary)
             process.channel = None
-        level = log.info if wanted else log.warn
+        level = log.info if wanted and not violation else log.warn
         level(f"{process.kind} {process.obituary}")
         process.ended.set()
         on_end(process)

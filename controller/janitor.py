@@ -12,13 +12,16 @@ import select
 import signal
 import stat
 import termios
+import time
 from typing import Any
 
 import msgpack
 
+from controller.cgroups import PREFIX, remove
 from shared.worker import Start
 
 MAX_UPDATE = 65536
+PATIENCE_SECONDS = 5.0
 
 
 def main(start: Start) -> int:
@@ -89,10 +92,23 @@ def _remove(path: str) -> None:
         if stat.S_ISSOCK(mode) or path.endswith(".lock"):
             os.unlink(path)
         elif stat.S_ISDIR(mode):
+            if os.path.basename(path).startswith(PREFIX):
+                _remove_cgroup(path)  # its parent is the user's
+                return
             _remove_tree(path)
             os.rmdir(os.path.dirname(path))  # refused while other VMs live there
     except OSError:
         pass
+
+
+def _remove_cgroup(path: str) -> None:
+    """The others are dying too: a cgroup can be removed once they have."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while os.path.isdir(path):
+        remove(path)
+        if time.monotonic() > end:
+            return
+        time.sleep(0.01)
 
 
 def _remove_tree(path: str) -> None:

@@ -59,8 +59,9 @@ class Services:
         self._janitor: Process | None = None
         self._updates: socket.socket | None = None
         self._leavings = leavings
-        for path in api_socket.paths if api_socket else ():
-            leavings.path(path, True)
+        for path in (*(api_socket.paths if api_socket else ()), fleet.cgroups.path):
+            if path:
+                leavings.path(path, True)
         leavings.on_path, leavings.on_terminal = self._path_changed, self._terminal_changed
 
     async def start(self) -> None:
@@ -116,6 +117,7 @@ class Services:
         finally:
             theirs.close()
             os.close(self_fd)
+        self._fleet.cgroups.send_home(self._janitor.pid)  # it removes the others'
         self._updates = ours
         if terminal is not None:
             self._tell({"termios": terminal[1]})
@@ -167,6 +169,8 @@ class Services:
         if self._janitor is not None:
             self._janitor.state = ProcessState.STOPPING
             ended = self._janitor.ended
+            if self._fleet.cgroups.path:  # we are in it still
+                self._leavings.path(self._fleet.cgroups.path, False)
             # The end of the line tells it nothing; "done" makes it tidy up and leave.
             self._tell({"done": True})
             try:

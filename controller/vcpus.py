@@ -69,6 +69,7 @@ class Vcpus:
             os.close(self._event_fd)
             raise
         self._spawned = [0.0] * len(self.all)
+        self.on_spawn: Callable[[str, int], None] = lambda _name, _pid: None
         self._parking: Future[None] | None = None
         self._closing = False
         self._stillborn = 0  # starts in a row that came to nothing
@@ -83,6 +84,7 @@ class Vcpus:
 
     def _spawn(self, vcpu: Vcpu) -> None:
         vcpu.spawn()
+        self.on_spawn(vcpu.name, vcpu.pid)
         self._spawned[vcpu.index] = time.monotonic()
         self._reactor.add_reader(vcpu.pidfd, lambda: self._ended(vcpu))
 
