@@ -27,7 +27,7 @@ from typing import Any, Final
 from controller.doctor import DISK_SIZE, Guest, wait
 from controller.injection import Captive, Killed
 from controller.sandbox_report import look
-from shared.errors import FlotillaError, HostError
+from shared.errors import FlotillaError
 from shared.linux import libc
 from shared.sandbox import CLONE_NEWNET
 
@@ -118,7 +118,9 @@ def verdict(answer: int) -> Verdict:
     """What a call's answer says."""
     if -answer in REFUSALS:
         return Verdict(True, errno.errorcode[-answer])
-    return Verdict(False, "ALLOWED" if answer >= 0 else f"ALLOWED ({errno.errorcode.get(-answer, str(answer))})")
+    return Verdict(
+        False, "ALLOWED" if answer >= 0 else f"ALLOWED ({errno.errorcode.get(-answer, str(answer))})"
+    )
 
 
 def attempt(captive: Captive, controller: int, trial: Attempt) -> Verdict:
@@ -158,7 +160,14 @@ class Trial:
 
         disk = folder / "disk.raw"
         disk.write_bytes(bytes(DISK_SIZE))
-        words = ["--kernel", str(build()), "--cmdline", "mode=blkload span=8m report_ms=100", "--memory", "size=128M"]
+        words = [
+            "--kernel",
+            str(build()),
+            "--cmdline",
+            "mode=blkload span=8m report_ms=100",
+            "--memory",
+            "size=128M",
+        ]
         words += ["--disk", f"path={disk}", "--serial", "tty", "--console", f"file={folder}/console"]
         self.no_net = ""
         if libc.unshare(CLONE_NEWNET) == 0:
@@ -251,7 +260,9 @@ def main(as_json: bool = False) -> int:
         except (FlotillaError, OSError) as error:
             print(f"FAIL  the sandbox could not be tried: {error}", file=sys.stderr)
             return 1
-    allowed = [f"{kind}: {what}" for kind, row in table.items() for what, cell in row.items() if not cell.refused]
+    allowed = [
+        f"{kind}: {what}" for kind, row in table.items() for what, cell in row.items() if not cell.refused
+    ]
     if as_json:
         cells = {kind: {what: cell.how for what, cell in row.items()} for kind, row in table.items()}
         json.dump({"refused": not allowed, "allowed": allowed, "table": cells, "facts": facts}, sys.stdout)

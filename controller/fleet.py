@@ -91,8 +91,9 @@ def _violation(result: os.waitid_result | None) -> str:
     """A process that its seccomp filter has killed could say nothing itself."""
     import signal
 
-    killed = result is not None and result.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
-    return "ended by SIGSYS: a forbidden system call" if killed and result.si_status == signal.SIGSYS else ""
+    if result is None or result.si_code not in (os.CLD_KILLED, os.CLD_DUMPED) or result.si_status != signal.SIGSYS:
+        return ""
+    return "ended by SIGSYS: a forbidden system call"
 
 
 def pss_kib(pid: int) -> int:

@@ -76,7 +76,9 @@ class Captive:
         self._let_go()
         raise HostError(f"process {self.pid} never waits in a system call")
 
-    def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None) -> None:
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
+    ) -> None:
         if not self._dead:
             self._ptrace(PTRACE_SETREGS, data=ctypes.addressof(self._regs))
             self._let_go()
@@ -95,7 +97,10 @@ class Captive:
                 words.append(argument & (1 << 64) - 1)
         for register, word in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), words, strict=False):
             setattr(regs, register, word)
-        regs.rax, regs.orig_rax = NUMBERS[name], (1 << 64) - 1  # no call of its own that the kernel could restart
+        regs.rax, regs.orig_rax = (
+            NUMBERS[name],
+            (1 << 64) - 1,
+        )  # no call of its own that the kernel could restart
         regs.rip = self._regs.rip - len(SYSCALL)
         self._ptrace(PTRACE_SETREGS, data=ctypes.addressof(regs))
         while True:

@@ -74,7 +74,11 @@ def _status(proc: str) -> dict[str, Any]:
 
 
 def _namespaces(proc: str) -> dict[str, Any]:
-    own = [name for name in NAMESPACES if os.readlink(f"{proc}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}")]
+    own = [
+        name
+        for name in NAMESPACES
+        if os.readlink(f"{proc}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}")
+    ]
     return {"namespaces": own}
 
 

@@ -46,7 +46,7 @@ def main(request_fd: int, controller: int) -> int:
     import shared.sandbox
     import shared.seccomp
     import shared.vhost_backend
-    import shared.worker  # noqa: F401  all of these only to be warm after the fork
+    import shared.worker
 
     shared.seccomp.load_all()
     gc.collect()

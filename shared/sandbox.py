@@ -72,13 +72,19 @@ class cap_user_header(ctypes.Structure):
 
 
 class cap_user_data(ctypes.Structure):
-    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+    _fields_ = (
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    )
 
 
 class Sandbox:
     """This process's steps after confine(). Each is taken once; seal() may be called again and does nothing then."""
 
-    def __init__(self, profile: Profile, rules: tuple[seccomp.Rule, ...], forbidden: seccomp.Forbidden | None) -> None:
+    def __init__(
+        self, profile: Profile, rules: tuple[seccomp.Rule, ...], forbidden: seccomp.Forbidden | None
+    ) -> None:
         self._profile = profile
         self._rules = rules
         self._forbidden = forbidden
@@ -127,7 +133,9 @@ class Sandbox:
                 self._own_mounts = True
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         drop_bounding_set(profile.capabilities)  # while CAP_SETPCAP is there
-        drop_capabilities((*profile.capabilities, CAP_SYS_ADMIN) if self._own_mounts else profile.capabilities)
+        drop_capabilities(
+            (*profile.capabilities, CAP_SYS_ADMIN) if self._own_mounts else profile.capabilities
+        )
 
 
 NAMESPACES = {CLONE_NEWNET: "network", CLONE_NEWNS: "mount", CLONE_NEWIPC: "ipc", CLONE_NEWUTS: "uts"}
@@ -177,7 +185,9 @@ def _unshare(flag: int, name: str) -> bool:
 def _enter_empty_root() -> None:
     """An empty, read-only file system as root, and nothing else mounted. Raises OSError."""
     flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC
-    check(libc.mount(b"empty", MOUNT_POINT, b"tmpfs", flags, b"size=4k,nr_inodes=1,mode=0555"), "mount tmpfs")
+    check(
+        libc.mount(b"empty", MOUNT_POINT, b"tmpfs", flags, b"size=4k,nr_inodes=1,mode=0555"), "mount tmpfs"
+    )
     os.chdir(MOUNT_POINT)
     # The old root comes to lie over the new one, where it can be named and let go of: pivot_root(2), NOTES.
     check(libc.syscall(SYS_PIVOT_ROOT, b".", b"."), "pivot_root")

@@ -61,7 +61,12 @@ MODES: Final[dict[str, Forbidden | None]] = {
 
 
 class sock_filter(ctypes.Structure):
-    _fields_ = (("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32))
+    _fields_ = (
+        ("code", ctypes.c_uint16),
+        ("jt", ctypes.c_uint8),
+        ("jf", ctypes.c_uint8),
+        ("k", ctypes.c_uint32),
+    )
 
 
 class sock_fprog(ctypes.Structure):
@@ -94,7 +99,9 @@ def parse(text: str, where: str = "") -> tuple[Rule, ...]:
         try:
             rules += load(words[0][1:]) if words[0].startswith("@") else [_rule(*words)]
         except (AttributeError, TypeError, ValueError) as error:
-            raise ConfigError(f"system call list {where}, line {number}: {line.strip()!r}: {error}") from None
+            raise ConfigError(
+                f"system call list {where}, line {number}: {line.strip()!r}: {error}"
+            ) from None
     return tuple(rules)
 
 

@@ -46,7 +46,7 @@ def _fetch_or() -> Any:
 
 
 def preload() -> None:
-    """For a process that can open no file later (shared/sandbox.py). What is missing is missed by the first DirtyLog."""
+    """For a process that can open no file later (shared/sandbox.py). What is missing the first DirtyLog misses."""
     with suppress(HostError):
         _fetch_or()
 

@@ -79,7 +79,7 @@ class Controller:
 
 
 class Server(uvicorn.Server):
-    """uvicorn without its signal handlers: when to end is the controller's decision. Sealed before the first request."""
+    """uvicorn without its signal handlers: when to end the controller decides. Sealed before the first request."""
 
     def __init__(self, config: uvicorn.Config, seal: Callable[[], None]) -> None:
         super().__init__(config)
@@ -106,7 +106,7 @@ async def rehearse(app: FastAPI) -> None:
         pass
 
     for path in (f"{ROOT}{ENDPOINTS[0].name}", "/"):
-        scope = {
+        scope: dict[str, Any] = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
             "path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"", "headers": [],
             "client": None, "server": None,

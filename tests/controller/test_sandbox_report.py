@@ -50,7 +50,9 @@ def test_what_a_process_has_given_up_is_seen(child):
 def test_a_process_that_has_ended_leaves_a_row_without_claims():
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    assert rows([("blk", "_disk0", process.pid)]) == [{"kind": "blk", "device": "_disk0", "pid": process.pid}]
+    assert rows([("blk", "_disk0", process.pid)]) == [
+        {"kind": "blk", "device": "_disk0", "pid": process.pid}
+    ]
 
 
 def test_rows_are_sorted_by_kind_and_device():

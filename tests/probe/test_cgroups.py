@@ -55,7 +55,9 @@ def test_each_process_has_its_own_and_a_clean_end_removes_them(tmp_path, base):
         rows = kept(vmm, kinds)
         inside = {name: row for name, row in rows.items() if row["kind"] != "janitor"}
         for name, row in inside.items():
-            assert row["cgroup"] == own(row["pid"]) and row["cgroup"].endswith(f"/{base.name}/flotilla-{vmm.process.pid}/{name}")
+            assert row["cgroup"] == own(row["pid"]) and row["cgroup"].endswith(
+                f"/{base.name}/flotilla-{vmm.process.pid}/{name}"
+            )
         assert rows["janitor"]["cgroup"].endswith(f"/{base.name}")
         os.kill(rows["vcpu0"]["pid"], signal.SIGKILL)
         os.kill(rows["console"]["pid"], signal.SIGKILL)
@@ -100,7 +102,9 @@ def test_the_next_start_removes_what_is_left_of_a_vmm_without_a_janitor(base):
 @pytest.mark.parametrize("wrong", ["/proc", "/nowhere/at/all", "/etc/passwd", "."])
 def test_a_directory_that_is_none_is_refused_by_name(tmp_path, wrong):
     command = [sys.executable, "-c", PROGRAM, "--api-socket", str(tmp_path / "api"), "--cgroup", wrong]
-    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 1
     assert f"--cgroup {wrong}: not a directory of a cgroup v2 hierarchy" in done.stderr
     assert not (tmp_path / "api").exists()

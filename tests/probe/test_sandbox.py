@@ -51,7 +51,11 @@ def kept(vmm, kinds=FILTERED, seccomp="filter"):
         rows = vmm.ask("sandbox")
         mine = [row for row in rows if row["kind"] in kinds]
         whole = {row["kind"] for row in mine} == set(kinds)
-        return whole and all(row.get("seccomp") == seccomp for row in mine) and {row["device"]: row for row in rows}
+        return (
+            whole
+            and all(row.get("seccomp") == seccomp for row in mine)
+            and {row["device"]: row for row in rows}
+        )
 
     return poll(ready)
 
@@ -61,7 +65,10 @@ def test_what_holds_for_each_process_is_read_from_the_kernel(tmp_path):
         rows = kept(vmm)
         assert {row["kind"] for row in rows.values()} == {*FILTERED, "controller", "zygote"}
         for row in rows.values():
-            assert row.items() >= {name: value for name, value in look(row["pid"]).items() if name != "descriptors"}.items()
+            assert (
+                row.items()
+                >= {name: value for name, value in look(row["pid"]).items() if name != "descriptors"}.items()
+            )
             if row["kind"] in (*WORKERS, "api"):
                 assert (row["root"], row["capabilities"], row["bounding"]) == ("empty", "0", "0")
                 assert row["namespaces"] == ["ipc", "mnt", "net", "uts"]
@@ -130,7 +137,9 @@ def test_attackers_code_in_a_worker_gets_out_nowhere(tmp_path, kind):
         found = try_all(row["pid"], vmm.process.pid, kind)
         assert [what for what, cell in found.items() if not cell.refused] == []
         assert len(found) == len(ATTEMPTS)
-        own = {"_disk0": {f"{tmp_path}/disk0.raw"}, "console": {f"{tmp_path}/console"}}.get(row["device"], set())
+        own = {"_disk0": {f"{tmp_path}/disk0.raw"}, "console": {f"{tmp_path}/console"}}.get(
+            row["device"], set()
+        )
         files = {os.readlink(f"/proc/{row['pid']}/fd/{fd}") for fd in os.listdir(f"/proc/{row['pid']}/fd")}
         reached = {file for file in files if file.startswith(str(tmp_path)) and not file.endswith(".err")}
         assert reached == own
@@ -144,7 +153,10 @@ def test_a_worker_that_hangs_up_and_leaves_is_replaced(tmp_path):
     """What the filter must allow can't end the VM either: close of every descriptor, exit."""
     with guest(tmp_path) as vmm:
         pid = kept(vmm)["_disk0"]["pid"]
-        with suppress(Killed), Captive(pid) as captive:  # the controller kills who hangs up, perhaps before the last
+        with (
+            suppress(Killed),
+            Captive(pid) as captive,
+        ):  # the controller kills who hangs up, perhaps before the last
             for fd in map(int, os.listdir(f"/proc/{pid}/fd")):
                 captive.call("close", fd)
             captive.call("exit_group", 0)
@@ -167,7 +179,12 @@ def test_the_other_walls_stand_without_a_filter(tmp_path):
             unix = captive.call("socket", socket.AF_UNIX, socket.SOCK_STREAM, 0)
             assert unix >= 0 and captive.call("connect", unix, name, len(name)) == -errno.ECONNREFUSED
             inet = captive.call("socket", socket.AF_INET, socket.SOCK_DGRAM, 0)
-            address = (socket.AF_INET).to_bytes(2, "little") + (53).to_bytes(2, "big") + bytes([8, 8, 8, 8]) + bytes(8)
+            address = (
+                (socket.AF_INET).to_bytes(2, "little")
+                + (53).to_bytes(2, "big")
+                + bytes([8, 8, 8, 8])
+                + bytes(8)
+            )
             assert inet >= 0 and captive.call("connect", inet, address, 16) == -errno.ENETUNREACH
             assert captive.call("socket", socket.AF_PACKET, socket.SOCK_RAW, 0) == -errno.EPERM
             assert captive.call("mount", 0, b"/", b"tmpfs", 0, 0) == -errno.EPERM
@@ -179,7 +196,9 @@ def test_the_other_walls_stand_without_a_filter(tmp_path):
 @pytest.mark.timeout(300)
 def test_doctor_finds_everything_refused():
     command = [sys.executable, "-c", DOCTOR, "--sandbox", "--json"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["refused"] and found["allowed"] == [] and set(found["table"]) == set(KINDS)

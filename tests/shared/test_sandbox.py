@@ -16,8 +16,15 @@ from tests.controller.processes import SECONDS, running
 from tests.vmm import environment
 
 ROOT = os.geteuid() == 0
-needs_root = pytest.mark.skipif(not ROOT, reason="namespaces of its own need CAP_SYS_ADMIN, which this run has not got")
-NAMES = {sandbox.CLONE_NEWNET: "net", sandbox.CLONE_NEWNS: "mnt", sandbox.CLONE_NEWIPC: "ipc", sandbox.CLONE_NEWUTS: "uts"}
+needs_root = pytest.mark.skipif(
+    not ROOT, reason="namespaces of its own need CAP_SYS_ADMIN, which this run has not got"
+)
+NAMES = {
+    sandbox.CLONE_NEWNET: "net",
+    sandbox.CLONE_NEWNS: "mnt",
+    sandbox.CLONE_NEWIPC: "ipc",
+    sandbox.CLONE_NEWUTS: "uts",
+}
 
 
 @pytest.fixture
@@ -40,7 +47,9 @@ def test_every_profile(start, profile):
     assert (found["seccomp"], found["filters"]) == ("filter", 1)
 
 
-@pytest.mark.parametrize(("value", "wanted"), [("true", "filter"), ("errno", "filter"), ("log", "filter"), ("false", "none")])
+@pytest.mark.parametrize(
+    ("value", "wanted"), [("true", "filter"), ("errno", "filter"), ("log", "filter"), ("false", "none")]
+)
 def test_every_value_of_seccomp(start, value, wanted):
     assert look(start("worker", value))["seccomp"] == wanted
 
@@ -83,7 +92,7 @@ def test_workers_of_devices_keep_nothing():
 
 
 def test_a_process_has_only_its_own_descriptors(start, tmp_path):
-    """What the zygote and whoever started the VMM had open is not passed on, and standard input is nobody's terminal."""
+    """What the zygote and whoever started the VMM had open is not passed on; standard input is nobody's terminal."""
     secret = os.open(tmp_path, os.O_RDONLY)
     os.set_inheritable(secret, True)  # as a shell would leak it
     try:
@@ -127,5 +136,7 @@ except PermissionError:
 
 
 def test_a_second_seal_changes_nothing_and_a_missing_file_is_no_death():
-    done = subprocess.run([sys.executable, "-c", SEALED], env=environment(), timeout=30, check=False, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SEALED], env=environment(), timeout=30, check=False, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
