@@ -1,5 +1,5 @@
 """`python -m bench boot | footprint | migrate-local | migrate-remote |
-net | migrate-net`. Exit code 1 when ours could not be measured."""
+net | migrate-net | sandbox`. Exit code 1 when ours could not be measured."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from bench import (
     net_debian,
     processes,
     report,
+    sandbox,
 )
 from guest import build
 from shared.errors import FlotillaError
@@ -34,11 +35,12 @@ Figures of Flotilla beside its peers, in the same run on the same machine.
   net             frames and bytes a second through a network card on a TAP, and round trips; --debian: iperf3 of a
                   Debian guest (~/workloads; a KVM that runs Linux), --lab: that in the lab
   migrate-net     silence of a guest's network, and what is lost, while it moves to another host
+  sandbox         block requests and the way to the first one, with the processes' filters and without
 
 Peers: QEMU from PATH; Cloud Hypervisor and Firecracker where FLOTILLA_BENCH_CLOUD_HYPERVISOR and
 FLOTILLA_BENCH_FIRECRACKER name a binary. A peer that can't be measured is reported with the reason.
 """
-RUNS = {"boot": 20, "footprint": 3, "migrate-local": 5, "migrate-remote": 1, "net": 5, "migrate-net": 5}
+RUNS = {"boot": 20, "footprint": 3, "migrate-local": 5, "migrate-remote": 1, "net": 5, "migrate-net": 5, "sandbox": 10}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -68,6 +70,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     guest = card.add_mutually_exclusive_group()
     guest.add_argument("--debian", action="store_true", help="a Debian guest's iperf3 instead of the probe guest")
     guest.add_argument("--lab", action="store_true", help="--debian inside the lab (deploy/lab/README.md)")
+    walls = verbs.add_parser("sandbox", parents=[common])
+    walls.add_argument("--seconds", type=float, default=2.0, metavar="S", help="of I/O that a sample counts")
     options = parser.parse_args(arguments)
     options.runs = options.runs or RUNS[options.bench]
     return options
@@ -104,6 +108,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return net_debian.run(options.runs, options.patience, options.seconds)
     if options.bench == "net":
         return net.run(kernel, options.runs, options.patience, options.seconds, options.cases)
+    if options.bench == "sandbox":
+        return sandbox.run(kernel, options.runs, options.patience, options.seconds)
     if options.bench == "migrate-net":
         return migrate_net.run(kernel, options.runs, options.patience)
     if options.lab:

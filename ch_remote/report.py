@@ -101,4 +101,6 @@ def print_table(response: Response) -> None:
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "-"
     return "-" if value is None else str(value)

@@ -64,6 +64,10 @@ VERBS = {
         "PUT", "vm.receive-migration", "Receive a VM; returns when it runs here", "URL"
     ),
     "resume": Verb("PUT", "vm.resume", "Let a paused VM go on"),
+    "sandbox": Verb(
+        "GET", "vmm.sandbox", "What each process is kept from, as the kernel tells it; --table for people",
+        flags=("--table",),
+    ),
     "send-migration": Verb(
         "PUT", "vm.send-migration", "Send the VM away; returns when it runs there", "URL", flags=("--local",)
     ),

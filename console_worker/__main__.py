@@ -17,7 +17,7 @@ from console_worker.console import Console
 from console_worker.device import RingDevice
 from console_worker.rng import Rng, open_source
 from console_worker.worker import ConsoleWorker
-from shared import log
+from shared import log, vring
 from shared.chardev import CharDev, Mode, host_end
 from shared.reactor import Reactor
 from shared.vhost_backend import Server
@@ -28,6 +28,7 @@ HOST_PREFIX = "console."
 
 
 def main(start: Start) -> int:
+    vring.preload()
     reactor = Reactor()
     console = _console(start, reactor)
     rng = None

@@ -113,6 +113,7 @@ class Assembly:
                 self._reactor, platform.kvm_vm, platform.pages, platform.apic_ids, platform, context.seccomp,
                 context.fleet.supervision,
             )  # fmt: skip
+            self.vcpus.on_spawn = context.fleet.cgroups.enter
             context.fleet.patients.append(self.vcpus.patients)
 
     def _open_end(self, device: Any) -> HostEnd | None:

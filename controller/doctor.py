@@ -33,7 +33,7 @@ from shared.errors import FlotillaError, HostError
 from shared.kvm import REQUIRED_CAPS, Kvm
 from shared.linux import memfd
 
-USAGE: Final = "Usage: flotilla doctor [--json]\n"
+USAGE: Final = "Usage: flotilla doctor [--json] [--sandbox]\n"
 PROGRAM: Final = "from controller.main import main; sys.exit(main())"
 REMOTE: Final = "from ch_remote.main import main; sys.exit(main())"
 PACKAGES: Final = ("zmq", "msgpack", "posix_ipc", "fastapi", "uvicorn")
@@ -297,10 +297,10 @@ class Trial:
 
     def vcpu_kill(self) -> Finding:
         guest = self._guest
-        _wait(lambda: subprocess.run(guest.remote("ping"), capture_output=True, check=False).returncode == 0, "the API")
+        wait(lambda: subprocess.run(guest.remote("ping"), capture_output=True, check=False).returncode == 0, "the API")
         before = self._vcpu(guest)
         os.kill(before["pid"], signal.SIGKILL)
-        _wait(lambda: self._vcpu(guest)["restarts"] > before["restarts"], "a new vCPU process")
+        wait(lambda: self._vcpu(guest)["restarts"] > before["restarts"], "a new vCPU process")
         guest.until(rb"blk ok [^\n]*\n", since=len(guest.output))
         return ok(f"vCPU process {before['pid']} was killed; {self._vcpu(guest)['pid']} took over and nothing was lost")
 
@@ -313,13 +313,13 @@ class Trial:
         source, path = self._guest, self._folder / "migration"
         destination = Guest(self._folder, "vmm2")
         self._guests.append(destination)
-        _wait(lambda: subprocess.run(destination.remote("ping"), capture_output=True, check=False).returncode == 0,
+        wait(lambda: subprocess.run(destination.remote("ping"), capture_output=True, check=False).returncode == 0,
               "the second VMM's API")  # fmt: skip
         receiver = subprocess.Popen(
             destination.remote("receive-migration", f"unix:{path}"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         try:
-            _wait(lambda: path.exists() or receiver.poll() is not None, "the receiver's socket")
+            wait(lambda: path.exists() or receiver.poll() is not None, "the receiver's socket")
             source.ask("send-migration", "--local", f"unix:{path}")
             said, _ = receiver.communicate(timeout=GUEST_SECONDS)
         finally:
@@ -333,7 +333,7 @@ class Trial:
         return ok("the running guest moved to a second VMM and went on with its disk")
 
 
-def _wait(check: Callable[[], bool], what: str) -> None:
+def wait(check: Callable[[], bool], what: str) -> None:
     end = time.monotonic() + GUEST_SECONDS
     while not check():
         if time.monotonic() > end:
@@ -391,6 +391,10 @@ def show(line: Line) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """`argv` is what follows the word doctor. 0: Flotilla can run here, 1: it can't, 2: not understood."""
+    if "--sandbox" in argv and set(argv) <= {"--sandbox", "--json"}:
+        from controller.doctor_sandbox import main as sandbox
+
+        return sandbox("--json" in argv)
     if list(argv) not in ([], ["--json"]):
         sys.stdout.write(USAGE) if argv in (["-h"], ["--help"]) else sys.stderr.write(USAGE)
         return 0 if argv in (["-h"], ["--help"]) else 2

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 
+from controller.cgroups import Cgroups
 from controller.spawn import LAST_WORDS, LAST_WORDS_BYTES, Zygote
 from controller.supervision import Cause, Supervision, process_state
 from shared import log
@@ -129,6 +130,15 @@ def _read_words(fd: int) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in words.decode(errors="replace")).strip()
 
 
+def _violation(result: os.waitid_result | None) -> str:
+    """A process that its seccomp filter has killed could say nothing itself."""
+    import signal
+
+    if result is None or result.si_code not in (os.CLD_KILLED, os.CLD_DUMPED) or result.si_status != signal.SIGSYS:
+        return ""
+    return "ended by SIGSYS: a forbidden system call"
+
+
 def pss_kib(pid: int) -> int:
     """Proportional set size of a process in KiB, 0 when it is gone. Slow: walks its page tables."""
     try:
@@ -157,8 +167,14 @@ class Fleet:
     """Starts, lists and watches processes. Restarting is policy and belongs to whoever started them."""
 
     def __init__(
-        self, reactor: Reactor, zygote: Zygote, runtime_dir: str, supervision: Supervision | None = None
+        self,
+        reactor: Reactor,
+        zygote: Zygote,
+        runtime_dir: str,
+        supervision: Supervision | None = None,
+        seccomp: str = "true",
     ) -> None:
+        """`seccomp`: the value of --seccomp, for every process that has a filter."""
         self._reactor = reactor
         self.supervision = supervision or Supervision()
         self.patients: list[Callable[[], Iterable[Patient]]] = []  # more processes for the watchdog
@@ -167,11 +183,19 @@ class Fleet:
         self._incarnation = 0
         self._zygote_verdict: Verdict | None = None
         self.processes: list[Process] = []
+        self.seccomp = seccomp
+        self.cgroups = Cgroups()
+
+    def use(self, cgroups: Cgroups) -> None:
+        """Every process from now on has a cgroup of its own there."""
+        self.cgroups = cgroups
+        self.zygote.on_start = lambda pid: cgroups.enter("zygote", pid)
 
     def adopt(self, kind: str, name: str, pid: int, on_end: Callable[[Process], None], restarts: int = 0) -> Process:
         """Watch a child of ours that exists already."""
         process = Process(kind, name, pid, os.pidfd_open(pid), restarts)
         self.processes.append(process)
+        self.cgroups.enter(name, pid)
         self._reactor.add_reader(process.pidfd, lambda: self._reap(process, on_end))
         return process
 
@@ -197,6 +221,7 @@ class Fleet:
             "spec": dict(spec.spec),
             "endpoint": endpoint,
             "orphan": spec.orphan,
+            "seccomp": self.seccomp,
         }
         try:
             last_words, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -259,17 +284,19 @@ class Fleet:
         self._reactor.remove_reader(process.pidfd)
         try:
             result = os.waitid(os.P_PIDFD, process.pidfd, os.WEXITED)
-            process.exit_status = result.si_status if result else None
-            process.killed_by = result.si_status if result and result.si_code != os.CLD_EXITED else 0
         except ChildProcessError:
-            process.exit_status = None
+            result = None
+        process.exit_status = result.si_status if result else None
+        process.killed_by = result.si_status if result and result.si_code != os.CLD_EXITED else 0
         os.close(process.pidfd)
+        violation = process.reason = _violation(result)
         if process.last_words >= 0:
-            process.reason = _read_words(process.last_words)
+            process.reason = _read_words(process.last_words) or violation
             os.close(process.last_words)
         process.wanted = process.state is ProcessState.STOPPING and process.verdict is None
         process.state = ProcessState.ENDED
         self.processes.remove(process)
+        self.cgroups.leave(process.name)
         if process.channel is not None:
             process.channel.close(process.obituary)
             process.channel = None
@@ -277,7 +304,7 @@ class Fleet:
             from shared.control import unlink_endpoint
 
             unlink_endpoint(process.endpoint)
-        level = log.info if process.wanted else log.warn
+        level = log.info if process.wanted and not violation else log.warn
         level(f"{process.kind} {process.obituary}")
         process.ended.set()
         on_end(process)

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import os
 import select
-import shutil
 import signal
 import stat
 import termios
+import time
 from typing import Any
 
 import msgpack
 
+from controller.cgroups import PREFIX, remove
 from shared.worker import Start
 
 MAX_UPDATE = 65536
+PATIENCE_SECONDS = 5.0
 
 
 def main(start: Start) -> int:
@@ -29,6 +31,7 @@ def main(start: Start) -> int:
     paths: list[str] = list(start.spec["paths"])
     terminals: dict[int, list[Any]] = {}
     controller, updates = start.fds["controller"], start.fds["updates"]
+    start.sandbox.seal()
     poll = select.poll()
     poll.register(controller, select.POLLIN)
     poll.register(updates, select.POLLIN)
@@ -89,7 +92,31 @@ def _remove(path: str) -> None:
         if stat.S_ISSOCK(mode) or path.endswith(".lock"):
             os.unlink(path)
         elif stat.S_ISDIR(mode):
-            shutil.rmtree(path)
+            if os.path.basename(path).startswith(PREFIX):
+                _remove_cgroup(path)  # its parent is the user's
+                return
+            _remove_tree(path)
             os.rmdir(os.path.dirname(path))  # refused while other VMs live there
     except OSError:
         pass
+
+
+def _remove_cgroup(path: str) -> None:
+    """The others are dying too: a cgroup can be removed once they have."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while os.path.isdir(path):
+        remove(path)
+        if time.monotonic() > end:
+            return
+        time.sleep(0.01)
+
+
+def _remove_tree(path: str) -> None:
+    """shutil.rmtree without its open() of a directory as if it were a file, which is not on this process's list."""
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                _remove_tree(entry.path)
+            else:
+                os.unlink(entry.path)
+    os.rmdir(path)

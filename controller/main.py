@@ -54,19 +54,24 @@ def _configure_log(options: Options, began: float) -> None:
 
 
 def _run(options: Options, began: float) -> int:
+    from controller.cgroups import Cgroups
     from controller.vmm import Vmm
 
     target = options.api_socket
     api_socket = None
-    if target is not None:
-        from controller.api_socket import ApiSocket
-
-        api_socket = ApiSocket.listen(target.path) if target.path is not None else ApiSocket.inherit(target.fd or 0)
+    cgroups = Cgroups(options.cgroup)
     try:
+        if target is not None:
+            from controller.api_socket import ApiSocket
+
+            path = target.path
+            api_socket = ApiSocket.listen(path) if path is not None else ApiSocket.inherit(target.fd or 0)
         vmm = Vmm(options, began)
+        vmm.fleet.use(cgroups)
         if options.event_monitor is not None:
             vmm.events.open(options.event_monitor.path, options.event_monitor.fd)
         return vmm.run(api_socket)
     finally:
         if api_socket is not None:
             api_socket.close()
+        cgroups.close()

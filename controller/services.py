@@ -30,7 +30,7 @@ STEADY_SECONDS, LAST_DELAY = 10.0, 5.0
 # Half a second of imports, 10 % less of it without a garbage collector and without a search for plugins of pydantic.
 API_CODE = (
     "import gc, os, sys; gc.disable(); os.environ['PYDANTIC_DISABLE_PLUGINS'] = '__all__'; "
-    "from controller.api.process import main; sys.exit(main(3, sys.argv[1], int(sys.argv[2])))"
+    "from controller.api.process import main; sys.exit(main(3, sys.argv[1], int(sys.argv[2]), sys.argv[3]))"
 )
 
 
@@ -62,8 +62,9 @@ class Services:
         self._updates: socket.socket | None = None
         self._leavings = leavings
         self._watchdog = Watchdog(reactor, fleet)
-        for path in api_socket.paths if api_socket else ():
-            leavings.path(path, True)
+        for path in (*(api_socket.paths if api_socket else ()), fleet.cgroups.path):
+            if path:
+                leavings.path(path, True)
         leavings.on_path, leavings.on_terminal = self._path_changed, self._terminal_changed
 
     async def start(self) -> None:
@@ -93,7 +94,8 @@ class Services:
         )
         channel.on_event = lambda name, _: self._api_ready(endpoint) if name == "ready" else None
         self._channel = channel
-        pid = exec_python(API_CODE, [endpoint, str(os.getpid())], {3: self._api_socket.sock.fileno()})
+        arguments = [endpoint, str(os.getpid()), self._fleet.seccomp]
+        pid = exec_python(API_CODE, arguments, {3: self._api_socket.sock.fileno()})
         self._api = self._fleet.adopt("api", "api", pid, self._api_ended, self._incarnation - 1)
         self._api.state = ProcessState.RUNNING
 
@@ -145,6 +147,7 @@ class Services:
             theirs.close()
             os.close(self_fd)
         ours.setblocking(False)  # a janitor that is stopped keeps nobody
+        self._fleet.cgroups.send_home(self._janitor.pid)  # it removes the others'
         self._updates = ours
         self._janitors += 1
         self._fleet.supervision.restored("janitor", "janitor", self._janitor.pid)
@@ -200,6 +203,8 @@ class Services:
         if self._janitor is not None:
             self._janitor.state = ProcessState.STOPPING
             ended = self._janitor.ended
+            if self._fleet.cgroups.path:  # we are in it still
+                self._leavings.path(self._fleet.cgroups.path, False)
             # The end of the line tells it nothing; "done" makes it tidy up and leave.
             self._tell({"done": True})
             try:

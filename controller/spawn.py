@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from shared import log
 from shared.errors import WorkerError, WorkerLost
@@ -50,6 +50,7 @@ class Zygote:
     def __init__(self) -> None:
         self.pid = 0
         self.starts = 0
+        self.on_start: Callable[[int], None] = lambda _pid: None
         self._lock = Lock()
         self._socket: socket.socket | None = None
 
@@ -63,6 +64,7 @@ class Zygote:
         code = "import sys; from controller.zygote import main; sys.exit(main(3, int(sys.argv[1])))"
         self.pid = exec_python(code, [str(os.getpid())], {3: theirs.fileno()})
         self.starts += 1
+        self.on_start(self.pid)
         theirs.close()
         ours.setblocking(False)
         self._socket = ours

@@ -16,10 +16,10 @@ from controller.supervision import Cause, Supervision
 from shared import kvm, log
 from shared.errors import FlotillaError, HostError
 from shared.reactor import Future, Reactor, describe, drain_eventfd, within
+from shared.seccomp import MODES
 from shared.typed import TYPE_CHECKING, Any, Protocol
 from vcpu_worker.layout import StatePages
 from vcpu_worker.process import Exit, ExitKind, Vcpu
-from vcpu_worker.seccomp import Forbidden
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,12 +33,6 @@ RESTART_DELAY = 0.02
 # Exit codes of vcpu.c for a process that never came as far as the guest.
 BIRTH_FAILURES = {125: "its parent thread is gone", 126: "no signals", 127: "its seccomp filter is refused"}
 MAX_STILLBORN = 5
-SECCOMP = {
-    Seccomp.TRAP: Forbidden.KILL,
-    Seccomp.ERRNO: Forbidden.ERRNO,
-    Seccomp.LOG: Forbidden.LOG,
-    Seccomp.OFF: None,
-}
 # KVM_SYSTEM_EVENT_*: 1 shutdown, 2 reset, 3 crash
 SYSTEM_EVENT_SHUTDOWN = 1
 
@@ -77,13 +71,14 @@ class Vcpus:
         self.all: list[Vcpu] = []
         try:
             for index, apic_id in enumerate(apic_ids):
-                self.all.append(Vcpu(vm, pages, index, apic_id, self._event_fd, SECCOMP[seccomp]))
+                self.all.append(Vcpu(vm, pages, index, apic_id, self._event_fd, MODES[seccomp.value]))
         except BaseException:
             for vcpu in self.all:
                 vcpu.close()
             os.close(self._event_fd)
             raise
         self._spawned = [0.0] * len(self.all)
+        self.on_spawn: Callable[[str, int], None] = lambda _name, _pid: None
         self._parking: Future[None] | None = None
         self._closing = False
         self._stillborn = 0  # starts in a row that came to nothing
@@ -98,6 +93,7 @@ class Vcpus:
 
     def _spawn(self, vcpu: Vcpu) -> None:
         vcpu.spawn()
+        self.on_spawn(vcpu.name, vcpu.pid)
         self._spawned[vcpu.index] = time.monotonic()
         self._supervision.restored("vcpu", vcpu.name, vcpu.pid)
         self._reactor.add_reader(vcpu.pidfd, lambda: self._ended(vcpu))

@@ -27,6 +27,7 @@ from controller.events import EventMonitor
 from controller.fleet import Fleet
 from controller.leavings import Leavings
 from controller.runtime import RuntimeDir
+from controller.sandbox_report import report
 from controller.signals import Signals
 from controller.spawn import Zygote
 from controller.supervision import Supervision
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from controller.migration.incoming import Incoming
     from controller.migration.outgoing import Outgoing
     from controller.services import Services
-
 
 END_SECONDS = 20.0
 MIGRATION_SECONDS = 5.0
@@ -66,7 +66,8 @@ class Vmm:
         self.events = EventMonitor(began)
         self.runtime = RuntimeDir()
         self.zygote = Zygote()
-        self.fleet = Fleet(self.reactor, self.zygote, self.runtime.path, Supervision(self.events.emit))
+        supervision = Supervision(self.events.emit)
+        self.fleet = Fleet(self.reactor, self.zygote, self.runtime.path, supervision, options.seccomp.value)
         self.config: VmConfig | None = None
         self.vm: Vm | None = None
         self.state = VmState.CREATED
@@ -83,6 +84,7 @@ class Vmm:
             "vmm.ping": self.ping,
             "vmm.shutdown": self.shutdown_vmm,
             "vmm.fleet": self.describe_fleet,
+            "vmm.sandbox": lambda _: report(self.fleet, self.vm),
             "vm.info": self.info,
             "vm.counters": self.counters,
             "vm.create": self.create,

@@ -43,9 +43,12 @@ def main(request_fd: int, controller: int) -> int:
     import msgpack
 
     import shared.control
+    import shared.sandbox
+    import shared.seccomp
     import shared.vhost_backend
-    import shared.worker  # noqa: F401  all of these only to be warm after the fork
+    import shared.worker
 
+    shared.seccomp.load_all()
     gc.collect()
     gc.freeze()  # the children's collector must not touch, and so copy, these pages
     while True:
@@ -94,20 +97,21 @@ def _become(request: dict[str, Any], fds: list[int], controller: int) -> None:
             die_with_parent(controller)
         set_name(request["name"].lstrip("_") or request["kind"])
         settings = request["log"]
+        sandbox.keep_descriptors([*fds, settings["fd"]])
         log.configure(log.Level(settings["level"]), settings["fd"], request["name"], settings["began"])
-        sandbox.confine(request["sandbox"])
+        calls = sandbox.list_for(request["module"])
+        box = sandbox.confine(request["sandbox"], calls, request["seccomp"])
         if not orphan:
             # Confining may change credentials, and that clears PDEATHSIG.
             die_with_parent(controller)
         module = import_module(request["module"])
-        code = module.main(Start(request["kind"], request["name"], request["spec"], named, request["endpoint"]))
+        start = Start(request["kind"], request["name"], request["spec"], named, request["endpoint"], box)
+        code = module.main(start)
     except BaseException as error:
         code = 1
         if not isinstance(error, (FlotillaError, OSError)):  # a bug: where it is counts
-            import traceback
-
             code = 70
-            traceback.print_exc()
+            print_trace(error)
         # The controller logs it, under the worker's name.
         os.write(last_words, describe(error).encode()[:LAST_WORDS_BYTES])
     finally:
@@ -115,6 +119,16 @@ def _become(request: dict[str, Any], fds: list[int], controller: int) -> None:
             sys.stderr.flush()
         finally:
             os._exit(code)
+
+
+def print_trace(error: BaseException) -> None:
+    """Where it came from. Not traceback.print_exc, which opens source files: a sealed process may not."""
+    at = error.__traceback__
+    while at is not None:
+        code = at.tb_frame.f_code
+        print(f"  File {code.co_filename}, line {at.tb_lineno}, in {code.co_name}", file=sys.stderr)
+        at = at.tb_next
+    print(describe(error), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from migration_agent.agent import Agent
-from shared import log
+from shared import log, pages
 from shared.control import Channel
 from shared.messages import Verb
 from shared.reactor import Reactor
@@ -20,6 +20,7 @@ VERSION = 1
 
 def main(start: Start) -> int:
     """Serve one migration, until `shutdown`."""
+    pages.preload()
     reactor = Reactor()
     agent = Agent(reactor, start)
     channel = Channel(reactor, start.endpoint, bind=True)

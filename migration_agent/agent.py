@@ -54,6 +54,7 @@ class Agent:
 
     def __init__(self, reactor: Reactor, start: Start) -> None:
         self._reactor = reactor
+        self._sandbox = start.sandbox
         self._sidecar = socket.socket(fileno=start.fds["sidecar"])
         self._sidecar.setblocking(False)
         self._listener = socket.socket(fileno=start.fds["listen"]) if "listen" in start.fds else None
@@ -266,6 +267,7 @@ class Agent:
     # The peer ----------------------------------------------------------------------------------------------------
 
     def _open(self, sock: socket.socket) -> None:
+        self._sandbox.seal()  # names, addresses and files were for reaching the peer; now its bytes come
         self._stream = Stream(self._reactor, sock, self._item, self._fail)
 
     def _item(self, item: Item) -> None:

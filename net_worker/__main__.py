@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from net_worker.backend import NetBackend
-from shared import log
+from shared import atomics, log
 from shared.errors import FlotillaError
 from shared.messages import Verb
 from shared.reactor import Reactor, describe
@@ -22,6 +22,7 @@ from shared.worker import Start, serve
 
 
 def main(start: Start) -> int:
+    atomics.preload()
     reactor = Reactor()
     try:
         taps = [start.fds[name] for name in _tap_names(start.fds)]

@@ -23,6 +23,11 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def preload() -> None:
+    """For a process that can open no file later (shared/sandbox.py)."""
+    _library()
+
+
 def load32(address: int) -> int:
     return int(_library().load32(address))
 

@@ -76,6 +76,11 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def preload() -> None:
+    """For a process that can open no file later (shared/sandbox.py)."""
+    _library()
+
+
 class Bitmap:
     """A bitmap in a memfd, mapped here. `fd` belongs to this object."""
 

@@ -1,7 +1,20 @@
-"""What a worker gives up before it sees its first guest byte.
+"""What a process of the fleet gives up, in three steps, before it sees its first guest byte.
+
+    confine ──▶ (imports, opens) ──▶ leave_files ──▶ (control channel: threads) ──▶ seal ──▶ guest bytes
+       │                                 │                                           │
+       │ descriptors that aren't its     │ an empty file system                      │ only the system calls
+       │ own, namespaces, core dumps,    │ no capability                             │ of its list
+       │ no_new_privs
+
+The order binds: capabilities belong to a thread, so they go before there is a second one; an empty file system takes
+CAP_SYS_ADMIN, so it comes before that; the filter is for all threads at once and refuses what start-up needs.
 
 Profiles are data: one row per kind of process. A step that this host can't do (no CAP_SYS_ADMIN for a network
-namespace, say) is skipped with a debug line: a VM of an unprivileged user must run too.
+namespace, say) is skipped with a debug line: a VM of an unprivileged user must run too. What holds in the end
+`vmm.sandbox` reads from the kernel (controller/sandbox_report.py).
+
+No pid namespace: a worker is its controller's child (CLONE_PARENT) and tied to it by PDEATHSIG and getppid(), which a
+pid 1 of its own does not see. Its filter leaves it no call that takes another process's pid.
 """
 
 from __future__ import annotations
@@ -9,28 +22,48 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from shared import log
-from shared.linux import PR_SET_NO_NEW_PRIVS, libc, prctl
+from shared import log, seccomp
+from shared.linux import PR_SET_NO_NEW_PRIVS, check, libc, prctl
 
-CLONE_NEWNET = 0x4000_0000
-PR_CAPBSET_DROP = 24
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET = 0x2_0000, 0x400_0000, 0x800_0000, 0x4000_0000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REC, MS_PRIVATE = 1 << 14, 1 << 18
+MNT_DETACH = 2
+SYS_PIVOT_ROOT = 155
+PR_CAPBSET_DROP, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 24, 47, 4
 CAP_LAST_CAP = 40
+CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_SYS_ADMIN = 1, 3, 21
 LINUX_CAPABILITY_VERSION_3 = 0x2008_0522
+# Any directory that every host has; only in the process's own mount namespace something is mounted over it.
+MOUNT_POINT = b"/proc"
+
+libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
+libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    network: bool  # keep the VM's network namespace
-    capabilities: bool  # keep capabilities
-    open_files: int  # RLIMIT_NOFILE
+    """`namespaces`: CLONE_NEW… flags of those that it gets of its own, all empty. `files`: it keeps the file system."""
 
+    namespaces: int
+    files: bool
+    capabilities: tuple[int, ...] = ()  # that it keeps
+    open_files: int = 1024  # RLIMIT_NOFILE
+
+
+ALONE = CLONE_NEWNET | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS
 
 PROFILES: dict[str, Profile] = {
-    "worker": Profile(network=False, capabilities=False, open_files=1024),
-    "agent": Profile(network=True, capabilities=False, open_files=1024),
-    "janitor": Profile(network=True, capabilities=True, open_files=1024),
+    "worker": Profile(ALONE, files=False),
+    # Finds names, sockets and hosts until it is connected, and can't know before which.
+    "agent": Profile(CLONE_NEWIPC | CLONE_NEWUTS, files=True),
+    # Removes names, of whoever's directories the VMM could write to.
+    "janitor": Profile(CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS, True, (CAP_DAC_OVERRIDE, CAP_FOWNER)),
+    "api": Profile(ALONE, files=False),
 }
 
 
@@ -39,28 +72,147 @@ class cap_user_header(ctypes.Structure):
 
 
 class cap_user_data(ctypes.Structure):
-    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+    _fields_ = (
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    )
 
 
-def confine(name: str) -> None:
-    """Apply a profile to this process. Raises KeyError for a name that is none."""
-    profile = PROFILES[name]
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold guest RAM
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = profile.open_files if hard == resource.RLIM_INFINITY else min(profile.open_files, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    if not profile.network and libc.unshare(CLONE_NEWNET) < 0:
-        log.debug(f"no network namespace of its own: {os.strerror(ctypes.get_errno())}")
-    if not profile.capabilities:
-        drop_capabilities()
-    prctl(PR_SET_NO_NEW_PRIVS, 1)
+class Sandbox:
+    """This process's steps after confine(). Each is taken once; seal() may be called again and does nothing then."""
+
+    def __init__(
+        self, profile: Profile, rules: tuple[seccomp.Rule, ...], forbidden: seccomp.Forbidden | None
+    ) -> None:
+        self._profile = profile
+        self._rules = rules
+        self._forbidden = forbidden
+        self._own_mounts = False
+        self.sealed = False
+
+    @contextmanager
+    def leave_files(self, endpoint: str = "") -> Iterator[str]:
+        """An empty file system and no capabilities from here on. Inside, the endpoint's name is yielded as it can be
+        bound or connected to: the directory that it is in stays reachable until the end of the block."""
+        if not self._own_mounts or self._profile.files:
+            drop_capabilities(self._profile.capabilities)
+            yield endpoint
+            return
+        scheme, path = endpoint[: len("ipc://")], endpoint.removeprefix("ipc://")
+        directory = os.open(os.path.dirname(path) or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _enter_empty_root()
+            os.fchdir(directory)
+        finally:
+            os.close(directory)
+        drop_capabilities(self._profile.capabilities)
+        try:
+            yield scheme + os.path.basename(path)
+        finally:
+            os.chdir("/")
+
+    def seal(self) -> None:
+        """Only the calls of the list from here on, for every thread. Raises OSError."""
+        if self.sealed:
+            return
+        self.sealed = True
+        if self._forbidden is not None:
+            seccomp.install(self._rules, self._forbidden)
+
+    def confine(self) -> None:
+        profile = self._profile
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold guest RAM
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = profile.open_files if hard == resource.RLIM_INFINITY else min(profile.open_files, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        for flag, name in NAMESPACES.items():
+            if profile.namespaces & flag and _unshare(flag, name) and flag == CLONE_NEWNS:
+                # Nothing that happens to the mounts here may reach the host.
+                check(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "mount / private")
+                self._own_mounts = True
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+        drop_bounding_set(profile.capabilities)  # while CAP_SETPCAP is there
+        drop_capabilities(
+            (*profile.capabilities, CAP_SYS_ADMIN) if self._own_mounts else profile.capabilities
+        )
 
 
-def drop_capabilities() -> None:
-    """Empty every capability set of this process, the bounding set included where that is allowed."""
+NAMESPACES = {CLONE_NEWNET: "network", CLONE_NEWNS: "mount", CLONE_NEWIPC: "ipc", CLONE_NEWUTS: "uts"}
+# Of a process that nobody confined: a worker as a program of its own, a test.
+NONE = Sandbox(Profile(0, files=True, capabilities=tuple(range(CAP_LAST_CAP + 1))), (), None)
+
+
+def confine(name: str, calls: str = "worker", mode: str = "false") -> Sandbox:
+    """The first step of a profile; the next ones are the answer's. `calls`: a list of shared/syscalls, `mode` as of
+    `--seccomp`. Raises KeyError for a name that is none, ConfigError for a list that can't be read."""
+    forbidden = seccomp.MODES[mode]
+    sandbox = Sandbox(PROFILES[name], seccomp.load(calls) if forbidden is not None else (), forbidden)
+    sandbox.confine()
+    return sandbox
+
+
+def list_for(module: str) -> str:
+    """The list of shared/syscalls for a process whose main is in this module: that of its package, or of the module
+    itself in a package of many processes; for others the shortest."""
+    package, _, rest = module.partition(".")
+    return next((name for name in (package, rest) if name and seccomp.exists(name)), "worker")
+
+
+def keep_descriptors(keep: Iterable[int]) -> None:
+    """Close every descriptor but these. Standard input and output, which may be a user's terminal, become /dev/null
+    unless they are among them; standard error stays: log and last messages go there."""
+    kept = sorted({2, *(fd for fd in keep if fd >= 0)})
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    for fd in (0, 1):
+        if fd not in kept:
+            os.dup2(null, fd)
+    start = 2
+    for fd in kept:
+        if fd >= start:
+            os.closerange(start, fd)
+            start = fd + 1
+    os.closerange(start, os.sysconf("SC_OPEN_MAX"))
+
+
+def _unshare(flag: int, name: str) -> bool:
+    if libc.unshare(flag) < 0:
+        log.debug(f"no {name} namespace of its own: {os.strerror(ctypes.get_errno())}")
+        return False
+    return True
+
+
+def _enter_empty_root() -> None:
+    """An empty, read-only file system as root, and nothing else mounted. Raises OSError."""
+    flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC
+    check(
+        libc.mount(b"empty", MOUNT_POINT, b"tmpfs", flags, b"size=4k,nr_inodes=1,mode=0555"), "mount tmpfs"
+    )
+    os.chdir(MOUNT_POINT)
+    # The old root comes to lie over the new one, where it can be named and let go of: pivot_root(2), NOTES.
+    check(libc.syscall(SYS_PIVOT_ROOT, b".", b"."), "pivot_root")
+    check(libc.umount2(b".", MNT_DETACH), "umount of the old root")
+    os.chdir("/")
+
+
+def drop_bounding_set(keep: tuple[int, ...] = ()) -> None:
+    """No exec may ever give back what is not in `keep`. Left as it is where that is not allowed."""
     for capability in range(CAP_LAST_CAP + 1):
-        libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+        if capability not in keep:
+            libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+def drop_capabilities(keep: tuple[int, ...] = ()) -> None:
+    """Empty the other capability sets of this thread but for `keep`."""
+    libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     header = cap_user_header(LINUX_CAPABILITY_VERSION_3, 0)
     data = (cap_user_data * 2)()
+    if libc.capget(ctypes.byref(header), ctypes.byref(data)) < 0:
+        log.debug(f"capabilities can't be read: {os.strerror(ctypes.get_errno())}")
+    for word in range(2):
+        wanted = sum(1 << capability % 32 for capability in keep if capability // 32 == word)
+        data[word].effective &= wanted
+        data[word].permitted &= wanted
+        data[word].inheritable = 0
     if libc.capset(ctypes.byref(header), ctypes.byref(data)) < 0:
         log.debug(f"capabilities kept: {os.strerror(ctypes.get_errno())}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from struct import Struct
@@ -42,6 +43,12 @@ def _fetch_or() -> Any:
     function.argtypes = (ctypes.c_void_p, ctypes.c_ubyte, ctypes.c_int)
     function.restype = ctypes.c_ubyte
     return function
+
+
+def preload() -> None:
+    """For a process that can open no file later (shared/sandbox.py). What is missing the first DirtyLog misses."""
+    with suppress(HostError):
+        _fetch_or()
 
 
 _ATOMIC_SEQ_CST = 5

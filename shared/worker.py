@@ -28,6 +28,7 @@ from shared import log
 from shared.errors import ProtocolError
 from shared.messages import Verb
 from shared.reactor import Reactor
+from shared.sandbox import NONE, Sandbox
 from shared.state_versions import StateKind
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Start:
     spec: Mapping[str, Any]  # settings, per kind
     fds: Mapping[str, int]  # named descriptors that came with the request; now this process's own
     endpoint: str  # zmq endpoint to bind for the control plane
+    sandbox: Sandbox = NONE
 
 
 class Worker(Protocol):
@@ -66,14 +68,23 @@ def check_state(worker: Worker, saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def serve(start: Start, worker: Worker, reactor: Reactor, more: Mapping[str, Handler] | None = None) -> int:
-    """Bind the control endpoint and run until `shutdown`. Returns the exit code. `more`: verbs of this kind alone."""
+    """Bind the control endpoint and run until `shutdown`. Returns the exit code. `more`: verbs of this kind alone.
+
+    Nothing may be imported or opened any more, and once the hello has been answered no forbidden call be made.
+    """
     from shared.control import Channel  # zmq only after the fork
 
-    channel = Channel(reactor, start.endpoint, bind=True)
+    with start.sandbox.leave_files(start.endpoint) as endpoint:
+        channel = Channel(reactor, endpoint, bind=True)
     identity = {"kind": worker.states.name, "version": worker.states.version}
 
     def saved() -> dict[str, Any]:
         return {**identity, "state": worker.save()}
+
+    def hello(_: dict[str, Any]) -> dict[str, Any]:
+        # zmq has accepted the only connection that it ever will.
+        start.sandbox.seal()
+        return {**identity, "pid": os.getpid()}
 
     def do(action: Callable[[dict[str, Any]], None]) -> Handler:
         def handler(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +94,7 @@ def serve(start: Start, worker: Worker, reactor: Reactor, more: Mapping[str, Han
         return handler
 
     channel.handlers = {
-        Verb.HELLO: lambda _: {**identity, "pid": os.getpid()},
+        Verb.HELLO: hello,
         Verb.HEARTBEAT: lambda _: {"epoch": worker.epoch(), "stats": dict(worker.stats())},
         Verb.QUIESCE: lambda _: worker.quiesce(),
         Verb.SAVE: lambda _: saved(),

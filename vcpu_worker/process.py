@@ -22,6 +22,7 @@ from shared import kvm
 from shared.errors import HostError
 from shared.linux import check, libc
 from shared.records import NamedTuple
+from shared.seccomp import Forbidden
 from vcpu_worker.layout import (
     COMMAND_PAUSE,
     EXIT_SENTINEL,
@@ -32,7 +33,7 @@ from vcpu_worker.layout import (
     VcpuStart,
     library,
 )
-from vcpu_worker.seccomp import Forbidden, vcpu_filter
+from vcpu_worker.seccomp import vcpu_filter
 
 STACK_SIZE = 64 << 10
 KICK_SIGNAL = signal.SIGRTMIN

@@ -1,4 +1,8 @@
-"""The API process's main: uvicorn on the listening socket that the controller made, a DEALER to the controller."""
+"""The API process's main: uvicorn on the listening socket that the controller made, a DEALER to the controller.
+
+Whoever can open the socket talks to an HTTP parser, so this process gives up what a device worker does
+(shared/sandbox.py): the file system once everything is imported, all but the calls of its list once it serves.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +19,40 @@ from typing import Any
 import uvicorn
 import zmq
 import zmq.asyncio
+from fastapi import FastAPI
 
 from controller.api.app import build
-from shared import messages
+from controller.api.endpoints import ENDPOINTS, ROOT
+from shared import messages, sandbox
 from shared.linux import die_with_parent, set_name
 from shared.messages import Verb
+
+CONNECT_SECONDS = 20.0
 
 
 class Controller:
     """Requests to the controller; answers are matched by number, so that any of them may take its time."""
 
-    def __init__(self, endpoint: str) -> None:
-        self._context: zmq.asyncio.Context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.set(zmq.LINGER, 200)
-        self._socket.connect(endpoint)
+    def __init__(self) -> None:
+        self._socket: zmq.asyncio.Socket | None = None
         self._numbers = itertools.count(1)
         self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self.on_shutdown: Callable[[], None] = lambda: None
 
+    async def connect(self, endpoint: str) -> None:
+        """Returns when the connection is there. There is only one, for life: a controller does not come back."""
+        context: zmq.asyncio.Context = zmq.asyncio.Context()
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.set(zmq.LINGER, 200)
+        self._socket.set(zmq.RECONNECT_IVL, -1)
+        self._socket.set(zmq.IMMEDIATE, 1)  # a message waits for the connection, and so do we
+        self._socket.connect(endpoint)
+        await self._socket.send(messages.encode({"event": "ready", "args": {}}))
+
     async def handle(self, method: str, name: str, body: bytes) -> tuple[int, bytes]:
         """One request; the controller's status and JSON."""
+        if self._socket is None:  # rehearse()
+            return 204, b""
         number = next(self._numbers)
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._pending[number] = future
@@ -52,7 +69,7 @@ class Controller:
 
     async def receive(self) -> None:
         """Take answers in until the controller says goodbye."""
-        await self._socket.send(messages.encode({"event": "ready", "args": {}}))
+        assert self._socket is not None
         while True:
             message = messages.decode(await self._socket.recv())
             if message.get("event") == "goodbye":
@@ -62,7 +79,11 @@ class Controller:
 
 
 class Server(uvicorn.Server):
-    """uvicorn without its signal handlers: when to end is the controller's decision."""
+    """uvicorn without its signal handlers: when to end the controller decides. Sealed before the first request."""
+
+    def __init__(self, config: uvicorn.Config, seal: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._seal = seal
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -70,12 +91,35 @@ class Server(uvicorn.Server):
             signal.signal(number, signal.SIG_IGN)
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._seal()
+        await super().startup(sockets)
 
-async def serve(sock: socket.socket, endpoint: str) -> None:
+
+async def rehearse(app: FastAPI) -> None:
+    """Two requests to nobody: what answering them imports must be there before the file system goes."""
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(_: Any) -> None:
+        pass
+
+    for path in (f"{ROOT}{ENDPOINTS[0].name}", "/"):
+        scope: dict[str, Any] = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
+            "path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"", "headers": [],
+            "client": None, "server": None,
+        }  # fmt: skip
+        await app(scope, receive, send)
+
+
+async def serve(sock: socket.socket, endpoint: str, box: sandbox.Sandbox) -> None:
     """Until told to stop; requests under way are answered first."""
-    controller = Controller(endpoint)
+    controller = Controller()
+    app = build(controller.handle)
     config = uvicorn.Config(
-        build(controller.handle),
+        app,
         http="h11",
         loop="asyncio",
         lifespan="off",
@@ -85,7 +129,11 @@ async def serve(sock: socket.socket, endpoint: str) -> None:
         date_header=False,
         timeout_graceful_shutdown=2,
     )
-    server = Server(config)
+    config.load()
+    await rehearse(app)
+    with box.leave_files(endpoint) as name:
+        await asyncio.wait_for(controller.connect(name), CONNECT_SECONDS)  # else a successor tries
+    server = Server(config, box.seal)
 
     def stop() -> None:
         server.should_exit = True
@@ -96,12 +144,15 @@ async def serve(sock: socket.socket, endpoint: str) -> None:
     receiver.cancel()
 
 
-def main(listen_fd: int, endpoint: str, parent: int) -> int:
+def main(listen_fd: int, endpoint: str, parent: int, seccomp: str) -> int:
+    die_with_parent(parent)
+    sandbox.keep_descriptors([listen_fd])
+    box = sandbox.confine("api", "api", seccomp)
     die_with_parent(parent)
     gc.freeze()  # what has been imported stays
     gc.enable()
     set_name("api")
     for number in (signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP):
         signal.signal(number, signal.SIG_IGN)
-    asyncio.run(serve(socket.socket(fileno=listen_fd), endpoint))
+    asyncio.run(serve(socket.socket(fileno=listen_fd), endpoint, box))
     return 0

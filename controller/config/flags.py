@@ -22,6 +22,7 @@ class Flag(NamedTuple):
 _TABLE = (
     Flag("--api-socket", "PATH", "<path>|path=<path>|fd=<fd>", "Serve the HTTP API on this unix socket"),
     Flag("--cmdline", "STRING", "", "Kernel command line, passed verbatim", vm=True),
+    Flag("--cgroup", "PATH", "", "Put each process into a cgroup of its own below this one (cgroup v2)"),
     Flag("--console", "CONSOLE", options.CONSOLE_SYNTAX, "Virtio console (hvc0) [default: tty]", vm=True),
     Flag("--cpus", "CPUS", options.CPUS_SYNTAX, "Virtual CPUs [default: boot=1,max_phys_bits=46]", vm=True),
     Flag("--disk", "DISK", options.DISK_SYNTAX, "Disks, one value each", many=True, vm=True),
@@ -40,7 +41,7 @@ _TABLE = (
     Flag("--net", "NET", options.NET_SYNTAX, "Network devices, one value each", many=True, vm=True),
     Flag("--no-shutdown", "", "", "Keep the VMM when the guest powers off"),
     Flag("--rng", "RNG", options.RNG_SYNTAX, "Entropy source [default: src=/dev/urandom]", vm=True),
-    Flag("--seccomp", "MODE", "true|false|log|errno", "Seccomp filter of the vCPU processes [default: true]"),
+    Flag("--seccomp", "MODE", "true|false|log|errno", "Seccomp filters of all processes that have one [default: true]"),
     Flag("--serial", "SERIAL", options.SERIAL_SYNTAX, "First serial port, ttyS0 [default: null]", vm=True),
 )
 FLAGS = {flag.name: flag for flag in _TABLE}

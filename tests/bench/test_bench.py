@@ -85,3 +85,12 @@ def test_peer_that_cannot_run_is_reported_with_the_reason(tmp_path):
     assert code == 0 and rows["flotilla"]["missing"] is None
     assert "run 0: ended; stderr: not today" in rows["cloud-hypervisor"]["missing"]
     assert "not a program that can be run" in rows["qemu-microvm"]["missing"]
+
+
+def test_sandbox():
+    code, answer, rows = bench("sandbox", "--runs", "1", "--seconds", "0.2")
+    assert (code, answer["bench"]) == (0, "sandbox")
+    for peer, mode in (("flotilla", "true"), ("flotilla-unfiltered", "false")):
+        has_figures(rows[peer], "iops", "first_io_ms")
+        assert rows[peer]["command"][-2:] == ["--seccomp", mode]
+    assert set(answer["ratios"]) == {"flotilla-unfiltered iops", "flotilla-unfiltered first_io_ms"}

@@ -8,13 +8,15 @@ import sys
 
 import pytest
 
+from shared.seccomp import Forbidden
 from tests.vmm import environment
-from vcpu_worker.seccomp import Forbidden, vcpu_filter
+from vcpu_worker.seccomp import vcpu_filter
 
 # Exit 0: the call was carried out; 1: EPERM. Afterwards exit_group, which the filter allows.
 TRY = """
 import ctypes, os, sys
-from vcpu_worker.seccomp import Forbidden, vcpu_filter
+from shared.seccomp import Forbidden
+from vcpu_worker.seccomp import vcpu_filter
 libc = ctypes.CDLL(None, use_errno=True)
 program, pid = vcpu_filter(Forbidden[sys.argv[1]]), os.getpid()
 assert libc.prctl(38, 1, 0, 0, 0) == 0
