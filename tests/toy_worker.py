@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Mapping
 from typing import Any
 
 from shared.errors import HostError
 from shared.reactor import Reactor
+from shared.rehearsal import NOTHING
 from shared.state_versions import State, StateKind
 from shared.worker import Start, serve
 
@@ -46,7 +48,7 @@ class Toy:
     def epoch(self) -> int:
         return self.count
 
-    def fault(self, what: str, value: int) -> None:
+    def fault(self, what: str, value: int, options: Mapping[str, Any] = NOTHING) -> None:
         if what == "bug":
             raise ZeroDivisionError("a bug in a handler")
         self.count = value
