@@ -277,8 +277,9 @@ class BlockBackend:
     # Rehearsed faults -------------------------------------------------------------------------------------------
 
     def fault(self, what: str, value: int, options: Mapping[str, Any] = NOTHING) -> None:
-        """`delay` (ms), `fail` (how many requests, 0: all), `hang` (requests), `freeze` (the ring threads), `withhold` and
-        `repeat` (so many notifications per queue), `die-<step>` (at its n-th time), `clear`. `options`: FAULT_OPTIONS.
+        """`delay` (ms), `fail` (how many requests, 0: all), `hang` (requests), `freeze` (ring threads), `withhold`
+        and `repeat` (so many notifications per queue), `die-<step>` (at its n-th time), `clear`.
+        `options`: FAULT_OPTIONS.
 
         A queue that hangs can't be stopped before `clear`, and stop_queue() would wait for it: kill the process.
         """

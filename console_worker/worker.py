@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from console_worker.console import Console
@@ -81,11 +82,13 @@ class ConsoleWorker:
         return self._pulse
 
     def fault(self, what: str, value: int, options: Mapping[str, Any] = NOTHING) -> None:
-        """Misbehave on request: `exit` with a code, `hang` for milliseconds (0: for ever), `delay` every look at a ring by
+        """Misbehave on request: `exit` with a code, `hang` for milliseconds (0: for ever), `freeze`: the same once
+        this is answered, `delay` every look at a ring by
         milliseconds until `clear`, `corrupt-vhost`. Raises ProtocolError."""
         faults: dict[str, Callable[[int], object]] = {
             "exit": os._exit,
             "hang": stand_still,
+            "freeze": self._freeze,
             "delay": self._delay,
             "clear": lambda _: self._delay(0),
             "corrupt-vhost": lambda _: self._garble(),
@@ -93,6 +96,11 @@ class ConsoleWorker:
         if what not in faults or options:
             raise ProtocolError(f"fault {what!r}: one of {', '.join(sorted(faults))}, without options")
         faults[what](value)
+
+    def _freeze(self, ms: int) -> None:
+        for device in self.devices.values():
+            device.reactor.call_soon(partial(stand_still, ms))  # behind the answer
+            break
 
     def _delay(self, ms: int) -> None:
         for device in self.devices.values():

@@ -1,4 +1,4 @@
-"""Faults that any worker can be told to have; what is particular to a kind of device is its own (`fault` of the contract).
+"""Faults that any worker can be told to have; what is particular to a kind of device is its own (`fault`).
 
     kill@VERB      end, as by SIGKILL, when a request of this verb comes: before it is carried out or answered
     hang@VERB      the main loop stands still at that moment, for `value` ms; 0: for ever

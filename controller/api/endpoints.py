@@ -1,6 +1,6 @@
 """The API's paths: one table for the HTTP process, the controller and the tests.
 
-Names, methods and success codes are Cloud Hypervisor's (its API page, section 3.3); the last six are ours.
+Names, methods and success codes are Cloud Hypervisor's (its API page, section 3.3); the last seven are ours.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("vm.cancel-migration", "PUT", False, 204, "Give the migration up; the guest stays at the source"),
     Endpoint("vm.migration-estimate", "GET", False, 200, "How a remote migration would go: takes a second"),
     Endpoint("vm.migration-resolve", "PUT", True, 204, "Whose is the guest of a migration in doubt?"),
+    Endpoint("vmm.fault-inject", "PUT", True, 200, "Make a process fail, with --allow-fault-injection"),
     Endpoint("vmm.fleet", "GET", False, 200, "Every process of the VM"),
 )
 BY_NAME = {endpoint.name: endpoint for endpoint in ENDPOINTS}

@@ -57,6 +57,7 @@ class Options(Record):
     log_level: Level
     no_shutdown: bool
     seccomp: Seccomp
+    allow_fault_injection: bool = False
 
 
 def parse_argv(argv: Sequence[str]) -> Options:
@@ -86,6 +87,7 @@ def parse_argv(argv: Sequence[str]) -> Options:
         log_level=Level(min(Level.WARN + len(given.get("-v", ())), Level.TRACE)),
         no_shutdown="--no-shutdown" in given,
         seccomp=_single(given, "--seccomp", _seccomp) or Seccomp.TRAP,
+        allow_fault_injection="--allow-fault-injection" in given,
     )
 
 
