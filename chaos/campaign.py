@@ -21,7 +21,7 @@ from chaos.client import Api, Gone, Refused
 from chaos.schedule import Injection
 from chaos.verify import Image, Lost, run_command
 from shared.errors import FlotillaError
-from shared.faults import Kind, Process
+from shared.faults import DEVICES, Kind, Process
 
 RECOVERY_SECONDS: Final = 60.0
 GONE_SECONDS: Final = 15.0
@@ -179,11 +179,12 @@ class Campaign:
 
     def _make_fork(self) -> bool:
         """A zygote is started again when it is needed: make it so, by the death of a worker."""
-        workers = [row for row in self._fleet() if row["kind"] in (Process.CONSOLE, Process.BLK, Process.NET)]
-        if not workers:
+        workers = [row for row in self._fleet() if row["kind"] in DEVICES and _serves(row)]
+        name = min(workers, key=lambda row: row["kind"] != Process.CONSOLE)["device"] if workers else ""
+        try:
+            self._patiently(lambda: self._api.put("vmm.fault-inject", {"process": name, "fault": "kill"}))
+        except Refused:  # it has just gone
             return False
-        name = min(workers, key=lambda row: row["kind"] != Process.CONSOLE)["device"]
-        self._patiently(lambda: self._api.put("vmm.fault-inject", {"process": name, "fault": "kill"}))
         return True
 
     # Asking ---------------------------------------------------------------------------------------------------------

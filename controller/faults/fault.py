@@ -230,7 +230,7 @@ def _at(value: Any, kind: Kind, target: Process) -> At:
     if Point.MESSAGE in value:
         return At(message=_message(value, target))
     if target not in RINGS:
-        raise ConfigError(f"{REQUEST}: at: a {target} process has no requests to count", "blk and net have")
+        raise ConfigError(f"{REQUEST}: at: {target} processes have no requests to count", "blk and net have")
     step = value.get("step", "marked")
     if step not in STEPS:
         raise ConfigError(f"{REQUEST}: at: unknown step {step!r}", f"one of {', '.join(STEPS)}")
@@ -240,7 +240,7 @@ def _at(value: Any, kind: Kind, target: Process) -> At:
 def _message(value: Mapping[str, Any], target: Process) -> str:
     message = value["message"]
     if target not in DEVICES:
-        raise ConfigError(f"{REQUEST}: at: a {target} process is not asked by messages", "blk, net and console are")
+        raise ConfigError(f"{REQUEST}: at: {target} processes are not asked by messages", "blk, net and console are")
     if Point.STEP in value:
         raise ConfigError(f"{REQUEST}: at: step belongs to a request")
     if message not in MESSAGES:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from controller.events import EventMonitor
-from controller.faults.fault import Channel, Fault, Shape, parse
+from controller.faults.fault import Channel, Fault, Point, Shape, parse
 from controller.fleet import Fleet
 from controller.fleet import Process as Running
 from shared import log
@@ -29,6 +29,7 @@ ANSWER_SECONDS: Final = 0.1
 CALL_SECONDS: Final = 5.0
 SLACK: Final = 16 << 20  # for what a thread needs to say that it can't go on
 AGENT: Final = "migration"  # exists only while one goes on; may be named before
+STEMS: Final = {"vcpu": Process.VCPU, "_disk": Process.BLK, "_net": Process.NET, "console": Process.CONSOLE}
 SIGNALS: Final = {Kind.KILL: signal.SIGKILL, Kind.STOP: signal.SIGSTOP}
 
 
@@ -52,7 +53,7 @@ class Injector:
 
     async def request(self, body: Any) -> dict[str, Any]:
         """The answer of `vmm.fault-inject`. Raises FlotillaError; nothing has been done then."""
-        fault = parse(body, self.processes())
+        fault = parse(body, self.processes() | _awaited(body))
         pid = self._pid(fault.process)
         if fault.at.state:
             self._arm(fault)
@@ -153,6 +154,16 @@ class Injector:
         log.warn(f"{event}: {fault.kind} of {fault.process} (pid {pid})")
         properties = {"process": fault.process, "pid": pid, "fault": str(fault.kind), "waits": _waits(fault)}
         self._events.emit("vmm", event, properties)
+
+
+def _awaited(body: Any) -> dict[str, Process]:
+    """Who is to be struck in a state may come with that state, as a VM that arrives: the name tells its kind."""
+    name = body.get("process") if isinstance(body, dict) else None
+    at = body.get("at") if isinstance(body, dict) else None
+    if not isinstance(name, str) or not isinstance(at, dict) or Point.STATE not in at:
+        return {}
+    kind = STEMS.get(name.rstrip("0123456789"))
+    return {} if kind is None else {name: kind}
 
 
 def words(fault: Fault) -> tuple[str, int, dict[str, int]]:

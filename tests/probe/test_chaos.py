@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 
 import pytest
 
 from chaos.schedule import DEFAULT_PROCESSES
+from controller.migration.progress import Phase
 from tests.netns import network_namespace
 from tests.netpeer import Flow, ping
 from tests.probe.net.rig import GUEST, HOST
+from tests.probe.test_remote_migration import free_port
 from tests.vmm import Vmm, environment, poll
 
 pytestmark = pytest.mark.probe
@@ -25,6 +28,7 @@ pytestmark = pytest.mark.probe
 KILLS = int(os.environ.get("FLOTILLA_KILLS", "60"))
 SEED = int(os.environ.get("FLOTILLA_CHAOS_SEED", "1"))
 DISK_SIZE = 16 << 20
+MIGRATIONS = int(os.environ.get("FLOTILLA_CHAOS_MIGRATIONS", "6"))
 CHAOS = "import sys; from controller.main import main; sys.exit(main(['chaos', *sys.argv[1:]]))"
 
 
@@ -85,5 +89,158 @@ def test_random_kills_over_all_kinds_lose_nothing(tmp_path, loaded, disk):
     assert b"BAD" not in loaded.output
 
 
-def rand() -> random.Random:
-    return random.Random(SEED)
+# Migrations ---------------------------------------------------------------------------------------------------------
+
+VICTIMS = ("vcpu0", "_disk0", "console", "api", "zygote", "janitor", "migration", "controller")
+STATES = {
+    ("send", True): "connecting building pausing saving offered handed-over",
+    ("send", False): "connecting proposing copying pausing saving final-pass preparing committed",
+    ("receive", True): "ready building built loading claimed running",
+    ("receive", False): "ready checking building built loading prepared committed running",
+}
+FINAL = ("completed", "failed", "cancelled", "none", "in-doubt")
+
+
+class Traveller:
+    """One guest that moves from VMM to VMM; at each hop one process of either side is killed in some state."""
+
+    def __init__(self, folder, disk) -> None:
+        self.folder, self.disk = folder, disk
+        self.number = 0
+        self.opened: list[Vmm] = []
+        self.here = self.boot()
+
+    def boot(self) -> Vmm:
+        words = "mode=blkload,rng,ram blkload.depth=4 rng.every_ms=20 ram.mb=4 ram.rate=10 report_ms=100"
+        devices = ["--disk", f"path={self.disk}", "--console", f"file={self.folder}/console"]
+        vmm = self._open(lambda name: Vmm.guest(self.folder, words, *devices, *self._flags(name), name=name))
+        vmm.expect("blk ok ")
+        vmm.wait_api()
+        poll(lambda: {"janitor", "console", "_disk0"} <= vmm.fleet().keys())
+        return vmm
+
+    def _flags(self, name: str) -> list[str]:
+        return ["--allow-fault-injection", "--event-monitor", f"path={self.folder}/{name}.events"]
+
+    def _open(self, make) -> Vmm:
+        self.number += 1
+        vmm = make(f"v{self.number}")
+        self.opened.append(vmm)
+        return vmm
+
+    def close(self) -> None:
+        for vmm in self.opened:
+            vmm.__exit__()
+
+    def hop(self, choice: random.Random) -> str:
+        """How it ended, once that is verified."""
+        source = self.here
+        destination = self._open(lambda name: Vmm(self.folder, *self._flags(name), name=name))
+        destination.wait_api()
+        local = choice.random() < 0.5
+        side = choice.choice(["send", "receive"])
+        victim, state = choice.choice(VICTIMS), choice.choice(STATES[side, local].split())
+        struck = source if side == "send" else destination
+        if victim != "controller":
+            struck.ask("fault-inject", f"process={victim},fault=kill,state={state}")
+        where = f"{'local' if local else 'remote'}: {victim} of the {side} side killed at {state}"
+        print(where, end="", flush=True)
+        url = f"unix:{self.folder}/s{self.number}" if local else f"tcp:127.0.0.1:{free_port()}"
+        receiver = destination.start_remote("receive-migration", url)
+        poll(lambda: receiver.poll() is not None or progress(destination) == "ongoing")
+        sender = source.start_remote("send-migration", *(["--local"] if local else []), url)
+        try:
+            if victim == "controller":
+                self._kill_controller(struck, state)
+            outcome = self._settle(source, destination)
+        finally:
+            for process in (sender, receiver):
+                process.kill()
+                process.wait()
+        return outcome
+
+    def _kill_controller(self, vmm: Vmm, state: str) -> None:
+        """As soon as its events tell the state, or its part is over."""
+        path = self.folder / vmm.api.name.replace(".api", ".events")
+        wanted = re.compile(rf'"phase": "({state}|completed|failed|cancelled|lost)"')
+        poll(lambda: vmm.process.poll() is not None or wanted.search(path.read_text()), 60)
+        if vmm.process.poll() is None:
+            vmm.process.kill()
+            vmm.process.wait()
+
+    def _settle(self, source: Vmm, destination: Vmm) -> str:
+        """Wait for the truth of both sides; exactly one runs the guest, unless the only owner was killed."""
+        said = poll(lambda: progress(source) in FINAL and progress(source), 90)
+        if phase(destination) == "listening":  # nobody has come, and nobody will
+            destination.ask("cancel-migration")
+        arrived = poll(lambda: progress(destination) in FINAL and progress(destination), 90) == "completed"
+        if said == "in-doubt":
+            assert source.ask("info")["state"] == "Paused"
+            source.ask("migration-resolve", "--there" if arrived else "--here")
+            poll(lambda: progress(source) in ("none", "completed", "failed") and progress(source))
+        assert not (arrived and runs(source)), f"two runners\n{source.errors}\n{destination.errors}"
+        if arrived:
+            self.here = destination
+        elif runs(source):
+            assert not has_vm(destination)
+        else:
+            assert killed(source) or killed(destination), f"no runner\n{source.errors}\n{destination.errors}"
+            self._check(source, destination)
+            self.here = self.boot()
+            return "its only owner was killed, and the guest with it"
+        self._check(source, destination)
+        self.here.more("blk ok ")
+        self.here.more("ram ok ")
+        assert self.here.ask("info")["state"] == "Running"
+        if not arrived and destination.process.poll() is None:
+            destination.ask("shutdown-vmm")
+            assert destination.wait() == 0
+        return ("in doubt, settled: " if said == "in-doubt" else "") + ("moved" if arrived else "stayed")
+
+    @staticmethod
+    def _check(*vmms: Vmm) -> None:
+        for vmm in vmms:
+            assert b"BAD" not in vmm.output, vmm.output[-2000:]
+
+
+def killed(vmm: Vmm) -> bool:
+    return vmm.process.poll() is not None and vmm.process.returncode < 0
+
+
+def progress(vmm: Vmm) -> str:
+    """Of a VMM that has ended: completed, or failed if it was killed."""
+    done = vmm.remote("migration-progress")
+    if done.returncode == 0:
+        return json.loads(done.stdout)["state"]
+    if vmm.process.poll() is None:
+        return ""  # its API process is on its way back
+    return "failed" if vmm.process.returncode < 0 else "completed"
+
+
+def phase(vmm: Vmm) -> str:
+    done = vmm.remote("migration-progress")
+    return json.loads(done.stdout).get("phase", "") if done.returncode == 0 else ""
+
+
+def has_vm(vmm: Vmm) -> bool:
+    return vmm.process.poll() is None and vmm.remote("info").returncode == 0
+
+
+def runs(vmm: Vmm) -> bool:
+    if vmm.process.poll() is not None:
+        return False
+    done = poll(lambda: vmm.process.poll() is not None or vmm.remote("info"))
+    return done is not True and done.returncode == 0 and json.loads(done.stdout)["state"] == "Running"
+
+
+@pytest.mark.timeout(120 + 30 * MIGRATIONS)
+def test_migrations_with_a_random_kill_never_have_two_runners(tmp_path, disk):
+    assert {state for words in STATES.values() for state in words.split()} <= set(Phase)
+    choice = random.Random(SEED)
+    traveller = Traveller(tmp_path, disk)
+    try:
+        for number in range(MIGRATIONS):
+            print(number, end=" ")
+            print(f": {traveller.hop(choice)}", flush=True)
+    finally:
+        traveller.close()
