@@ -1,5 +1,5 @@
 """`python -m bench boot | footprint | migrate-local | migrate-remote |
-net | migrate-net`. Exit code 1 when ours could not be measured."""
+net | migrate-net | faults`. Exit code 1 when ours could not be measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bench import boot, footprint, lab, migrate_local, migrate_net, migrate_remote, net, processes, report
+from bench import (
+    boot,
+    faults,
+    footprint,
+    lab,
+    migrate_local,
+    migrate_net,
+    migrate_remote,
+    net,
+    processes,
+    report,
+)
 from guest import build
 from shared.errors import FlotillaError
 
@@ -22,11 +33,12 @@ Figures of Flotilla beside its peers, in the same run on the same machine.
   migrate-remote  throughput and downtime of a migration over loopback, idle and with a guest that writes
   net             frames and bytes a second through a network card on a TAP, and round trips
   migrate-net     silence of a guest's network, and what is lost, while it moves to another host
+  faults          how long a guest under load waits while a process of its VMM is replaced
 
 Peers: QEMU from PATH; Cloud Hypervisor and Firecracker where FLOTILLA_BENCH_CLOUD_HYPERVISOR and
 FLOTILLA_BENCH_FIRECRACKER name a binary. A peer that can't be measured is reported with the reason.
 """
-RUNS = {"boot": 20, "footprint": 3, "migrate-local": 5, "migrate-remote": 1, "net": 5, "migrate-net": 5}
+RUNS = {"boot": 20, "footprint": 3, "migrate-local": 5, "migrate-remote": 1, "net": 5, "migrate-net": 5, "faults": 20}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -53,6 +65,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     card = verbs.add_parser("net", parents=[common])
     card.add_argument("--cases", nargs="+", choices=[str(case) for case in net.CASES], default=[], metavar="CASE")
     card.add_argument("--seconds", type=float, default=2.0, metavar="S", help="that a sample takes")
+    rehearsal = verbs.add_parser("faults", parents=[common])
+    names = [str(case) for case in faults.CASES]
+    rehearsal.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE")
     options = parser.parse_args(arguments)
     options.runs = options.runs or RUNS[options.bench]
     return options
@@ -84,6 +99,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         )
     if options.bench == "net":
         return net.run(kernel, options.runs, options.patience, options.seconds, options.cases)
+    if options.bench == "faults":
+        return faults.run(kernel, options.runs, options.patience, options.cases)
     if options.bench == "migrate-net":
         return migrate_net.run(kernel, options.runs, options.patience)
     if options.lab:

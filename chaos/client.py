@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from shared.errors import FlotillaError, HostError
 
-SECONDS: Final = 30.0
+SECONDS: Final = 60.0
 
 
 class Refused(FlotillaError):

@@ -17,6 +17,8 @@ from shared.faults import VICTIMS, Kind, Process
 # How long what does not end by a death may last, unless supervision ends it before.
 STANDSTILL_MS: Final = 3000
 INDICES: Final = 1 << 16
+# How often a kind of process is drawn. The API process takes a second of imports to be back, or ten on a busy host.
+WEIGHTS: Final = dict.fromkeys(Process, 4) | {Process.API: 1}
 DEFAULT_KINDS: Final = (Kind.KILL, Kind.STOP)
 # A migration's agent is there only while one goes on: tests strike it at its states.
 DEFAULT_PROCESSES: Final = tuple(process for process in Process if process is not Process.MIGRATION)
@@ -47,7 +49,7 @@ class Plan:
 
     @property
     def pairs(self) -> list[tuple[Process, Kind]]:
-        """What can be drawn; each process kind is as likely as any other."""
+        """What can be drawn: a kind of process by WEIGHTS, then one of the kinds of fault that fit it."""
         return [(process, kind) for process in self.processes for kind in self.kinds if process in VICTIMS[kind]]
 
 
@@ -73,11 +75,11 @@ def _draw(plan: Plan) -> Iterator[Injection]:
     by_process: dict[Process, list[Kind]] = {}
     for process, kind in plan.pairs:
         by_process.setdefault(process, []).append(kind)
-    processes = list(by_process)
+    processes, weights = list(by_process), [WEIGHTS[process] for process in by_process]
     now = 0.0
     while True:
         now += source.expovariate(plan.rate)
-        process = source.choice(processes)
+        process = source.choices(processes, weights)[0]
         kind = source.choice(by_process[process])
         yield Injection(round(now, 6), process, source.randrange(INDICES), kind, _fields(source, kind, process))
 

@@ -22,7 +22,7 @@ def rows():
 def test_spread_ratio_and_reason_are_in_the_json(capsys):
     report.show(report.result("boot", "ms", rows(), "ms", ["a note"]), as_json=True)
     answer = json.loads(capsys.readouterr().out)
-    assert answer["rows"][0]["figures"] == {"ms": {"n": 3, "min": 10.0, "median": 20.0, "max": 30.0}}
+    assert answer["rows"][0]["figures"] == {"ms": {"n": 3, "min": 10.0, "median": 20.0, "p99": 30.0, "max": 30.0}}
     assert answer["ratios"] == {"qemu 512M": 0.5}
     assert [row["missing"] for row in answer["rows"]] == [None, None, "no binary given"]
     assert answer["host"]["kernel"] and answer["notes"] == ["a note"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chaos.schedule import DEFAULT_PROCESSES, Plan, schedule
+from chaos.schedule import DEFAULT_PROCESSES, WEIGHTS, Plan, schedule
 from controller.faults.fault import parse
 from shared.faults import VICTIMS, Kind, Process
 
@@ -54,7 +54,7 @@ def test_another_seed_gives_another_schedule():
 def test_every_process_kind_has_its_share():
     found = schedule(Plan(1, (Kind.KILL, Kind.ERROR), DEFAULT_PROCESSES, 1.0, count=700))
     counts = {process: sum(each.process is process for each in found) for process in DEFAULT_PROCESSES}
-    assert all(count > 60 for count in counts.values())
+    assert all(count > 15 * WEIGHTS[process] for process, count in counts.items())
 
 
 @pytest.mark.parametrize(

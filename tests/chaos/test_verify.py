@@ -49,7 +49,7 @@ def test_a_sector_that_is_wrong_is_named(disk, sector, message):
 
 
 def test_an_image_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(HostError, match="--verify .*/none: No such file"):
+    with pytest.raises(HostError, match=r"--verify .*/none: No such file"):
         Image(str(tmp_path / "none"))
 
 

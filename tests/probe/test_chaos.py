@@ -67,19 +67,19 @@ def loaded(tmp_path, disk, network):
         yield vmm
 
 
-@pytest.mark.timeout(120 + 3 * KILLS)
+@pytest.mark.timeout(300 + 6 * KILLS)
 def test_random_kills_over_all_kinds_lose_nothing(tmp_path, loaded, disk):
     """The guest verifies every block and datagram, and the image is verified from outside with the VM paused."""
     report = tmp_path / "report.json"
     with Flow(GUEST) as flow:
         done = chaos(
             loaded, "--seed", str(SEED), "--count", str(KILLS), "--kinds", "kill", "--rate", "50",
-            "--verify", str(disk), "--verify-every", "25", "--report", str(report), seconds=60 + 3 * KILLS,
+            "--verify", str(disk), "--verify-every", "25", "--report", str(report), seconds=200 + 6 * KILLS,
         )  # fmt: skip
         assert done.returncode == 0, f"{done.stdout[-3000:]}{done.stderr}\n{loaded.errors[-3000:]}"
         flow.goes_on()
-        loaded.more("blk ok ", 60)
-        loaded.more("blk ok ", 60)
+        loaded.more("blk ok ", 120)
+        loaded.more("blk ok ", 120)
     print(done.stdout[-900:])
     found = json.loads(report.read_text())
     assert found["outcome"] == "ok" and found["verifications"] > KILLS // 25

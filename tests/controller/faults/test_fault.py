@@ -106,7 +106,10 @@ DISK = {"process": "_disk0"}
         (DISK | {"fault": "slow", "value": 1, "shape": "normal"}, "shape: a normal delay needs spread"),
         (DISK | {"fault": "slow", "value": 1, "shape": "odd"}, "shape: unknown shape 'odd'"),
         ({"process": "_net1", "fault": "slow", "value": 1, "count": 2}, "count: only a blk process has it"),
-        ({"process": "console", "fault": "slow", "value": 1, "at": {"request": 1}}, "console processes have no requests"),
+        (
+            {"process": "console", "fault": "slow", "value": 1, "at": {"request": 1}},
+            "console processes have no requests",
+        ),
         ({"process": "_net1", "fault": "slow", "value": 1, "at": {"request": 1}}, "only a blk process is slow from"),
         (DISK | {"fault": "error", "rate": 0}, "rate: 0 is no part of the requests"),
         (DISK | {"fault": "error", "rate": 1.5}, "rate: 1.5 is no part"),
