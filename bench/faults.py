@@ -222,8 +222,9 @@ def qemu(kernel: str, case: Case, runs: int, patience: float, row: report.Row) -
         stack.callback(daemon.kill)
         daemon.start(patience)
         row.command = [
-            programs.qemu(), "-accel", "kvm", "-M", "microvm,pcie=on,pic=off,pit=off,memory-backend=ram", "-cpu",
-            QEMU_CPU, "-m", "256M", "-object", "memory-backend-memfd,id=ram,size=256M,share=on", "-nodefaults", "-no-reboot",
+            programs.qemu(), "-accel", "kvm", "-M", "microvm,pcie=on,pic=off,pit=off,memory-backend=ram",
+            "-cpu", QEMU_CPU, "-m", "256M", "-object", "memory-backend-memfd,id=ram,size=256M,share=on",
+            "-nodefaults", "-no-reboot",
             "-display", "none", "-serial", "stdio", "-kernel", kernel,
             "-append", f"{case.words} {MICROVM_WORDS}",
             "-chardev", f"socket,id=disk,path={daemon.socket},reconnect=1",

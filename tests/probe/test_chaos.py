@@ -15,12 +15,14 @@ import sys
 
 import pytest
 
+from chaos.client import Api
 from chaos.schedule import DEFAULT_PROCESSES
 from controller.migration.progress import Phase
+from shared.errors import FlotillaError
 from tests.netns import network_namespace
 from tests.netpeer import Flow, ping
 from tests.probe.net.rig import GUEST, HOST
-from tests.probe.test_remote_migration import free_port
+from tests.probe.test_remote_migration import free_port, listens
 from tests.vmm import Vmm, environment, poll
 
 pytestmark = pytest.mark.probe
@@ -98,6 +100,7 @@ STATES = {
     ("receive", True): "ready building built loading claimed running",
     ("receive", False): "ready checking building built loading prepared committed running",
 }
+PATIENCE = 180.0
 FINAL = ("completed", "failed", "cancelled", "none", "in-doubt")
 
 
@@ -116,7 +119,7 @@ class Traveller:
         vmm = self._open(lambda name: Vmm.guest(self.folder, words, *devices, *self._flags(name), name=name))
         vmm.expect("blk ok ")
         vmm.wait_api()
-        poll(lambda: {"janitor", "console", "_disk0"} <= vmm.fleet().keys())
+        poll(lambda: {row["device"] for row in ask(vmm, "vmm.fleet")} >= {"janitor", "console", "_disk0"})
         return vmm
 
     def _flags(self, name: str) -> list[str]:
@@ -136,18 +139,19 @@ class Traveller:
         """How it ended, once that is verified."""
         source = self.here
         destination = self._open(lambda name: Vmm(self.folder, *self._flags(name), name=name))
-        destination.wait_api()
+        poll(lambda: ask(destination, "vmm.ping"), PATIENCE)
         local = choice.random() < 0.5
         side = choice.choice(["send", "receive"])
         victim, state = choice.choice(VICTIMS), choice.choice(STATES[side, local].split())
         struck = source if side == "send" else destination
         if victim != "controller":
-            struck.ask("fault-inject", f"process={victim},fault=kill,state={state}")
+            body = {"process": victim, "fault": "kill", "at": {"state": state}}
+            assert Api(str(struck.api)).put("vmm.fault-inject", body)["waits"] == f"state {state}"
         where = f"{'local' if local else 'remote'}: {victim} of the {side} side killed at {state}"
         print(where, end="", flush=True)
         url = f"unix:{self.folder}/s{self.number}" if local else f"tcp:127.0.0.1:{free_port()}"
         receiver = destination.start_remote("receive-migration", url)
-        poll(lambda: receiver.poll() is not None or progress(destination) == "ongoing")
+        poll(lambda: receiver.poll() is not None or listens(destination, url), PATIENCE)
         sender = source.start_remote("send-migration", *(["--local"] if local else []), url)
         try:
             if victim == "controller":
@@ -163,21 +167,23 @@ class Traveller:
         """As soon as its events tell the state, or its part is over."""
         path = self.folder / vmm.api.name.replace(".api", ".events")
         wanted = re.compile(rf'"phase": "({state}|completed|failed|cancelled|lost)"')
-        poll(lambda: vmm.process.poll() is not None or wanted.search(path.read_text()), 60)
+        poll(lambda: vmm.process.poll() is not None or wanted.search(path.read_text()), PATIENCE)
         if vmm.process.poll() is None:
             vmm.process.kill()
             vmm.process.wait()
 
     def _settle(self, source: Vmm, destination: Vmm) -> str:
         """Wait for the truth of both sides; exactly one runs the guest, unless the only owner was killed."""
-        said = poll(lambda: progress(source) in FINAL and progress(source), 90)
-        if phase(destination) == "listening":  # nobody has come, and nobody will
+        said = final(source)
+        if ask(source, "vm.migration-progress").get("phase") == "lost":  # it says so, and ends
+            source.wait(PATIENCE)
+        if ask(destination, "vm.migration-progress").get("phase") == "listening":  # nobody has come, and nobody will
             destination.ask("cancel-migration")
-        arrived = poll(lambda: progress(destination) in FINAL and progress(destination), 90) == "completed"
+        arrived = final(destination) == "completed"
         if said == "in-doubt":
             assert source.ask("info")["state"] == "Paused"
             source.ask("migration-resolve", "--there" if arrived else "--here")
-            poll(lambda: progress(source) in ("none", "completed", "failed") and progress(source))
+            poll(lambda: progress(source) in ("none", "completed", "failed"), PATIENCE)
         assert not (arrived and runs(source)), f"two runners\n{source.errors}\n{destination.errors}"
         if arrived:
             self.here = destination
@@ -189,9 +195,9 @@ class Traveller:
             self.here = self.boot()
             return "its only owner was killed, and the guest with it"
         self._check(source, destination)
-        self.here.more("blk ok ")
-        self.here.more("ram ok ")
-        assert self.here.ask("info")["state"] == "Running"
+        self.here.more("blk ok ", PATIENCE)
+        self.here.more("ram ok ", PATIENCE)
+        assert runs(self.here)
         if not arrived and destination.process.poll() is None:
             destination.ask("shutdown-vmm")
             assert destination.wait() == 0
@@ -207,30 +213,33 @@ def killed(vmm: Vmm) -> bool:
     return vmm.process.poll() is not None and vmm.process.returncode < 0
 
 
+def ask(vmm: Vmm, name: str) -> dict:
+    """Without a process per question; {} while there is no answer, or none to have."""
+    try:
+        return Api(str(vmm.api)).get(name)
+    except FlotillaError:
+        return {}
+
+
 def progress(vmm: Vmm) -> str:
     """Of a VMM that has ended: completed, or failed if it was killed."""
-    done = vmm.remote("migration-progress")
-    if done.returncode == 0:
-        return json.loads(done.stdout)["state"]
     if vmm.process.poll() is None:
-        return ""  # its API process is on its way back
+        return ask(vmm, "vm.migration-progress").get("state", "")
     return "failed" if vmm.process.returncode < 0 else "completed"
 
 
-def phase(vmm: Vmm) -> str:
-    done = vmm.remote("migration-progress")
-    return json.loads(done.stdout).get("phase", "") if done.returncode == 0 else ""
+def final(vmm: Vmm) -> str:
+    return poll(lambda: progress(vmm) in FINAL and progress(vmm), PATIENCE)
 
 
 def has_vm(vmm: Vmm) -> bool:
-    return vmm.process.poll() is None and vmm.remote("info").returncode == 0
+    return bool(ask(vmm, "vm.info"))
 
 
 def runs(vmm: Vmm) -> bool:
-    if vmm.process.poll() is not None:
-        return False
-    done = poll(lambda: vmm.process.poll() is not None or vmm.remote("info"))
-    return done is not True and done.returncode == 0 and json.loads(done.stdout)["state"] == "Running"
+    """Waits for an API process that is on its way back."""
+    poll(lambda: vmm.process.poll() is not None or ask(vmm, "vmm.ping"), PATIENCE)
+    return ask(vmm, "vm.info").get("state") == "Running"
 
 
 @pytest.mark.timeout(120 + 30 * MIGRATIONS)
