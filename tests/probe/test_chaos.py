@@ -156,6 +156,7 @@ class Traveller:
         try:
             if victim == "controller":
                 self._kill_controller(struck, state)
+            sender.wait(PATIENCE)  # with its API process it ends before the migration does
             outcome = self._settle(source, destination)
         finally:
             for process in (sender, receiver):
@@ -201,7 +202,8 @@ class Traveller:
         if not arrived and destination.process.poll() is None:
             destination.ask("shutdown-vmm")
             assert destination.wait() == 0
-        return ("in doubt, settled: " if said == "in-doubt" else "") + ("moved" if arrived else "stayed")
+        why = "" if arrived else f": {(ask(source, 'vm.migration-progress').get('error') or ['?'])[-1]}"
+        return ("in doubt, settled: " if said == "in-doubt" else "") + ("moved" if arrived else "stayed") + why
 
     @staticmethod
     def _check(*vmms: Vmm) -> None:
