@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from shared import log
 from shared.errors import HostError, ProtocolError
 from shared.reactor import Reactor
 
@@ -80,6 +81,7 @@ def starve() -> None:
             hoard.append(bytearray(1 << 20))
     except MemoryError:
         hoard.clear()
+        log.error("out of memory: an allocation failed")  # said now: its front end ends it as soon as it lets go
         raise HostError("out of memory: an allocation failed") from None
     hoard.clear()
     raise ProtocolError(f"out-of-memory: {HOARD_MIB} MiB could be had", "set RLIMIT_AS before")
