@@ -1,5 +1,5 @@
 """`python -m bench boot | footprint | migrate-local | migrate-remote |
-net | migrate-net | sandbox`. Exit code 1 when ours could not be measured."""
+net | migrate-net | sandbox | faults`. Exit code 1 when ours could not be measured."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from bench import (
     boot,
+    faults,
     footprint,
     lab,
     migrate_local,
@@ -36,11 +37,15 @@ Figures of Flotilla beside its peers, in the same run on the same machine.
                   Debian guest (~/workloads; a KVM that runs Linux), --lab: that in the lab
   migrate-net     silence of a guest's network, and what is lost, while it moves to another host
   sandbox         block requests and the way to the first one, with the processes' filters and without
+  faults          how long a guest under load waits while a process of its VMM is replaced
 
 Peers: QEMU from PATH; Cloud Hypervisor and Firecracker where FLOTILLA_BENCH_CLOUD_HYPERVISOR and
 FLOTILLA_BENCH_FIRECRACKER name a binary. A peer that can't be measured is reported with the reason.
 """
-RUNS = {"boot": 20, "footprint": 3, "migrate-local": 5, "migrate-remote": 1, "net": 5, "migrate-net": 5, "sandbox": 10}
+RUNS = {
+    "boot": 20, "footprint": 3, "migrate-local": 5, "migrate-remote": 1, "net": 5, "migrate-net": 5, "sandbox": 10,
+    "faults": 20,
+}  # fmt: skip
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -72,6 +77,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     guest.add_argument("--lab", action="store_true", help="--debian inside the lab (deploy/lab/README.md)")
     walls = verbs.add_parser("sandbox", parents=[common])
     walls.add_argument("--seconds", type=float, default=2.0, metavar="S", help="of I/O that a sample counts")
+    rehearsal = verbs.add_parser("faults", parents=[common])
+    names = [str(case) for case in faults.CASES]
+    rehearsal.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE")
     options = parser.parse_args(arguments)
     options.runs = options.runs or RUNS[options.bench]
     return options
@@ -110,6 +118,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return net.run(kernel, options.runs, options.patience, options.seconds, options.cases)
     if options.bench == "sandbox":
         return sandbox.run(kernel, options.runs, options.patience, options.seconds)
+    if options.bench == "faults":
+        return faults.run(kernel, options.runs, options.patience, options.cases)
     if options.bench == "migrate-net":
         return migrate_net.run(kernel, options.runs, options.patience)
     if options.lab:

@@ -111,6 +111,12 @@ class Traffic(ABC):
         """What was sent before is forgotten: the guest may not have been there yet."""
         self._since = self._sent
 
+    def gap_ms(self, begin: float, end: float) -> float | None:
+        """The longest time between two answers, the first before `end` and the second after `begin` (CLOCK_MONOTONIC).
+        None: fewer than two."""
+        times = sorted(self._answers.copy().values())
+        return max(((b - a) * 1e3 for a, b in pairwise(times) if b >= begin and a <= end), default=None)
+
     def silence(self) -> Silence:
         """Once it has ended."""
         times = sorted(at for number, at in self._answers.items() if number >= self._since)

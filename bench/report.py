@@ -1,12 +1,13 @@
 """Results: one JSON shape for every bench, and the same as a table.
 
     {"bench": …, "where": "here" | "lab", "host": {…}, "unit": …, "rows": [row, …], "ratios": {…}, "notes": […]}
-    row: {"peer", "case", "command", "missing": null | reason, "figures": {name: {"n", "min", "median", "max"}}, …}
+    row: {"peer", "case", "command", "missing": null | reason, "figures": {name: {"n", "min", "median", "p99", "max"}}}
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -53,8 +54,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
         "n": len(values),
         "min": min(values),
         "median": round(statistics.median(values), 3),
+        "p99": quantile(values, 0.99),
         "max": max(values),
     }
+
+
+def quantile(values: Sequence[float], part: float) -> float:
+    """The smallest value that `part` of all don't pass; with few values the largest."""
+    return sorted(values)[min(len(values), math.ceil(part * len(values))) - 1]
 
 
 def ratio(rows: Iterable[Row], figure: str, base: str) -> dict[str, float]:
@@ -112,10 +119,10 @@ def show(answer: dict[str, Any], as_json: bool) -> None:
         f"{answer['bench']} ({answer['where']}; {answer['unit']}; kernel {facts['kernel']}, {facts['cpus']} CPUs, "
         f"{'+'.join(facts['kvm']) or 'kvm'}, Python {facts['python']}, load {facts['load']})"
     )
-    lines = [["peer", "case", "figure", "n", "min", "median", "max"]]
+    lines = [["peer", "case", "figure", "n", "min", "median", "p99", "max"]]
     for row in answer["rows"]:
         for name, values in row["figures"].items():
-            numbers = [f"{values[key]:.1f}" for key in ("min", "median", "max")]
+            numbers = [f"{values[key]:.1f}" for key in ("min", "median", "p99", "max")]
             lines.append([row["peer"], row["case"], name, str(int(values["n"])), *numbers])
         if row["missing"]:
             lines.append([row["peer"], row["case"], f"missing: {row['missing']}"])

@@ -18,6 +18,7 @@ from shared import log
 from shared.errors import ConfigError, ProtocolError
 from shared.native_ring import Step, VringError, check, regions_of, setup_of
 from shared.reactor import Reactor, drain_eventfd
+from shared.rehearsal import NOTHING
 from shared.vhost_backend import Mapping as MemoryMapping
 from shared.vhost_backend import Ring
 from shared.virtio_blk import CONFIG_SIZE, WRITEBACK_OFFSET, BlkConfig, Feature, config_space, features
@@ -28,6 +29,9 @@ MAX_QUEUES = 256
 SUMS = (
     "inflight", "resubmitted", "syncs", "bounced", "errors", "unsupported", "malformed", "poisoned", "kicks", "calls",
 )  # fmt: skip
+ALWAYS = 1_000_000  # of a million requests
+# Fields of struct blk_fault that go with `delay`, `fail`, `hang`.
+FAULT_OPTIONS = ("first_sector", "last_sector", "seed", "after", "count", "spread_ms", "shape", "fail")
 NEVER = (1 << 64) - 1  # a latency before the first request, as in Cloud Hypervisor's counters
 
 
@@ -286,11 +290,12 @@ class BlockBackend:
         self.set_log(*self._log)
         self._reported.clear()
 
-    # Faults, for tests ------------------------------------------------------------------------------------------
+    # Rehearsed faults -------------------------------------------------------------------------------------------
 
-    def fault(self, what: str, value: int) -> None:
-        """`delay` (ms), `fail` (how many requests, 0: all), `hang`, `die-<step>` (at its n-th time), `die-on-sector`,
-        `clear`.
+    def fault(self, what: str, value: int, options: Mapping[str, Any] = NOTHING) -> None:
+        """`delay` (ms), `fail` (how many requests, 0: all), `hang` (requests), `freeze` (ring threads), `withhold`
+        and `repeat` (so many notifications per queue), `die-<step>` (at its n-th time), `die-on-sector`, `clear`.
+        `options`: FAULT_OPTIONS.
 
         A queue that hangs can't be stopped before `clear`, and stop_queue() would wait for it: kill the process.
         """
@@ -300,14 +305,24 @@ class BlockBackend:
         elif what == "delay":
             fault.kinds, fault.delay_ms = every, value
         elif what == "fail":
-            fault.kinds, fault.fail, fault.count = every, 1, value
+            fault.kinds, fault.fail, fault.count = every, ALWAYS, value
         elif what == "hang":
             fault.kinds, fault.delay_ms = every, native.HANG_FOR_EVER
         elif what == "die-on-sector":
             fault.die_on_sector, fault.sector = 1, value
+        elif what == "freeze":
+            fault.freeze = 1
+        elif what == "withhold":
+            fault.withhold = value
+        elif what == "repeat":
+            fault.repeat = value
         elif what.startswith("die-") and what[4:].upper() in Step.__members__:
             fault.die_at, fault.die_after = Step[what[4:].upper()], max(1, value)
         else:
             raise ProtocolError(f"block device: unknown fault {what!r}")
+        for name, number in options.items():
+            if name not in FAULT_OPTIONS or type(number) is not int or number < 0:
+                raise ProtocolError(f"block device: fault {what}: {name}={number!r}")
+            setattr(fault, name, number)
         self._fault = fault
         self._native.blk_set_fault(self._device, ctypes.byref(fault))

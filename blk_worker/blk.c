@@ -187,13 +187,14 @@ void blk_set_fault(struct blk_device *d, const struct blk_fault *fault)
 {
     pthread_mutex_lock(&d->fault_lock);
     d->fault = *fault;
-    __atomic_store_n(&d->armed, fault->kinds || fault->die_on_sector, __ATOMIC_RELAXED);
+    __atomic_store_n(&d->armed, fault->kinds || fault->freeze || fault->die_on_sector, __ATOMIC_RELAXED);
     pthread_cond_broadcast(&d->fault_changed);
     pthread_mutex_unlock(&d->fault_lock);
     for (uint32_t i = 0; i < d->config.num_queues; i++) {
         pthread_mutex_lock(&d->queue[i].lock);
         d->queue[i].vring.die_at = (uint16_t)fault->die_at;
         d->queue[i].vring.die_after = fault->die_after;
+        d->queue[i].calls_fault = (struct loop_calls){fault->withhold, fault->repeat};
         pthread_mutex_unlock(&d->queue[i].lock);
     }
 }

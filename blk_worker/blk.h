@@ -97,16 +97,28 @@ struct blk_counters {
     struct blk_op_counters op[BLK_KINDS];
 };
 
-/* ABI. For tests. Applies to requests whose kind is in `kinds` (bit per enum blk_kind), `count` times (0: always). */
+enum blk_shape { BLK_FIXED, BLK_UNIFORM, BLK_NORMAL };
+
+/*
+ * ABI. A rehearsed fault. Applies to requests whose kind is in `kinds` (bit per enum blk_kind) and which touch one of the
+ * sectors, once `after` of them have passed, `count` times (0: always).
+ */
 struct blk_fault {
+    uint64_t first_sector, last_sector; /* of reads and writes; last 0: all */
+    uint64_t seed;                      /* of the delays and of what fails */
     uint32_t kinds;
+    uint32_t after;
     uint32_t count;
     uint32_t delay_ms;  /* UINT32_MAX: hang until the fault is cleared */
-    uint32_t fail;      /* nonzero: IOERR without doing it */
+    uint32_t spread_ms; /* uniform: most deviation; normal: standard deviation */
+    uint32_t shape;     /* enum blk_shape */
+    uint32_t fail;      /* IOERR without doing it, for so many of a million */
     uint32_t die_at;    /* enum vring_step, at the `die_after`-th occurrence per queue */
     uint32_t die_after;
-    uint64_t sector;      /* with die_on_sector: a request for it aborts the process */
+    uint32_t freeze;    /* ring threads take no turns */
+    uint32_t withhold, repeat; /* notifications, per queue: see struct loop_calls */
     uint32_t die_on_sector;
+    uint64_t sector;      /* with die_on_sector: a request for it aborts the process */
 };
 
 /* A native thread's sign of life. `held`: in a system call, which may last as long as the disk likes. */
@@ -144,6 +156,7 @@ struct blk_queue {
     bool running;   /* between blk_start and blk_stop_wait; the API's thread only */
     bool stopping;  /* atomic */
     bool ring_done; /* the ring thread takes no further request */
+    struct loop_calls calls_fault;
     pthread_t thread;
     struct blk_pulse pulse;
     struct blk_counters counters;

@@ -308,19 +308,59 @@ static enum blk_kind blk_kind_of(uint32_t type)
     }
 }
 
-/* A test's fault for this kind of request: waits as told; true: fail it. */
-static bool blk_faulted(struct blk_device *d, enum blk_kind kind, uint64_t sector)
+/* ------------------------------------------------------------------ rehearsed faults */
+
+/* Uniform in [0, 1); splitmix64. */
+static double blk_random(struct blk_fault *f)
+{
+    uint64_t x = f->seed += 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return (double)((x ^ (x >> 31)) >> 11) / (double)(1ull << 53);
+}
+
+static uint32_t blk_delay(struct blk_fault *f)
+{
+    double off = 0;
+    if (f->shape == BLK_FIXED || f->delay_ms == UINT32_MAX)
+        return f->delay_ms;
+    if (f->shape == BLK_UNIFORM)
+        off = 2 * blk_random(f) - 1;
+    else
+        for (int i = 0; i < 12; i++) /* twelve of variance 1/12 */
+            off += blk_random(f) - 0.5;
+    off = f->delay_ms + off * f->spread_ms;
+    return off < 0 ? 0 : off > 1e6 ? 1000000 : (uint32_t)off;
+}
+
+/* Whether the fault is for this request; counts it. */
+static bool blk_fault_hits(struct blk_fault *f, enum blk_kind kind, uint64_t sector, uint64_t bytes)
+{
+    bool placed = kind == BLK_READ || kind == BLK_WRITE;
+    if (!(f->kinds & (1u << kind)))
+        return false;
+    if (f->last_sector && (!placed || sector > f->last_sector || sector + (bytes >> BLK_SECTOR_SHIFT) <= f->first_sector))
+        return false;
+    if (f->after) {
+        f->after--;
+        return false;
+    }
+    if (f->count && --f->count == 0)
+        f->kinds = 0;
+    return true;
+}
+
+/* Waits as told; true: fail the request. */
+static bool blk_faulted(struct blk_device *d, enum blk_kind kind, uint64_t sector, uint64_t bytes)
 {
     uint32_t delay = 0;
     bool fail = false;
     pthread_mutex_lock(&d->fault_lock);
     if (d->fault.die_on_sector && d->fault.sector == sector && (kind == BLK_READ || kind == BLK_WRITE))
         abort();
-    if (d->fault.kinds & (1u << kind)) {
-        delay = d->fault.delay_ms;
-        fail = d->fault.fail;
-        if (d->fault.count && --d->fault.count == 0)
-            d->fault.kinds = 0;
+    if (blk_fault_hits(&d->fault, kind, sector, bytes)) {
+        delay = blk_delay(&d->fault);
+        fail = d->fault.fail && blk_random(&d->fault) * 1e6 < d->fault.fail;
         if (delay == UINT32_MAX)
             while (d->fault.delay_ms == UINT32_MAX)
                 pthread_cond_wait(&d->fault_changed, &d->fault_lock);
@@ -334,6 +374,15 @@ static bool blk_faulted(struct blk_device *d, enum blk_kind kind, uint64_t secto
         blk_held(false);
     }
     return fail;
+}
+
+/* A ring thread that is told to hang does so here, as in a loop that has lost its way: nothing but `clear` or a kill ends it. */
+static void blk_freeze(struct blk_device *d)
+{
+    pthread_mutex_lock(&d->fault_lock);
+    while (d->fault.freeze)
+        pthread_cond_wait(&d->fault_changed, &d->fault_lock);
+    pthread_mutex_unlock(&d->fault_lock);
 }
 
 /* Whether BLK_CACHED_ONLY may try: only reads ever profit, and only buffered ones can tell. */
@@ -354,7 +403,8 @@ static bool blk_do(struct blk_device *d, struct blk_scratch *scratch, const stru
     if (!blk_allowed(d, o->kind, o))
         return true;
     o->status = BLK_S_IOERR;
-    if (__builtin_expect(__atomic_load_n(&d->armed, __ATOMIC_RELAXED), 0) && blk_faulted(d, o->kind, header->sector)) {
+    if (__builtin_expect(__atomic_load_n(&d->armed, __ATOMIC_RELAXED), 0)
+        && blk_faulted(d, o->kind, header->sector, bytes)) {
         o->error = EIO;
         return true;
     }

@@ -53,7 +53,7 @@ static void blk_publish_locked(struct blk_queue *q)
         return;
     if (vring_should_notify(&q->vring)) {
         q->counters.calls++;
-        loop_signal(q->call_fd);
+        loop_call(q->call_fd, &q->calls_fault);
     }
     q->inflight -= count;
     q->counters.inflight = q->inflight;
@@ -276,7 +276,7 @@ static void blk_resubmit(struct blk_queue *q, struct blk_scratch *scratch)
     loop_signal(q->call_fd);
 }
 
-/* Wait for a kick or a control event. */
+/* Wait for a kick or a control event: of the latter, a heartbeat repairs a notification that got lost. */
 static void blk_wait(struct blk_queue *q)
 {
     struct pollfd fds[2] = {{q->control_fd, POLLIN, 0}, {q->kick_fd, POLLIN, 0}};
@@ -284,8 +284,12 @@ static void blk_wait(struct blk_queue *q)
         fds[1].fd = -1;
     if (poll(fds, 2, -1) <= 0)
         return;
-    if (fds[0].revents)
-        loop_drain(q->control_fd);
+    if (fds[0].revents && loop_drain(q->control_fd)) {
+        pthread_mutex_lock(&q->lock);
+        if (vring_remind(&q->vring))
+            loop_signal(q->call_fd);
+        pthread_mutex_unlock(&q->lock);
+    }
     if (fds[1].revents && loop_drain(q->kick_fd))
         q->counters.kicks++;
 }
@@ -299,6 +303,8 @@ static void *blk_ring_main(void *argument)
     blk_pulse = &q->pulse;
     blk_resubmit(q, &scratch);
     while (!__atomic_load_n(&q->stopping, __ATOMIC_ACQUIRE)) {
+        if (__builtin_expect(__atomic_load_n(&q->device->armed, __ATOMIC_RELAXED), 0))
+            blk_freeze(q->device);
         pthread_mutex_lock(&q->lock);
         q->counters.epoch++;
         __atomic_store_n(&q->pulse.turns, q->pulse.turns + 1, __ATOMIC_RELAXED);

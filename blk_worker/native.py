@@ -101,16 +101,33 @@ class blk_counters(ctypes.Structure):
     op: ctypes.Array[blk_op_counters]
 
 
+class Shape(IntEnum):
+    """enum blk_shape: how delays are spread."""
+
+    FIXED = 0
+    UNIFORM = 1
+    NORMAL = 2
+
+
 class blk_fault(ctypes.Structure):
     _fields_ = (
+        ("first_sector", c_uint64),
+        ("last_sector", c_uint64),
+        ("seed", c_uint64),
         ("kinds", c_uint32),
+        ("after", c_uint32),
         ("count", c_uint32),
         ("delay_ms", c_uint32),
+        ("spread_ms", c_uint32),
+        ("shape", c_uint32),
         ("fail", c_uint32),
         ("die_at", c_uint32),
         ("die_after", c_uint32),
-        ("sector", c_uint64),
+        ("freeze", c_uint32),
+        ("withhold", c_uint32),
+        ("repeat", c_uint32),
         ("die_on_sector", c_uint32),
+        ("sector", c_uint64),
     )
 
 

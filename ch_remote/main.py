@@ -12,6 +12,7 @@ from ch_remote import fleet, report
 from ch_remote.arguments import Command, parse_argv
 from ch_remote.bar import TICK_SECONDS, Bar, rest
 from ch_remote.devices import net_body
+from ch_remote.faults import fault_body
 from ch_remote.http import Connection, Interrupts, Response, ServerGone
 from ch_remote.migration import receive_body, send_body
 from ch_remote.verbs import MIGRATIONS, VERBS
@@ -75,10 +76,12 @@ def _request_body(command: Command) -> bytes | None:
         return _read(command.argument or "-")
     if command.name == "migration-resolve":
         return _resolution(command)
-    if command.argument is None or command.name not in (*MIGRATIONS, "add-net"):
+    if command.argument is None or command.name not in (*MIGRATIONS, "add-net", "fault-inject"):
         return None
     if command.name == "add-net":
         body = net_body(command.argument)
+    elif command.name == "fault-inject":
+        body = fault_body(command.argument)
     elif command.name == "send-migration":
         body = send_body(command.argument, "--local" in command.flags)
     else:

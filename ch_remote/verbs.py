@@ -34,6 +34,9 @@ VERBS = {
         "PUT", "vm.create", "Create a VM from a VmConfig in JSON; - or nothing reads it from stdin", "[PATH]"
     ),
     "delete": Verb("PUT", "vm.delete", "Delete the VM"),
+    "fault-inject": Verb(
+        "PUT", "vmm.fault-inject", "Make a process fail, with --allow-fault-injection at the VMM's start", "FAULT"
+    ),
     "fleet": Verb(
         "GET",
         "vmm.fleet",
@@ -116,6 +119,8 @@ def help_text() -> str:
         "URL of receive-migration, both of these:",
         "  unix:<path>",
         "  receiver_url=unix:<path>",
+        "FAULT: process=<name of fleet>,fault=<kind>, and what the kind has (docs/chaos.md):",
+        "  process=_disk0,fault=kill,request=100 | process=vcpu0,fault=stop,duration_ms=500",
         "Instead of unix:<path>, also tcp:<host>:<port>, except with local. Ctrl-C cancels the migration.",
         "",
         "Options:",

@@ -37,6 +37,7 @@ def main(start: Start) -> int:
     worker = ConsoleWorker(console, rng)
     for name, device in worker.devices.items():
         sock = socket.socket(fileno=start.fds[name])
+        worker.sockets.append(sock)
         device.server = Server(reactor, sock, device, partial(_disconnected, device))
     return serve(start, worker, reactor)
 

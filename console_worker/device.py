@@ -8,6 +8,7 @@ from functools import partial
 from shared import log
 from shared.errors import GuestError, ProtocolError
 from shared.reactor import Reactor, drain_eventfd
+from shared.rehearsal import stand_still
 from shared.vhost_backend import Mapping, Ring, Server
 from shared.vring import DirtyLog, MemoryMap, SplitRing
 
@@ -30,6 +31,7 @@ class RingDevice(ABC):
         self.negotiated = 0
         self.requests = 0
         self.errors = 0
+        self.delay_ms = 0  # a rehearsed fault
         self._kicks: dict[int, int] = {}
         self._memory = MemoryMap()
         self._log: DirtyLog | None = None
@@ -81,6 +83,8 @@ class RingDevice(ABC):
         ring = self.rings.get(index)
         if ring is None or index in self._broken:
             return
+        if self.delay_ms:
+            stand_still(self.delay_ms)
         try:
             done = self.serve(index, ring)
         except GuestError as error:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from console_worker.console import Console
 from console_worker.device import RingDevice
 from console_worker.rng import Rng
 from shared.errors import ProtocolError
+from shared.rehearsal import GARBAGE, NOTHING, stand_still
 from shared.state_versions import KINDS
 
 
@@ -24,6 +26,7 @@ class ConsoleWorker:
         self._rng = rng
         self._pulse = 0
         self._quiet = False
+        self.sockets: list[socket.socket] = []  # the servers', for a rehearsed fault
         self.devices: dict[str, RingDevice] = {}
         if console is not None:
             self.devices["console"] = console
@@ -78,11 +81,33 @@ class ConsoleWorker:
         self._pulse += 1
         return self._pulse
 
-    def fault(self, what: str, value: int) -> None:
-        """Misbehave on request, for tests: `exit` with a code, or `hang` for milliseconds. Raises ProtocolError."""
-        faults: dict[str, Callable[[int], object]] = {"exit": os._exit, "hang": lambda ms: time.sleep(ms / 1000)}
-        if what not in faults:
-            raise ProtocolError(f"fault {what!r}: one of {', '.join(sorted(faults))}")
+    def fault(self, what: str, value: int, options: Mapping[str, Any] = NOTHING) -> None:
+        """Misbehave on request: `exit` with a code, `hang` for milliseconds (0: for ever), `freeze`: the same once
+        this is answered, `delay` every look at a ring by
+        milliseconds until `clear`, `corrupt-vhost`. Raises ProtocolError."""
+        faults: dict[str, Callable[[int], object]] = {
+            "exit": os._exit,
+            "hang": stand_still,
+            "freeze": self._freeze,
+            "delay": self._delay,
+            "clear": lambda _: self._delay(0),
+            "corrupt-vhost": lambda _: self._garble(),
+        }
+        if what not in faults or options:
+            raise ProtocolError(f"fault {what!r}: one of {', '.join(sorted(faults))}, without options")
         faults[what](value)
+
+    def _freeze(self, ms: int) -> None:
+        for device in self.devices.values():
+            device.reactor.call_soon(partial(stand_still, ms))  # behind the answer
+            break
+
+    def _delay(self, ms: int) -> None:
+        for device in self.devices.values():
+            device.delay_ms = ms
+
+    def _garble(self) -> None:
+        for sock in self.sockets:
+            sock.send(GARBAGE)
 
 

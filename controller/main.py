@@ -22,6 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from controller.doctor import main as doctor
 
         return doctor(words[1:])
+    if words[:1] == ["chaos"]:  # a process of its own: it knows a VMM by its API only
+        from controller.spawn import interpreter
+
+        command = interpreter("from chaos.main import main; sys.exit(main())", *words[1:])
+        os.execv(command[0], command)
     try:
         options = parse_argv(words)
         os.umask(0o077)

@@ -24,6 +24,7 @@ from controller.config.model import VmConfig
 from controller.config.validate import validate
 from controller.devices.events import GuestEvent
 from controller.events import EventMonitor
+from controller.faults.permission import fault_inject
 from controller.fleet import Fleet
 from controller.leavings import Leavings
 from controller.runtime import RuntimeDir
@@ -85,6 +86,7 @@ class Vmm:
             "vmm.shutdown": self.shutdown_vmm,
             "vmm.fleet": self.describe_fleet,
             "vmm.sandbox": lambda _: report(self.fleet, self.vm),
+            "vmm.fault-inject": fault_inject(self),
             "vm.info": self.info,
             "vm.counters": self.counters,
             "vm.create": self.create,
@@ -418,14 +420,11 @@ class Vmm:
             vm = self._need_vm()
             departure = Departure(self.reactor, self.fleet, self.events, vm, was_running=self.state is VmState.RUNNING)
             self.migration = departure
-            departure.on_resolved = lambda: self._resolved(departure)
+            departure.on_resolved = lambda: self.reactor.spawn(self._departed(departure), "departed")
             try:
                 await departure.run(arguments.url, arguments.bounds)
             finally:
                 await self._departed(departure)
-
-    def _resolved(self, departure: Departure) -> None:
-        self.reactor.spawn(self._departed(departure), "departed")
 
     async def _departed(self, departure: Departure) -> None:
         """What has become of the VM; called again when a doubt is resolved."""

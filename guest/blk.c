@@ -136,6 +136,8 @@ static void check(struct blk *blk, struct blk_request *r, u32 length)
     u64 took = now_ns() - r->submitted_ns;
     if (took > blk->longest_ns)
         blk->longest_ns = took;
+    if (took > blk->recent_ns)
+        blk->recent_ns = took;
     if (r->status) {
         blk->errors++;
         bad("blk BAD status disk=%u op=%s sector=%lu status=%u", blk->disk, blk_op_name(r->op), r->sector,

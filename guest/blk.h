@@ -44,7 +44,7 @@ struct blk {
     struct virtqueue *queues[BLK_MAX_QUEUES];
     u32 segment_bytes; /* data is cut into segments of this size */
     u32 max_bytes;     /* of one request */
-    u64 longest_ns;
+    u64 longest_ns, recent_ns; /* of the requests since the start; since whoever reports has set it to 0 */
     u64 errors;
 };
 

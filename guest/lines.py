@@ -133,7 +133,8 @@ class BlkLoad(Line):
 
 @dataclass(frozen=True, slots=True)
 class BlkOk(Line):
-    """Blocks read back and found right so far, and what else was done meanwhile."""
+    """Blocks read back and found right so far, and what else was done meanwhile. The longest that a request took: since
+    the start, and of those answered since the last such line."""
 
     PREFIX = "blk ok"
     POSITIONAL = ("verified",)
@@ -144,6 +145,7 @@ class BlkOk(Line):
     ops: int = 0
     scans: int = 0
     longest_us: int = 0
+    recent_us: int = 0
     kicks: int = 0
     irqs: int = 0
 

@@ -264,9 +264,10 @@ static void complete(struct load *l, struct blk_request *r)
 
 static void report(const struct load *l, const char *what)
 {
-    say("blk %s %lu written=%lu flushed=%lu trimmed=%lu ops=%lu scans=%lu longest_us=%lu kicks=%lu irqs=%u", what,
-        l->verified, l->written, l->flushed, l->trimmed, l->ops, l->scans, l->blk->longest_ns / 1000,
-        l->blk->queues[0]->kicks, this_cpu()->irq_count[l->blk->queues[0]->vector]);
+    say("blk %s %lu written=%lu flushed=%lu trimmed=%lu ops=%lu scans=%lu longest_us=%lu recent_us=%lu kicks=%lu irqs=%u",
+        what, l->verified, l->written, l->flushed, l->trimmed, l->ops, l->scans, l->blk->longest_ns / 1000,
+        l->blk->recent_ns / 1000, l->blk->queues[0]->kicks, this_cpu()->irq_count[l->blk->queues[0]->vector]);
+    l->blk->recent_ns = 0;
 }
 
 static enum progress step(struct task *task)

@@ -19,6 +19,7 @@ from shared import log, virtio_net
 from shared.errors import ConfigError, FlotillaError, ProtocolError
 from shared.native_ring import Pulse, Step, VringError, check, regions_of, setup_of
 from shared.reactor import Reactor, describe, drain_eventfd
+from shared.rehearsal import NOTHING
 from shared.vhost_backend import Mapping as MemoryMapping
 from shared.vhost_backend import Ring
 
@@ -64,6 +65,7 @@ class NetBackend:
         self._reported: dict[int, int] = {}
         self._announcer = Announcer(reactor, self._send_rarp)
         self._taps = Taps(taps)
+        self._fault = native.net_fault()
         self._native = native.load()
         device: int | None = self._native.net_create(pairs, (ctypes.c_int32 * pairs)(*taps))
         if device is None:
@@ -305,13 +307,27 @@ class NetBackend:
         self.set_features(acked)
         self.settings, self._loaded = settings, True
 
-    # Faults, for tests ------------------------------------------------------------------------------------------
+    # Rehearsed faults -------------------------------------------------------------------------------------------
 
-    def fault(self, what: str, value: int) -> None:
-        """`die-<step>`: end at the step's n-th time in a queue, as a kill there would. `clear`."""
+    def fault(self, what: str, value: int, options: Mapping[str, Any] = NOTHING) -> None:
+        """`die-<step>`: end at the step's n-th time in a queue, as a kill there would. `freeze`: the pairs' threads;
+        `delay`: ms before each of their turns; `withhold` and `repeat`: so many notifications per queue. `clear`."""
+        if options:
+            raise ProtocolError(f"{self.name}: fault {what} has no {', '.join(options)}")
+        fault = self._fault
         if what == "clear":
-            self._native.net_set_fault(self._device, 0, 0)
+            fault = native.net_fault()
+        elif what == "freeze":
+            fault.freeze = 1
+        elif what == "delay":
+            fault.delay_ms = value
+        elif what == "withhold":
+            fault.withhold = value
+        elif what == "repeat":
+            fault.repeat = value
         elif what.startswith("die-") and what[4:].upper() in Step.__members__:
-            self._native.net_set_fault(self._device, Step[what[4:].upper()], max(1, value))
+            fault.die_at, fault.die_after = Step[what[4:].upper()], max(1, value)
         else:
             raise ProtocolError(f"{self.name}: unknown fault {what!r}")
+        self._fault = fault
+        self._native.net_set_fault(self._device, ctypes.byref(fault))

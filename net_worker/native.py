@@ -42,7 +42,18 @@ class net_counters(ctypes.Structure):
     tap_gone: int
 
 
-ABI: Final = (net_counters, vring_setup, vring_region)
+class net_fault(ctypes.Structure):
+    _fields_ = (
+        ("die_at", c_uint32),
+        ("die_after", c_uint32),
+        ("delay_ms", c_uint32),
+        ("freeze", c_uint32),
+        ("withhold", c_uint32),
+        ("repeat", c_uint32),
+    )
+
+
+ABI: Final = (net_counters, vring_setup, net_fault, vring_region)
 
 _FUNCTIONS: Final[dict[str, tuple[object, tuple[object, ...]]]] = {
     "net_create": (c_void_p, (c_uint32, POINTER(c_int32))),
@@ -56,7 +67,7 @@ _FUNCTIONS: Final[dict[str, tuple[object, tuple[object, ...]]]] = {
     "net_nudge": (None, (c_void_p,)),
     "net_event_fd": (c_int, (c_void_p,)),
     "net_counters": (POINTER(net_counters), (c_void_p, c_uint32)),
-    "net_set_fault": (None, (c_void_p, c_uint32, c_uint32)),
+    "net_set_fault": (None, (c_void_p, POINTER(net_fault))),
     "net_ctrl_take": (c_int, (c_void_p, c_char_p, c_uint32)),
     "net_ctrl_answer": (None, (c_void_p, c_uint32)),
     "net_abi_size": (c_uint32, (c_uint32,)),

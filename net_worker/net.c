@@ -224,13 +224,15 @@ const struct net_counters *net_counters(struct net_device *d, uint32_t index)
     return q ? &q->counters : NULL;
 }
 
-void net_set_fault(struct net_device *d, uint32_t step, uint32_t after)
+void net_set_fault(struct net_device *d, const struct net_fault *fault)
 {
     struct net_queue *q;
     net_enter_all(d);
+    d->fault = *fault;
     for (uint32_t i = 0; (q = net_queue_at(d, i)); i++) {
-        q->vring.die_at = (uint16_t)step;
-        q->vring.die_after = after;
+        q->vring.die_at = (uint16_t)fault->die_at;
+        q->vring.die_after = fault->die_after;
+        q->calls_fault = (struct loop_calls){fault->withhold, fault->repeat};
     }
     net_leave_all(d);
 }
@@ -238,7 +240,7 @@ void net_set_fault(struct net_device *d, uint32_t step, uint32_t after)
 uint32_t net_abi_size(uint32_t which)
 {
     static const uint32_t sizes[] = {
-        sizeof(struct net_counters), sizeof(struct vring_setup), sizeof(struct vring_region),
+        sizeof(struct net_counters), sizeof(struct vring_setup), sizeof(struct net_fault), sizeof(struct vring_region),
     };
     return which < sizeof(sizes) / sizeof(sizes[0]) ? sizes[which] : 0;
 }

@@ -54,6 +54,15 @@ struct net_counters {
     uint64_t tap_gone;  /* rx only: how often the TAP turned out to be unusable */
 };
 
+/* ABI. A rehearsed fault, of every queue. All zero: none. */
+struct net_fault {
+    uint32_t die_at;    /* enum vring_step, at the `die_after`-th occurrence per queue */
+    uint32_t die_after;
+    uint32_t delay_ms;  /* before each turn of a pair's thread */
+    uint32_t freeze;    /* the threads take no turns */
+    uint32_t withhold, repeat; /* notifications, per queue: see struct loop_calls */
+};
+
 struct net_device;
 
 /* `taps`: one descriptor per pair, borrowed, non-blocking. NULL: errno. No thread is started before the first queue. */
@@ -76,8 +85,7 @@ NET_API void net_nudge(struct net_device *device);
 /* Signalled when there is something to look at: a broken queue, a TAP that is gone. */
 NET_API int net_event_fd(struct net_device *device);
 NET_API const struct net_counters *net_counters(struct net_device *device, uint32_t index);
-/* For tests: die at enum vring_step, at the `after`-th occurrence per queue. 0: never. */
-NET_API void net_set_fault(struct net_device *device, uint32_t step, uint32_t after);
+NET_API void net_set_fault(struct net_device *device, const struct net_fault *fault);
 /*
  * The control queue, which belongs to the caller's thread. net_ctrl_take copies the next command (class, command, data) to
  * `out`, at most `room` bytes, and returns how many; 0: none, the driver kicks for the next; negative: -enum vring_error,

@@ -9,6 +9,7 @@ struct net_queue {
     int kick_fd;
     int call_fd;
     bool running;
+    struct loop_calls calls_fault;
     struct net_counters counters;
 };
 
@@ -66,6 +67,7 @@ struct net_device {
     uint8_t *log;
     uint64_t log_size;
     struct net_ctrl ctrl;
+    struct net_fault fault;
     struct net_pair *pair[];
 };
 
@@ -80,7 +82,7 @@ static void net_publish(struct net_queue *q)
 {
     if (vring_publish(&q->vring) && vring_should_notify(&q->vring)) {
         q->counters.calls++;
-        loop_signal(q->call_fd);
+        loop_call(q->call_fd, &q->calls_fault);
     }
 }
 

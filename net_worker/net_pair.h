@@ -3,6 +3,7 @@
 #define FLOTILLA_NET_PAIR_H
 
 #include <poll.h>
+#include <time.h>
 
 #include "net_rx.h"
 #include "net_tx.h"
@@ -49,10 +50,32 @@ static bool net_was_kicked(struct net_queue *q, const struct pollfd *fd)
     return true;
 }
 
+/* At a heartbeat: a notification that got lost is sent after all. */
+static void net_remind(struct net_queue *q)
+{
+    if (q->running && vring_remind(&q->vring))
+        loop_signal(q->call_fd);
+}
+
+/* As told by a rehearsed fault: wait before this turn, or hang until the fault is cleared. The lock is given up meanwhile. */
+static void net_suffer(struct net_pair *p)
+{
+    struct timespec rest = {p->device->fault.delay_ms / 1000, (long)(p->device->fault.delay_ms % 1000) * 1000000};
+    while (p->device->fault.freeze && !p->closing)
+        pthread_cond_wait(&p->turn, &p->lock);
+    if (rest.tv_sec || rest.tv_nsec) {
+        pthread_mutex_unlock(&p->lock);
+        nanosleep(&rest, NULL);
+        pthread_mutex_lock(&p->lock);
+    }
+}
+
 static void net_take_events(struct net_pair *p, const struct pollfd *fds)
 {
-    if (fds[NET_ON_CONTROL].revents)
-        loop_drain(p->control_fd);
+    if (fds[NET_ON_CONTROL].revents && loop_drain(p->control_fd)) {
+        net_remind(&p->tx);
+        net_remind(&p->rx);
+    }
     net_was_kicked(&p->tx, &fds[NET_ON_TX]);
     if (net_was_kicked(&p->rx, &fds[NET_ON_RX]))
         p->rx_starved = false;
@@ -72,6 +95,8 @@ static void *net_pair_main(void *argument)
     struct pollfd fds[NET_FDS] = {{-1, 0, 0}, {-1, 0, 0}, {-1, 0, 0}, {-1, 0, 0}};
     pthread_mutex_lock(&p->lock);
     while (!p->closing) {
+        if (__builtin_expect(p->device->fault.freeze || p->device->fault.delay_ms, 0))
+            net_suffer(p);
         net_take_events(p, fds);
         p->rx.counters.epoch++;
         p->tx.counters.epoch++;

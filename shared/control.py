@@ -103,6 +103,11 @@ class Channel:
             if not self._closed:
                 self._send(peer, {"event": event, "args": arguments})
 
+    def garble(self, data: bytes) -> None:
+        """A rehearsed fault: send the peer what is no message."""
+        with contextlib.suppress(zmq.ZMQError):
+            self._socket.send(data, zmq.NOBLOCK)
+
     def _send(self, peer: Peer, message: dict[str, Any]) -> None:
         frames = [peer, messages.encode(message)] if self._router else [messages.encode(message)]
         with contextlib.suppress(zmq.ZMQError):  # a vanished peer is noticed by its pidfd, not here

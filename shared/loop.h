@@ -32,6 +32,24 @@ static inline void loop_signal(int fd)
         return;
 }
 
+/* A rehearsed fault of notifications: so many are kept back, then so many are sent twice. */
+struct loop_calls {
+    uint32_t withhold, repeat;
+};
+
+static inline void loop_call(int fd, struct loop_calls *fault)
+{
+    if (__builtin_expect(fault->withhold, 0)) {
+        fault->withhold--;
+        return;
+    }
+    loop_signal(fd);
+    if (__builtin_expect(fault->repeat, 0)) {
+        fault->repeat--;
+        loop_signal(fd);
+    }
+}
+
 /* Whether the eventfd (non-blocking) was signalled. */
 static inline bool loop_drain(int fd)
 {

@@ -63,7 +63,10 @@ ARGUMENTS: dict[Verb, tuple[Field, ...]] = {
     Verb.RESUME: (),
     Verb.STATS: (),
     Verb.LOG_LEVEL: (Field("level", str),),
-    Verb.FAULT: (Field("what", str), Field("value", int, required=False)),
+    Verb.FAULT: (
+        *(Field("what", str), Field("value", int, required=False)),
+        Field("options", dict, required=False),
+    ),
     Verb.SHUTDOWN: (),
     Verb.ANNOUNCE: (),
     Verb.FLUSH: (),

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from shared import log
 from shared.errors import ProtocolError
 from shared.reactor import Reactor, describe
+from shared.rehearsal import GARBAGE, NOTHING
 from shared.state_versions import KINDS
 from shared.vhost_backend import Server
 from shared.vhost_device import Backend
@@ -32,7 +33,7 @@ class Device(Backend, Protocol):
     def load(self, state: Mapping[str, Any]) -> None: ...
     def stats(self) -> dict[str, int]: ...
     def epoch(self) -> int: ...
-    def fault(self, what: str, value: int) -> None: ...
+    def fault(self, what: str, value: int, options: Mapping[str, Any] = NOTHING) -> None: ...
 
 
 class VhostWorker:
@@ -42,19 +43,20 @@ class VhostWorker:
         self.states = KINDS[kind]
         self.device = device
         self._server: Server | None = None
+        self._socket: socket.socket | None = None  # the server's, for a rehearsed fault
         self._quiet = False
 
     def attach(self, reactor: Reactor, sock: socket.socket, gone: Callable[[], None] = lambda: None) -> None:
         """Serve the front end at the other end of a connected socket; `gone()` when it has closed."""
 
         def closed(error: Exception | None) -> None:
-            self._server = None
+            self._server = self._socket = None
             self._listen_to_nobody()
             if error is not None:
                 log.error(f"{self.device.name}: front end: {describe(error)}")
             gone()
 
-        self._server = Server(reactor, sock, self.device, closed)
+        self._server, self._socket = Server(reactor, sock, self.device, closed), sock
         self.device.on_broken = self._server.queue_failed
         self.device.on_config = self._server.config_changed
         if self._quiet:
@@ -64,7 +66,7 @@ class VhostWorker:
         """Stop all rings and close the connection, if there is one."""
         if self._server is not None:
             self._server.close()
-            self._server = None
+            self._server = self._socket = None
             self._listen_to_nobody()
 
     def _listen_to_nobody(self) -> None:
@@ -99,5 +101,9 @@ class VhostWorker:
     def epoch(self) -> int:
         return self.device.epoch()
 
-    def fault(self, what: str, value: int) -> None:
-        self.device.fault(what, value)
+    def fault(self, what: str, value: int, options: Mapping[str, Any] = NOTHING) -> None:
+        """`corrupt-vhost`: bytes on the vhost-user connection that are no message; the others are the device's."""
+        if what != "corrupt-vhost":
+            self.device.fault(what, value, options)
+        elif self._socket is not None:
+            self._socket.send(GARBAGE)

@@ -148,6 +148,7 @@ struct vring {
     bool event_idx;
     bool indirect;
     bool use_notify_flag; /* notifications are off by VRING_USED_F_NO_NOTIFY */
+    uint16_t reminded;    /* used index that vring_remind has answered for */
     uint16_t die_at;      /* enum vring_step, tests only */
     uint32_t die_after;   /* … at its n-th occurrence */
 };
@@ -463,6 +464,20 @@ static inline bool vring_should_notify(struct vring *v)
     v->signalled = v->used_idx;
     v->signalled_valid = true;
     return !valid || (uint16_t)(v->used_idx - event - 1) < (uint16_t)(v->used_idx - old);
+}
+
+/*
+ * Whether the driver may be waiting for a notification of what it has been shown: one that got lost. It may also be busy
+ * fetching, so this is asked at a heartbeat and answers once per used index: an interrupt too many does no harm.
+ */
+static inline bool vring_remind(struct vring *v)
+{
+    if (v->reminded == v->used_idx)
+        return false;
+    v->reminded = v->used_idx;
+    if (!v->event_idx)
+        return !(vring_load16(&v->avail->flags) & VRING_AVAIL_F_NO_INTERRUPT);
+    return vring_load16(&v->avail->ring[v->size]) != v->used_idx;
 }
 
 /* Where to go on: the base for the next vring_start. */

@@ -28,6 +28,7 @@ from shared import log
 from shared.errors import ProtocolError
 from shared.messages import Verb
 from shared.reactor import Reactor
+from shared.rehearsal import NOTHING, Rehearsal
 from shared.sandbox import NONE, Sandbox
 from shared.state_versions import StateKind
 
@@ -56,7 +57,7 @@ class Worker(Protocol):
     def resume(self) -> None: ...
     def stats(self) -> dict[str, int]: ...
     def epoch(self) -> int: ...
-    def fault(self, what: str, value: int) -> None: ...
+    def fault(self, what: str, value: int, options: Mapping[str, Any] = NOTHING) -> None: ...
 
 
 def check_state(worker: Worker, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def serve(start: Start, worker: Worker, reactor: Reactor, more: Mapping[str, Han
         Verb.LOAD: do(lambda args: worker.load(check_state(worker, args))),
         Verb.RESUME: do(lambda _: worker.resume()),
         Verb.STATS: lambda _: dict(worker.stats()),
-        Verb.FAULT: do(lambda args: worker.fault(args["what"], args.get("value", 0))),
+        Verb.FAULT: Rehearsal(reactor, channel, worker.fault),
         Verb.LOG_LEVEL: do(lambda args: log.set_level(args["level"])),
         Verb.SHUTDOWN: do(lambda _: reactor.call_soon(reactor.stop)),
         **(more or {}),

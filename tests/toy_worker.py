@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Mapping
 from typing import Any
 
 from shared.errors import HostError
 from shared.reactor import Reactor
+from shared.rehearsal import NOTHING
 from shared.state_versions import State, StateKind
 from shared.worker import Start, serve
 
@@ -48,7 +50,7 @@ class Toy:
         self.pulse += self.moves
         return self.pulse
 
-    def fault(self, what: str, value: int) -> None:
+    def fault(self, what: str, value: int, options: Mapping[str, Any] = NOTHING) -> None:
         """`bug`; `sleep`: the main thread never answers again; `stall`: it answers and its epoch stands still;
         `nonsense`: a heartbeat that is none; `garbage`: an answer that is no message; else a new count."""
         if what == "bug":

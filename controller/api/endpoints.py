@@ -41,6 +41,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("vm.cancel-migration", "PUT", False, 204, "Give the migration up; the guest stays at the source"),
     Endpoint("vm.migration-estimate", "GET", False, 200, "How a remote migration would go: takes a second"),
     Endpoint("vm.migration-resolve", "PUT", True, 204, "Whose is the guest of a migration in doubt?"),
+    Endpoint("vmm.fault-inject", "PUT", True, 200, "Make a process fail, with --allow-fault-injection"),
     Endpoint("vmm.fleet", "GET", False, 200, "Every process of the VM"),
     Endpoint("vmm.sandbox", "GET", False, 200, "What each process of the VM is kept from, as the kernel tells it"),
 )

@@ -58,6 +58,7 @@ class Options(Record):
     no_shutdown: bool
     seccomp: Seccomp
     cgroup: str = ""
+    allow_fault_injection: bool = False
 
 
 def parse_argv(argv: Sequence[str]) -> Options:
@@ -88,6 +89,7 @@ def parse_argv(argv: Sequence[str]) -> Options:
         no_shutdown="--no-shutdown" in given,
         seccomp=_single(given, "--seccomp", _seccomp) or Seccomp.TRAP,
         cgroup=_single(given, "--cgroup", expand_home) or "",
+        allow_fault_injection="--allow-fault-injection" in given,
     )
 
 

@@ -20,6 +20,7 @@ class Flag(NamedTuple):
 
 
 _TABLE = (
+    Flag("--allow-fault-injection", "", "", "Serve vmm.fault-inject: rehearse failures (flotilla chaos)"),
     Flag("--api-socket", "PATH", "<path>|path=<path>|fd=<fd>", "Serve the HTTP API on this unix socket"),
     Flag("--cmdline", "STRING", "", "Kernel command line, passed verbatim", vm=True),
     Flag("--cgroup", "PATH", "", "Put each process into a cgroup of its own below this one (cgroup v2)"),

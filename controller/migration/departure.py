@@ -86,7 +86,7 @@ class Departure:
         self._cancelled = False
         self._answer: Future[None] = Future()
         self._verdict: Future[Heard] = Future()
-        self.on_resolved: Callable[[], None] = lambda: None
+        self.on_resolved: Callable[[], object] = lambda: None
         self.fate = Fate.HERE
         self.running = was_running
         self.ended = Event()

@@ -76,6 +76,17 @@ def test_migrate_remote():
     assert rows["qemu-microvm"]["missing"] or rows["qemu-microvm"]["figures"]["wire_mb"]["n"] == 1
 
 
+def test_faults():
+    code, answer, _ = bench("faults", "--runs", "1", "--cases", "blk kill depth=1", "net kill", "vcpu kill")
+    assert code == 0 and answer["bench"] == "faults"
+    rows = {(row["peer"], row["case"]): row for row in answer["rows"]}
+    for case in ("blk kill depth=1", "net kill", "vcpu kill"):
+        has_figures(rows["flotilla", case], "stall_ms")
+        assert rows["flotilla", case]["figures"]["stall_ms"]["min"] > 0
+    peer = rows["qemu-storage-daemon", "blk kill depth=1"]
+    assert peer["missing"] or peer["figures"]["stall_ms"]["n"] == 1
+
+
 def test_peer_that_cannot_run_is_reported_with_the_reason(tmp_path):
     broken = tmp_path / "cloud-hypervisor"
     broken.write_text("#!/bin/sh\necho not today >&2; exit 3\n")

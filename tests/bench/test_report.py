@@ -22,7 +22,7 @@ def rows():
 def test_spread_ratio_and_reason_are_in_the_json(capsys):
     report.show(report.result("boot", "ms", rows(), "ms", ["a note"]), as_json=True)
     answer = json.loads(capsys.readouterr().out)
-    assert answer["rows"][0]["figures"] == {"ms": {"n": 3, "min": 10.0, "median": 20.0, "max": 30.0}}
+    assert answer["rows"][0]["figures"] == {"ms": {"n": 3, "min": 10.0, "median": 20.0, "p99": 30.0, "max": 30.0}}
     assert answer["ratios"] == {"qemu 512M": 0.5}
     assert [row["missing"] for row in answer["rows"]] == [None, None, "no binary given"]
     assert answer["host"]["kernel"] and answer["notes"] == ["a note"]
@@ -31,7 +31,7 @@ def test_spread_ratio_and_reason_are_in_the_json(capsys):
 def test_table_names_a_missing_peer_with_its_reason(capsys):
     report.show(report.result("boot", "ms", rows(), "ms"), as_json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.split() == ["flotilla", "512M", "ms", "3", "10.0", "20.0", "30.0"] for line in lines)
+    assert any(line.split() == ["flotilla", "512M", "ms", "3", "10.0", "20.0", "30.0", "30.0"] for line in lines)
     assert any(line.startswith("other") and "missing: no binary given" in line for line in lines)
     assert "flotilla / qemu 512M: 0.50" in lines
 

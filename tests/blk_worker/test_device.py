@@ -20,7 +20,7 @@ from shared.reactor import Reactor
 from shared.vhost_backend import Mapping
 from shared.vhost_worker import VhostWorker
 from shared.virtio_blk import BlkConfig, Feature, config_space
-from tests.blk_worker.driver import GPA, IN, OK, OUT, Memory, memory_for, pages
+from tests.blk_worker.driver import GPA, IN, IOERR, OK, OUT, Memory, memory_for, pages
 from tests.blk_worker.rig import Rig, image, sector_bytes
 
 PAGE = 4096
@@ -353,3 +353,73 @@ def test_event_idx_spares_notifications(disk: Path) -> None:
         rig.until(lambda: drive.used_idx() == 50)
         rig.backend.stop_queue(0)
         assert rig.backend.stats()["calls"] <= 3
+
+
+# Rehearsed faults -----------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_ring_thread_takes_no_turn_until_it_is_cleared(disk: Path) -> None:
+    with Rig(disk).start() as rig:
+        rig.backend.fault("freeze", 0)
+        rig.backend.epoch()
+        rig.drive[0].submit(IN, 0, length=512)
+        rig.drive[0].kick()
+        stuck = rig.backend.epoch()
+        assert rig.backend.epoch() == stuck and not rig.drive[0].reap()
+        rig.backend.fault("clear", 0)
+        assert len(rig.drive[0].wait(1)) == 1
+
+
+def test_a_notification_that_got_lost_is_sent_at_the_next_heartbeat(disk: Path) -> None:
+    with Rig(disk).start() as rig:
+        drive = rig.drive[0]
+        drive.do(IN, 0, length=512)
+        rig.until(lambda: rig.backend.counters(0).inflight == 0)
+        drained(drive.call_fd)
+        rig.backend.fault("withhold", 1)
+        drive.submit(IN, 1, length=512)
+        drive.kick()
+        rig.until(lambda: drive.used_idx() == 2 and rig.backend.counters(0).inflight == 0)
+        assert drained(drive.call_fd) == 0
+        rig.backend.epoch()
+        rig.until(lambda: drained(drive.call_fd) == 1)
+
+
+def test_a_notification_may_come_twice(disk: Path) -> None:
+    with Rig(disk).start() as rig:
+        drive = rig.drive[0]
+        rig.until(lambda: drained(drive.call_fd) == 1)  # that of the ring's start
+        rig.backend.fault("repeat", 1)
+        drive.submit(IN, 1, length=512)
+        drive.kick()
+        rig.until(lambda: drive.used_idx() == 1 and rig.backend.counters(0).inflight == 0)
+        assert drained(drive.call_fd) == 2
+
+
+def test_errors_by_sector_range_number_and_rate(disk: Path) -> None:
+    with Rig(disk).start() as rig:
+        drive = rig.drive[0]
+        rig.backend.fault("fail", 0, {"first_sector": 8, "last_sector": 15})
+        assert [drive.do(IN, n, length=512)[0] for n in (7, 8, 15, 16)] == [OK, IOERR, IOERR, OK]
+        rig.backend.fault("clear", 0)
+        rig.backend.fault("fail", 1, {"after": 2})
+        assert [drive.do(IN, n, length=512)[0] for n in range(4)] == [OK, OK, IOERR, OK]
+        failures = []
+        for _ in range(2):
+            rig.backend.fault("clear", 0)
+            rig.backend.fault("fail", 0, {"fail": 300_000, "seed": 7})
+            failures.append([drive.do(IN, n % 8, length=512)[0] for n in range(100)])
+        assert failures[0] == failures[1] and 10 < failures[0].count(IOERR) < 60
+
+
+@pytest.mark.parametrize("options", [{"fail": -1}, {"colour": 1}, {"seed": "x"}])
+def test_a_fault_with_options_that_make_no_sense_is_refused(disk: Path, options: dict[str, object]) -> None:
+    with Rig(disk) as rig, pytest.raises(ProtocolError, match="fault delay"):
+        rig.backend.fault("delay", 1, options)
+
+
+def drained(fd: int) -> int:
+    try:
+        return os.eventfd_read(fd)
+    except BlockingIOError:
+        return 0

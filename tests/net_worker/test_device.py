@@ -496,3 +496,18 @@ def test_announcement_stops_at_quiesce_and_is_refused_after_it(rig: Rig) -> None
 def test_unknown_fault(rig: Rig) -> None:
     with pytest.raises(ProtocolError, match="unknown fault 'explode'"):
         rig.backend.fault("explode", 0)
+
+
+def test_what_can_be_rehearsed_and_what_has_no_options(rig: Rig) -> None:
+    """A frozen pair takes no turn until it is cleared; how notifications get lost is one code for all native loops."""
+    rig.start()
+    rig.settled()
+    rig.backend.fault("freeze", 0)
+    stuck = rig.backend.epoch()
+    assert rig.backend.epoch() == stuck
+    for what in ("withhold", "repeat", "delay"):
+        rig.backend.fault(what, 1)
+    rig.backend.fault("clear", 0)
+    rig.settled()
+    with pytest.raises(ProtocolError, match="has no seed"):
+        rig.backend.fault("delay", 1, {"seed": 1})
