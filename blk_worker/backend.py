@@ -14,7 +14,7 @@ from typing import Any
 from blk_worker import native
 from blk_worker.disk import Disk
 from blk_worker.native import Flag, Kind
-from shared import log
+from shared import latency, log
 from shared.errors import ConfigError, ProtocolError
 from shared.native_ring import Pulse, Step, VringError, check, regions_of, setup_of
 from shared.reactor import Reactor, drain_eventfd
@@ -225,7 +225,11 @@ class BlockBackend:
                 result[f"{name}_bytes"] = sum(op.bytes for op in ops)
             result[f"{name}_latency_min"] = min(op.latency_min_us for op in ops)
             result[f"{name}_latency_max"] = max(op.latency_max_us for op in ops) if count else NEVER
-            result[f"{name}_latency_avg"] = sum(op.latency_sum_us for op in ops) // count if count else NEVER
+            total = sum(op.latency_sum_us for op in ops)
+            result[f"{name}_latency_avg"] = total // count if count else NEVER
+            if count:
+                buckets = (sum(parts) for parts in zip(*(op.latency_bucket for op in ops), strict=True))
+                result |= latency.told(name, total, buckets)
         for name in SUMS:
             result[name] = sum(getattr(counters, name) for counters in self._counters)
         result["broken_queues"] = sum(bool(counters.broken) for counters in self._counters)

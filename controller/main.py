@@ -57,16 +57,21 @@ def _run(options: Options, began: float) -> int:
     from controller.vmm import Vmm
 
     target = options.api_socket
-    api_socket = None
+    api_socket = metrics_socket = None
     if target is not None:
         from controller.api_socket import ApiSocket
 
         api_socket = ApiSocket.listen(target.path) if target.path is not None else ApiSocket.inherit(target.fd or 0)
     try:
+        if options.metrics is not None:
+            from controller.metrics_socket import listen
+
+            metrics_socket = listen(options.metrics)
         vmm = Vmm(options, began)
         if options.event_monitor is not None:
             vmm.events.open(options.event_monitor.path, options.event_monitor.fd)
-        return vmm.run(api_socket)
+        return vmm.run(api_socket, metrics_socket)
     finally:
-        if api_socket is not None:
-            api_socket.close()
+        for made in (metrics_socket, api_socket):
+            if made is not None:
+                made.close()

@@ -21,7 +21,10 @@ from shared.control import Channel, unlink_endpoint
 from shared.errors import FlotillaError, Timeout
 from shared.messages import Verb
 from shared.reactor import Reactor, describe, within
-from shared.typed import Any
+from shared.typed import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from controller.exporter import Exporter
 
 GOODBYE_SECONDS = 3.0
 # A process that dies again and again is started again and again, but not in a busy loop.
@@ -59,6 +62,7 @@ class Services:
         self._janitor: Process | None = None
         self._updates: socket.socket | None = None
         self._leavings = leavings
+        self.exporter: Exporter | None = None
         for path in api_socket.paths if api_socket else ():
             leavings.path(path, True)
         leavings.on_path, leavings.on_terminal = self._path_changed, self._terminal_changed
@@ -66,6 +70,8 @@ class Services:
     async def start(self) -> None:
         """Failures are logged and tried again at the next death: the guest runs on without either."""
         self._start_api()
+        if self.exporter is not None:
+            self.exporter.start()
         try:
             await self._start_janitor()
         except FlotillaError as error:
@@ -155,6 +161,8 @@ class Services:
         self._stopping = True
         if self._api_socket is not None:
             self._api_socket.close()
+        if self.exporter is not None:
+            await self.exporter.stop()
         if self._api is not None and self._channel is not None:
             self._api.state = ProcessState.STOPPING
             self._channel.broadcast("goodbye")
