@@ -39,15 +39,18 @@ def parse_address(text: str) -> MetricsTarget:
         raise ConfigError(f"Error parsing --metrics {text}", FORM)
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
         raise ConfigError(f"Error parsing --metrics {text}: port {port!r} is not within 1 to 65535", FORM)
-    if not any(_packed(host, bracketed)):
+    packed = _packed(host, bracketed)
+    if packed is None:
+        raise ConfigError(f"Error parsing --metrics {text}: {host} is no numeric address", FORM)
+    if not any(packed):
         raise ConfigError(f"Error parsing --metrics {text}: {host} is every address of this host", FORM)
     return MetricsTarget(host=host, port=int(port))
 
 
-def _packed(host: str, ipv6: bool) -> bytes:
+def _packed(host: str, ipv6: bool) -> bytes | None:
     import socket
 
     try:
         return socket.inet_pton(socket.AF_INET6 if ipv6 else socket.AF_INET, host)
     except OSError:
-        raise ConfigError(f"Error parsing --metrics: {host!r} is no numeric address", FORM) from None
+        return None
