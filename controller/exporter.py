@@ -61,6 +61,7 @@ class Exporter:
         self._channel: Channel | None = None
         self._sidecar: socket.socket | None = None
         self._incarnation = 0
+        self._endpoint = ""
         self._began = 0.0
         self._delay = FIRST_DELAY
         self._stopping = False
@@ -85,7 +86,7 @@ class Exporter:
 
         self._incarnation += 1
         self._began = time.monotonic()
-        endpoint = f"ipc://{self._runtime_dir}/{NAME}.{self._incarnation}"
+        endpoint = self._endpoint = f"ipc://{self._runtime_dir}/{NAME}.{self._incarnation}"
         self._channel = Channel(self._reactor, endpoint, bind=True, router=True)
         self._channel.handlers[Verb.METRICS] = lambda _: self._answer()
         self._channel.on_event = lambda name, _: unlink_endpoint(endpoint) if name == "ready" else None
@@ -131,8 +132,11 @@ class Exporter:
 
     def _hang_up(self) -> None:
         if self._channel is not None:
+            from shared.control import unlink_endpoint
+
             self._channel.close()
             self._channel = None
+            unlink_endpoint(self._endpoint)  # it may have died before it was ready
         if self._sidecar is not None:
             self._sidecar.close()
             self._sidecar = None
