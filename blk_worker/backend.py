@@ -219,7 +219,8 @@ class BlockBackend:
         for kind in Kind:
             name = kind.name.lower()
             ops = [counters.op[kind] for counters in self._counters]
-            count = sum(op.ops for op in ops)
+            buckets = [sum(parts) for parts in zip(*(op.latency_bucket for op in ops), strict=True)]
+            count = sum(buckets)  # and not the sum of `ops`, which may have moved on between two looks
             result[f"{name}_ops"] = count
             if kind in (Kind.READ, Kind.WRITE):
                 result[f"{name}_bytes"] = sum(op.bytes for op in ops)
@@ -228,7 +229,6 @@ class BlockBackend:
             total = sum(op.latency_sum_us for op in ops)
             result[f"{name}_latency_avg"] = total // count if count else NEVER
             if count:
-                buckets = (sum(parts) for parts in zip(*(op.latency_bucket for op in ops), strict=True))
                 result |= latency.told(name, total, buckets)
         for name in SUMS:
             result[name] = sum(getattr(counters, name) for counters in self._counters)

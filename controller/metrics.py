@@ -1,8 +1,8 @@
 """Figures of a running VMM for its metrics exporter (shared/figures.py).
 
 The guest's exits wait while this thread computes, so it only copies, and a little at a time: /proc is read for
-PROCESSES_A_TURN processes by turn, workers are asked side by side, and PSS, which walks the page tables of guest RAM, is
-not read here at all: the exporter gets the files, open, as it may not open them itself.
+PROCESSES_A_TURN processes by turn, workers are asked side by side, and PSS, which walks the page tables of guest RAM,
+is not read here at all: the exporter gets the files, open, as it may not open them itself.
 """
 
 from __future__ import annotations

@@ -23,11 +23,11 @@ from shared.figures import (
     ProcessFigures,
     WorkerFigures,
 )
+from tests.prometheus import Samples, at, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 TICK = os.sysconf("SC_CLK_TCK")
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def table(*stats: tuple[str, int, int, int, int, int]) -> bytes:
@@ -55,7 +55,9 @@ FIGURES = Figures(
             "read_ops": 3, "read_bytes": 1536, "read_latency_sum": 250, "read_latency_bucket_0": 1,
             "read_latency_bucket_3": 2, "errors": 4, "malformed": 5, "inflight": 6, "kicks": 7, "calls": 8,
         }),
-        WorkerFigures("net", "_net1", {"rx_frames": 9, "rx_bytes": 90, "tx_frames": 8, "tx_bytes": 80, "rx_dropped": 1}),
+        WorkerFigures("net", "_net1", {
+            "rx_frames": 9, "rx_bytes": 90, "tx_frames": 8, "tx_bytes": 80, "rx_dropped": 1,
+        }),
         WorkerFigures("console", "console", None),
     ),
     exits=(ExitFigures("vcpu0", {"vcpu": [0, 0, 11, 0, 0, 0, 0, 5], "controller": [0, 0, 2, 0, 0, 0, 1, 0]}),),
@@ -71,21 +73,9 @@ def scrape(figures: Figures, pss: dict[int, int] | None = None, accept: str = ""
     return encode(Measured(figures, pss or {}, 0.25), accept)[0].decode()
 
 
-def samples(text: str) -> Samples:
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
 @pytest.fixture(scope="module")
 def found() -> Samples:
-    return samples(scrape(FIGURES, {10: 1 << 20, 11: 4096}))
-
-
-def at(found: Samples, name: str, **labels: str) -> float | None:
-    return found.get((f"flotilla_{name}", frozenset(labels.items())))
+    return parse(scrape(FIGURES, {10: 1 << 20, 11: 4096}))
 
 
 def test_processes(found: Samples) -> None:
@@ -152,7 +142,7 @@ def test_kvm_statistics_in_base_units(found: Samples) -> None:
 
 
 def test_a_kernel_without_kvm_statistics_is_said_to_have_none() -> None:
-    assert at(samples(scrape(Figures())), "kvm_stats_available") == 0
+    assert at(parse(scrape(Figures())), "kvm_stats_available") == 0
 
 
 @pytest.mark.parametrize("cut", [0, 3, 23, 24, 80, 130, 200, 215])
@@ -173,14 +163,14 @@ def test_migration(found: Samples) -> None:
 
 
 def test_without_a_migration_only_that_is_told() -> None:
-    told = {name for name, _ in samples(scrape(Figures())) if "_migration_" in name}
+    told = {name for name, _ in parse(scrape(Figures())) if "_migration_" in name}
     assert told == {"flotilla_migration_state"}
 
 
 def test_a_label_may_hold_anything() -> None:
     name = 'a"b\\c\nd ü'
     text = scrape(Figures(processes=(ProcessFigures("blk", name, 1, "running"),)))
-    assert at(samples(text), "process_restarts_total", process=name, kind="blk") == 0
+    assert at(parse(text), "process_restarts_total", process=name, kind="blk") == 0
 
 
 @pytest.mark.parametrize("figures", [Figures(), FIGURES], ids=["nothing", "everything"])

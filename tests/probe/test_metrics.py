@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import signal
 import socket
@@ -11,15 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from metrics_exporter.catalogue import CATALOGUE
 from tests.probe.requests import SECONDS, goes_on
+from tests.prometheus import at, connect, fetch, scrape, total, until
 from tests.vmm import PROGRAM, Vmm, environment, poll, probe
 
 pytestmark = pytest.mark.probe
 
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 LATENCY = "flotilla_device_latency_seconds"
 
 
@@ -35,51 +33,6 @@ def disk(tmp_path: Path) -> Path:
     path = tmp_path / "disk.raw"
     path.write_bytes(os.urandom(16 << 20))
     return path
-
-
-def connect(target: int | Path) -> socket.socket:
-    if isinstance(target, int):
-        return socket.create_connection(("127.0.0.1", target), SECONDS)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.settimeout(SECONDS)
-    sock.connect(str(target))
-    return sock
-
-
-def fetch(target: int | Path, path: str = "/metrics") -> tuple[int, str]:
-    connection = http.client.HTTPConnection("localhost")
-    connection.sock = connect(target)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read().decode()
-    finally:
-        connection.close()
-
-
-def scrape(target: int | Path) -> Samples:
-    status, text = fetch(target)
-    assert status == 200, text
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
-def at(found: Samples, name: str, **labels: str) -> float | None:
-    return found.get((f"flotilla_{name}", frozenset(labels.items())))
-
-
-def total(found: Samples, name: str, **labels: str) -> float:
-    """Over all samples that have these labels."""
-    return sum(v for (n, have), v in found.items() if n == f"flotilla_{name}" and labels.items() <= set(have))
-
-
-def until(target: int | Path, holds: object) -> Samples:
-    """The first scrape for which `holds(samples)`; figures are given out again for half a second."""
-    assert callable(holds)
-    return poll(lambda: (found := scrape(target)) and holds(found) and found)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("how", ["port", "socket"])
@@ -243,8 +196,9 @@ def test_killed_controller_leaves_no_socket_and_no_exporter(tmp_path: Path) -> N
 def refused(*arguments: str) -> tuple[int, str]:
     command = [sys.executable, "-c", PROGRAM, "--kernel", probe(), "--serial", "null", "--console", "off", *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=SECONDS, env=environment(), stdin=subprocess.DEVNULL, check=False
-    )
+        command, capture_output=True, text=True, timeout=SECONDS, env=environment(), stdin=subprocess.DEVNULL,
+        check=False,
+    )  # fmt: skip
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,4 +25,4 @@ def test_empty_buckets_are_not_told() -> None:
 def test_each_bucket_is_twice_as_wide_as_the_one_before() -> None:
     upper = latency.UPPER_SECONDS
     assert len(upper) == latency.BUCKETS - 1 and upper[0] == 16e-6
-    assert all(round(b / a, 9) == 2 for a, b in zip(upper, upper[1:], strict=False))
+    assert all(round(b / a, 9) == 2 for a, b in pairwise(upper))
