@@ -70,11 +70,13 @@ class Exporter:
 
     def start(self) -> None:
         """A failure is logged and tried again: nothing depends on it."""
+        import zmq
+
         if self._stopping:
             return
         try:
             self._launch()
-        except (FlotillaError, OSError) as error:
+        except (FlotillaError, OSError, zmq.ZMQError) as error:
             self._hang_up()
             log.warn(f"no metrics exporter: {describe(error)}; trying again")
             self._reactor.call_later(LAST_DELAY, self.start)
