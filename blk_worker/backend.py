@@ -14,7 +14,7 @@ from typing import Any
 from blk_worker import native
 from blk_worker.disk import Disk
 from blk_worker.native import Flag, Kind
-from shared import log
+from shared import latency, log
 from shared.errors import ConfigError, ProtocolError
 from shared.native_ring import Step, VringError, check, regions_of, setup_of
 from shared.reactor import Reactor, drain_eventfd
@@ -237,13 +237,17 @@ class BlockBackend:
         for kind in Kind:
             name = kind.name.lower()
             ops = [counters.op[kind] for counters in self._counters]
-            count = sum(op.ops for op in ops)
+            buckets = [sum(parts) for parts in zip(*(op.latency_bucket for op in ops), strict=True)]
+            count = sum(buckets)  # and not the sum of `ops`, which may have moved on between two looks
             result[f"{name}_ops"] = count
             if kind in (Kind.READ, Kind.WRITE):
                 result[f"{name}_bytes"] = sum(op.bytes for op in ops)
             result[f"{name}_latency_min"] = min(op.latency_min_us for op in ops)
             result[f"{name}_latency_max"] = max(op.latency_max_us for op in ops) if count else NEVER
-            result[f"{name}_latency_avg"] = sum(op.latency_sum_us for op in ops) // count if count else NEVER
+            total = sum(op.latency_sum_us for op in ops)
+            result[f"{name}_latency_avg"] = total // count if count else NEVER
+            if count:
+                result |= latency.told(name, total, buckets)
         for name in SUMS:
             result[name] = sum(getattr(counters, name) for counters in self._counters)
         if result["poisoned"]:

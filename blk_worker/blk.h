@@ -68,6 +68,11 @@ struct blk_config {
 
 enum blk_kind { BLK_READ, BLK_WRITE, BLK_FLUSH, BLK_DISCARD, BLK_ZERO, BLK_OTHER, BLK_KINDS };
 
+/* Bucket 0 counts latencies below 2^BLK_LATENCY_SHIFT µs, each of the others up to twice the one before, the last all
+ * that are longer. shared/latency.py says the same. */
+#define BLK_LATENCY_SHIFT 4
+#define BLK_LATENCY_BUCKETS 20
+
 /* ABI. Per operation; latency from pop to completion, the wait in the pool included. */
 struct blk_op_counters {
     uint64_t ops;
@@ -75,6 +80,7 @@ struct blk_op_counters {
     uint64_t latency_min_us; /* UINT64_MAX before the first */
     uint64_t latency_max_us;
     uint64_t latency_sum_us;
+    uint64_t latency_bucket[BLK_LATENCY_BUCKETS]; /* not cumulative; they add up to ops */
 };
 
 /* ABI. One queue's counters, written under its lock, read by anybody (each word whole). */

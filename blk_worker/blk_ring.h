@@ -15,6 +15,13 @@ static uint64_t blk_now_ns(void)
 
 /* ------------------------------------------------------------------ returning requests */
 
+static uint32_t blk_bucket_of(uint64_t us)
+{
+    uint32_t bits = us ? 64 - (uint32_t)__builtin_clzll(us) : 0;
+    uint32_t bucket = bits > BLK_LATENCY_SHIFT ? bits - BLK_LATENCY_SHIFT : 0;
+    return bucket < BLK_LATENCY_BUCKETS ? bucket : BLK_LATENCY_BUCKETS - 1;
+}
+
 static void blk_account(struct blk_queue *q, const struct blk_request *request, const struct blk_outcome *o)
 {
     struct blk_op_counters *op = &q->counters.op[o->kind];
@@ -39,6 +46,7 @@ static void blk_account(struct blk_queue *q, const struct blk_request *request, 
     op->ops++;
     op->bytes += o->bytes;
     op->latency_sum_us += us;
+    op->latency_bucket[blk_bucket_of(us)]++;
     if (us < op->latency_min_us)
         op->latency_min_us = us;
     if (us > op->latency_max_us)

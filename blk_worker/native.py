@@ -7,7 +7,7 @@ from ctypes import POINTER, c_char, c_int, c_int32, c_uint32, c_uint64, c_void_p
 from enum import IntEnum, IntFlag
 from typing import Final
 
-from shared import native
+from shared import latency, native
 from shared.native_ring import bind, vring_region, vring_setup
 
 HANG_FOR_EVER: Final = (1 << 32) - 1
@@ -56,12 +56,14 @@ class blk_op_counters(ctypes.Structure):
         ("latency_min_us", c_uint64),
         ("latency_max_us", c_uint64),
         ("latency_sum_us", c_uint64),
+        ("latency_bucket", c_uint64 * latency.BUCKETS),
     )
     ops: int
     bytes: int
     latency_min_us: int
     latency_max_us: int
     latency_sum_us: int
+    latency_bucket: ctypes.Array[c_uint64]
 
 
 class blk_counters(ctypes.Structure):

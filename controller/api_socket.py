@@ -1,5 +1,7 @@
 """The API's listening socket: made by the controller with mode 0600 and handed to the api process.
 
+The metrics exporter's is one of the same kind (metrics_socket.py).
+
 A sidecar PATH.lock with an OFD lock tells a live owner from a stale socket, as Cloud Hypervisor does it. A stale one is
 replaced; a live one, or a path that is something else, is refused.
 """
@@ -27,18 +29,19 @@ class ApiSocket:
         self.paths = [path, f"{path}.lock"] if path else []
 
     @classmethod
-    def listen(cls, path: str) -> ApiSocket:
+    def listen(cls, path: str, flag: str = "--api-socket", name: str = "API socket") -> ApiSocket:
         """Raises HostError that names the path and what is in the way."""
-        what = f"--api-socket {path}"
+        what = f"{flag} {path}"
+        in_use = f"{name} {path} is already in use by another running instance"
         try:
             lock_fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise HostError(f"{what}: cannot create {path}.lock: {error.strerror}") from error
         if not try_lock(lock_fd, exclusive=True):
             os.close(lock_fd)
-            raise HostError(f"API socket {path} is already in use by another running instance")
+            raise HostError(in_use)
         try:
-            _remove_stale(path, what)
+            _remove_stale(path, what, in_use)
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             umask = os.umask(0o177)
             try:
@@ -81,7 +84,7 @@ class ApiSocket:
             self._lock_fd = None
 
 
-def _remove_stale(path: str, what: str) -> None:
+def _remove_stale(path: str, what: str, in_use: str) -> None:
     """Under the lock: whatever socket is there belongs to nobody of ours. Somebody else's may still listen."""
     try:
         mode = os.lstat(path).st_mode
@@ -97,4 +100,4 @@ def _remove_stale(path: str, what: str) -> None:
             return
         except BlockingIOError:
             pass
-    raise HostError(f"API socket {path} is already in use by another running instance")
+    raise HostError(in_use)

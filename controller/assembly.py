@@ -45,9 +45,12 @@ from shared.errors import WorkerError
 from shared.memory import GuestMemory
 from shared.reactor import Reactor, gather
 from shared.records import Record
-from shared.typed import Any
+from shared.typed import TYPE_CHECKING, Any
 from shared.undo import Undo
 from vcpu_worker.state import set_cpuid
+
+if TYPE_CHECKING:
+    from controller.kvm_stats import KvmStats
 
 WORKER_SECONDS = 30.0
 CONSOLE_WORKER = "console"
@@ -62,6 +65,7 @@ class VmContext(Record, frozen=False):
     on_guest_event: Callable[[GuestEvent], None]
     seccomp: Seccomp
     leavings: Leavings
+    statistics: bool = False  # KVM's are to be read while the VM runs
 
 
 class Disk(Record, frozen=False):
@@ -113,8 +117,16 @@ class Assembly:
                 self._reactor, platform.kvm_vm, platform.pages, platform.apic_ids, platform, context.seccomp,
                 context.fleet.supervision,
             )  # fmt: skip
+            undo.add(self.vcpus.close)
             self.vcpus.on_spawn = context.fleet.cgroups.enter
+            self.kvm_stats = self._kvm_stats() if context.statistics else None
             context.fleet.patients.append(self.vcpus.patients)
+
+    def _kvm_stats(self) -> KvmStats:
+        from controller.kvm_stats import KvmStats
+
+        vcpus = [(vcpu.name, vcpu.fd) for vcpu in self.vcpus.all]
+        return KvmStats(self.platform.kvm, [("", self.platform.kvm_vm.fd), *vcpus])
 
     def _open_end(self, device: Any) -> HostEnd | None:
         if device.mode is ConsoleMode.OFF:
@@ -310,6 +322,10 @@ class Assembly:
             worker.signal(signal.SIGWINCH)
 
     @property
+    def workers(self) -> list[Backend]:
+        return list(self._backends)
+
+    @property
     def disks(self) -> list[Disk]:
         """In the order of the configuration."""
         return list(self._disks.values())
@@ -352,6 +368,8 @@ class Assembly:
             return False
         self._closed = True
         self._context.fleet.patients.remove(self.vcpus.patients)
+        if self.kvm_stats is not None:
+            self.kvm_stats.close()
         self.vcpus.close()
         for name in self.functions:
             self.frontend(name).close()

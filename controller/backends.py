@@ -101,6 +101,10 @@ class Backend:
         return self._spec.name
 
     @property
+    def kind(self) -> str:
+        return self._spec.kind
+
+    @property
     def devices(self) -> str:
         """Who suffers when there is no worker."""
         return ", ".join(frontend.name for frontend in self._frontends.values()) or self.name

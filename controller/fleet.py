@@ -151,15 +151,15 @@ def pss_kib(pid: int) -> int:
     return 0
 
 
-def row(kind: str, device: str, pid: int, state: str, restarts: int) -> dict[str, Any]:
-    """Of `vmm.fleet`. PSS in KiB."""
+def row(kind: str, device: str, pid: int, state: str, restarts: int, pss: bool = True) -> dict[str, Any]:
+    """Of `vmm.fleet`. PSS in KiB; 0 where it is not wanted."""
     return {
         "kind": kind,
         "device": device,
         "pid": pid,
         "state": str(state),
         "restarts": restarts,
-        "pss_kib": pss_kib(pid),
+        "pss_kib": pss_kib(pid) if pss else 0,
     }
 
 
@@ -356,12 +356,12 @@ class Fleet:
             self.supervision.lost("zygote", "zygote", pid, verdict.cause, verdict.reason)
             self.supervision.restored("zygote", "zygote", zygote.pid)
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self, pss: bool = True) -> list[dict[str, Any]]:
         """Rows for `vmm.fleet`: this process, its zygote, and every other process but the vCPUs.
 
         The controller's PSS is that of the address space which the vCPU processes share; their rows say 0.
         """
-        rows = [row("controller", "controller", os.getpid(), ProcessState.RUNNING, 0)]
+        rows = [row("controller", "controller", os.getpid(), ProcessState.RUNNING, 0, pss)]
         if self.zygote.running:
-            rows.append(row("zygote", "zygote", self.zygote.pid, ProcessState.RUNNING, self.zygote.starts - 1))
-        return rows + [row(p.kind, p.name, p.pid, p.state, p.restarts) for p in self.processes]
+            rows.append(row("zygote", "zygote", self.zygote.pid, ProcessState.RUNNING, self.zygote.starts - 1, pss))
+        return rows + [row(p.kind, p.name, p.pid, p.state, p.restarts, pss) for p in self.processes]

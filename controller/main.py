@@ -63,7 +63,7 @@ def _run(options: Options, began: float) -> int:
     from controller.vmm import Vmm
 
     target = options.api_socket
-    api_socket = None
+    api_socket = metrics_socket = None
     cgroups = Cgroups(options.cgroup)
     try:
         if target is not None:
@@ -71,12 +71,17 @@ def _run(options: Options, began: float) -> int:
 
             path = target.path
             api_socket = ApiSocket.listen(path) if path is not None else ApiSocket.inherit(target.fd or 0)
+        if options.metrics is not None:
+            from controller.metrics_socket import listen
+
+            metrics_socket = listen(options.metrics)
         vmm = Vmm(options, began)
         vmm.fleet.use(cgroups)
         if options.event_monitor is not None:
             vmm.events.open(options.event_monitor.path, options.event_monitor.fd)
-        return vmm.run(api_socket)
+        return vmm.run(api_socket, metrics_socket)
     finally:
-        if api_socket is not None:
-            api_socket.close()
+        for made in (metrics_socket, api_socket):
+            if made is not None:
+                made.close()
         cgroups.close()

@@ -22,7 +22,10 @@ from shared.control import Channel, unlink_endpoint
 from shared.errors import FlotillaError, Timeout
 from shared.messages import Verb
 from shared.reactor import Reactor, describe, within
-from shared.typed import Any
+from shared.typed import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from controller.exporter import Exporter
 
 GOODBYE_SECONDS = 3.0
 # A process that dies again and again is started again and again, but not in a busy loop.
@@ -62,6 +65,7 @@ class Services:
         self._updates: socket.socket | None = None
         self._leavings = leavings
         self._watchdog = Watchdog(reactor, fleet)
+        self.exporter: Exporter | None = None
         for path in (*(api_socket.paths if api_socket else ()), fleet.cgroups.path):
             if path:
                 leavings.path(path, True)
@@ -71,6 +75,8 @@ class Services:
         """Failures are logged and tried again: the guest runs on without either."""
         self._watchdog.start()
         self._start_api()
+        if self.exporter is not None:
+            self.exporter.start()
         await self._start_janitor()
 
     # The API process ---------------------------------------------------------------------------------------------
@@ -192,6 +198,8 @@ class Services:
         self._watchdog.stop()
         if self._api_socket is not None:
             self._api_socket.close()
+        if self.exporter is not None:
+            await self.exporter.stop()
         if self._api is not None and self._channel is not None:
             self._api.state = ProcessState.STOPPING
             self._channel.broadcast("goodbye")

@@ -37,6 +37,7 @@ from vcpu_worker.process import Vcpu
 from vcpu_worker.state import VcpuCodec, share_tsc_offset, tell_paused
 
 if TYPE_CHECKING:
+    from controller.backends import Backend
     from controller.dirty import DirtyLog
     from shared.state_versions import StateKind
 
@@ -358,8 +359,26 @@ class Vm:
         return self._vcpus.describe() + self._made.describe_workers()
 
     async def counters(self) -> dict[str, Any]:
-        """Counters of every disk of ours, by device id."""
-        return await self._made.counters()
+        """Counters of every disk and network device of ours, by device id; histograms are for the metrics alone."""
+        from shared.latency import is_histogram
+
+        answers = await self._made.counters()
+        return {
+            device: {name: value for name, value in counters.items() if not is_histogram(name)}
+            for device, counters in answers.items()
+        }
+
+    @property
+    def workers(self) -> list[Backend]:
+        return self._made.workers
+
+    def exits(self) -> dict[str, dict[str, list[int]]]:
+        """Counts by vCPU, by who finished the exit, and by the number of KVM's reason."""
+        return {vcpu.name: vcpu.exits() for vcpu in self._vcpus.all}
+
+    def kvm_stats(self) -> list[tuple[str, bytes]]:
+        """KVM's statistics tables by owner, "" being the VM; empty where there are none. Raises OSError."""
+        return self._made.kvm_stats.read() if self._made.kvm_stats is not None else []
 
     # End ---------------------------------------------------------------------------------------------------------
 

@@ -79,8 +79,9 @@ class Vmm:
         self._ending = False
         self._leavings = Leavings(self.runtime.path)
         self._context = VmContext(
-            self.reactor, self.fleet, self.events, self._guest_event, options.seccomp, self._leavings
-        )
+            self.reactor, self.fleet, self.events, self._guest_event, options.seccomp, self._leavings,
+            statistics=options.metrics is not None,
+        )  # fmt: skip
         self.verbs: dict[str, Callable[[Any], Awaitable[Any]]] = {
             "vmm.ping": self.ping,
             "vmm.shutdown": self.shutdown_vmm,
@@ -108,7 +109,7 @@ class Vmm:
 
     # The process ------------------------------------------------------------------------------------------------
 
-    def run(self, api_socket: Any) -> int:
+    def run(self, api_socket: Any, metrics_socket: Any = None) -> int:
         """Boot what the command line asks for, serve until the end; the exit code. Raises FlotillaError."""
         signals = Signals(
             self.reactor,
@@ -124,14 +125,14 @@ class Vmm:
                 self.config = assign_ids(self.options.vm)
                 # Without a wait from here to the first KVM_RUN: the workers come up while the guest boots.
                 self.reactor.run_until(self._boot_now())
-            self.reactor.spawn(self._start_services(api_socket), "services")
+            self.reactor.spawn(self._start_services(api_socket, metrics_socket), "services")
             code = self.reactor.run()
         finally:
             signals.close()
             self._cleanup()
         return code
 
-    async def _start_services(self, api_socket: Any) -> None:
+    async def _start_services(self, api_socket: Any, metrics_socket: Any) -> None:
         await sleep(self.reactor, HEAD_START)
         self.zygote.start()  # it warms up on another core meanwhile
         await warm_up(self.reactor)
@@ -145,6 +146,10 @@ class Vmm:
         self.services = Services(
             self.reactor, self.fleet, self.runtime.path, self._leavings, api_socket, self.verbs
         )
+        if metrics_socket is not None:
+            from controller.metrics import exporter
+
+            self.services.exporter = exporter(self, metrics_socket, self._leavings)
         await self.services.start()
 
     def end(self, code: int) -> None:
@@ -222,17 +227,12 @@ class Vmm:
     # Requests: asking --------------------------------------------------------------------------------------------
 
     async def ping(self, _: None) -> dict[str, Any]:
-        from controller.config.version import BUILD_VERSION, CH_VERSION, FEATURES
+        from controller.config.version import ping
 
-        return {
-            "build_version": BUILD_VERSION,
-            "version": f"{CH_VERSION}.0",
-            "pid": os.getpid(),
-            "features": list(FEATURES),
-        }
+        return ping(os.getpid())
 
-    async def describe_fleet(self, _: None) -> list[dict[str, Any]]:
-        rows = self.fleet.describe()
+    async def describe_fleet(self, _: None, pss: bool = True) -> list[dict[str, Any]]:
+        rows = self.fleet.describe(pss)
         if self.vm is not None:
             rows += self.vm.describe()
         # The VM's rows come last: of a worker that is being started again, what is wrong counts more than its pid.

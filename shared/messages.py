@@ -40,6 +40,7 @@ class Verb(StrEnum):
     ANNOUNCE = "announce"  # network workers: the guest lives here now, let it and the network know
     FLUSH = "flush"  # a disk's worker: what the guest has written is on stable storage when this is answered
     API = "api"  # api process -> controller: one HTTP request
+    METRICS = "metrics"  # metrics exporter -> controller: all figures (shared/figures.py), and no other verb
     SEND = "send"  # controller -> migration agent
     RECEIVE = "receive"
     DELIVER = "deliver"  # a message for the peer, from shared/handover.py; its fds are one datagram on the sidecar
@@ -71,6 +72,7 @@ ARGUMENTS: dict[Verb, tuple[Field, ...]] = {
     Verb.ANNOUNCE: (),
     Verb.FLUSH: (),
     Verb.API: (Field("method", str), Field("path", str), Field("body", (bytes, type(None)), required=False)),
+    Verb.METRICS: (),
     Verb.SEND: (Field("url", str), Field("local", bool)),
     Verb.RECEIVE: (Field("url", str),),
     Verb.DELIVER: (Field("type", int), Field("body", bytes), Field("fds", int)),

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each of these is a process of its own. What several need is in shared/.
 PROCESSES = {
     "controller", "vcpu_worker", "blk_worker", "net_worker", "console_worker", "migration_agent", "ch_remote",
-    "chaos",
+    "chaos", "metrics_exporter",
 }  # fmt: skip
 # A vCPU process lives in the controller's address space, so the controller is what loads its code.
 ALLOWED = {("controller", "vcpu_worker")}

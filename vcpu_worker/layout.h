@@ -40,6 +40,12 @@ enum vcpu_stat {
     STAT_COUNT
 };
 
+/* Who finished an exit: vcpu_page.exits[finisher][reason]. */
+enum exit_finisher { FINISHED_BY_VCPU, FINISHED_BY_CONTROLLER, FINISHERS };
+
+/* KVM's reasons are below 40; EXIT_REASONS - 1 counts all others. */
+#define EXIT_REASONS 48
+
 struct vcpu_page {
     /* Written by the controller. */
     __u32 command; /* futex */
@@ -54,6 +60,7 @@ struct vcpu_page {
     __u64 epoch;   /* counts entries into KVM_RUN; names the exit that the last one ended with */
     __u64 handoff; /* epoch of the last exit that was handed to the controller */
     __u64 stats[STAT_COUNT];
+    __u64 exits[FINISHERS][EXIT_REASONS]; /* by KVM_EXIT_*; one whose process was killed may be counted twice */
 };
 
 /* COM1. Registers are written by the serial device (controller), the ring by every vCPU. */

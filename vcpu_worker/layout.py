@@ -24,6 +24,7 @@ PCI_CONFIG_SIZE = 4096
 VCPU_PAGE_SIZE = 4096
 EXIT_SENTINEL = 0xF1071111
 COMMAND_PAUSE = 1
+EXIT_REASONS = 48
 
 
 class State(enum.IntEnum):
@@ -53,6 +54,14 @@ class Stat(enum.IntEnum):
     STARTS = 11
 
 
+class Finisher(enum.IntEnum):
+    """Who finished an exit: the first index of VcpuPage.exits. The second is KVM's reason, EXIT_REASONS - 1 for those
+    that it can't tell."""
+
+    VCPU = 0
+    CONTROLLER = 1
+
+
 class VcpuPage(ctypes.Structure):
     _fields_ = (
         ("command", c_uint32),
@@ -66,6 +75,7 @@ class VcpuPage(ctypes.Structure):
         ("epoch", c_uint64),
         ("handoff", c_uint64),
         ("stats", c_uint64 * len(Stat)),
+        ("exits", (c_uint64 * EXIT_REASONS) * len(Finisher)),
     )
 
 

@@ -26,6 +26,7 @@ from shared.seccomp import Forbidden
 from vcpu_worker.layout import (
     COMMAND_PAUSE,
     EXIT_SENTINEL,
+    Finisher,
     Stat,
     State,
     StatePages,
@@ -221,6 +222,10 @@ class Vcpu:
 
     def stats(self) -> dict[str, int]:
         return {stat.name.lower(): int(self.page.stats[stat]) for stat in Stat}
+
+    def exits(self) -> dict[str, list[int]]:
+        """By who finished them: a count for each number of KVM's reasons."""
+        return {finisher.name.lower(): list(self.page.exits[finisher]) for finisher in Finisher}
 
     def close(self) -> None:
         """After the process has been reaped: let go of fd and mappings."""

@@ -215,6 +215,11 @@ static void hand_over(struct vcpu *v, u64 epoch)
         futex_wait(&page->done, (u32)done);
 }
 
+static void count_exit(struct vcpu_page *page, enum exit_finisher finisher, u32 reason)
+{
+    page->exits[finisher][reason < EXIT_REASONS ? reason : EXIT_REASONS - 1]++;
+}
+
 static void finish_exit(struct vcpu *v, u32 reason)
 {
     struct vcpu_page *page = v->page;
@@ -223,9 +228,11 @@ static void finish_exit(struct vcpu *v, u32 reason)
 
     if (LOAD(page->handoff) != epoch && finish_natively(v, reason, epoch, &kind)) {
         page->stats[kind]++;
+        count_exit(page, FINISHED_BY_VCPU, reason);
     } else {
         kind = reason == KVM_EXIT_IO ? STAT_HANDED_PIO : reason == KVM_EXIT_MMIO ? STAT_HANDED_MMIO : STAT_HANDED_OTHER;
         page->stats[kind]++;
+        count_exit(page, FINISHED_BY_CONTROLLER, reason);
         STORE(page->state, page->error ? STATE_FAILED : STATE_EXITING);
         hand_over(v, epoch);
         STORE(page->state, STATE_RUNNING);
@@ -270,7 +277,10 @@ static void __attribute__((noreturn)) run_vcpu(struct vcpu *v)
         STORE(page->epoch, page->epoch + 1);
         long result = syscall4(__NR_ioctl, v->fd, KVM_RUN, 0, 0);
         retired = result == -EINTR;
-        page->stats[STAT_INTERRUPTED] += retired;
+        if (retired) {
+            page->stats[STAT_INTERRUPTED]++;
+            count_exit(page, FINISHED_BY_VCPU, KVM_EXIT_INTR);
+        }
         /* EAGAIN: an application processor has got its INIT or SIPI and is to be entered again. */
         page->error = result < 0 && result != -EINTR && result != -EAGAIN ? (u32)-result : 0;
         unknown = page->error || (result == 0 && LOAD(*reason) == KVM_EXIT_UNKNOWN);

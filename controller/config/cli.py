@@ -26,7 +26,10 @@ from shared.errors import ConfigError
 from shared.grammar import expand_home, integer, parse, path
 from shared.log import Level
 from shared.records import Record
-from shared.typed import NoReturn, TypeVar
+from shared.typed import TYPE_CHECKING, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from controller.config.metrics import MetricsTarget
 
 T = TypeVar("T")
 
@@ -59,6 +62,7 @@ class Options(Record):
     seccomp: Seccomp
     cgroup: str = ""
     allow_fault_injection: bool = False
+    metrics: MetricsTarget | None = None
 
 
 def parse_argv(argv: Sequence[str]) -> Options:
@@ -90,6 +94,7 @@ def parse_argv(argv: Sequence[str]) -> Options:
         seccomp=_single(given, "--seccomp", _seccomp) or Seccomp.TRAP,
         cgroup=_single(given, "--cgroup", expand_home) or "",
         allow_fault_injection="--allow-fault-injection" in given,
+        metrics=_metrics(given),
     )
 
 
@@ -216,6 +221,18 @@ def _target(given: dict[str, list[str]], name: str, bare_path: bool = False) -> 
             f"Error parsing {name} {text}", "expected a path, or fd= and a number, and not both"
         )
     return Target(**found)  # type: ignore[arg-type]
+
+
+def _metrics(given: dict[str, list[str]]) -> MetricsTarget | None:
+    """Where the metrics exporter is to listen."""
+    address, path = _single(given, "--metrics", str), _single(given, "--metrics-socket", expand_home)
+    if address is None and path is None:
+        return None
+    if address is not None and path is not None:
+        usage_error("the argument '--metrics <ADDRESS>' cannot be used with '--metrics-socket <PATH>'")
+    from controller.config.metrics import parse_address, parse_path
+
+    return parse_address(address) if address is not None else parse_path(path or "")
 
 
 def _vm_config(given: dict[str, list[str]]) -> VmConfig | None:

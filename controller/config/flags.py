@@ -39,6 +39,8 @@ _TABLE = (
     ),
     Flag("--log-file", "PATH", "", "Write log lines to this file [default: standard error]"),
     Flag("--memory", "MEMORY", options.MEMORY_SYNTAX, "Guest memory [default: size=512M]", vm=True),
+    Flag("--metrics", "ADDRESS", "127.0.0.1:<port>|[::1]:<port>", "Serve figures for Prometheus at /metrics there"),
+    Flag("--metrics-socket", "PATH", "", "Serve them on this unix socket instead"),
     Flag("--net", "NET", options.NET_SYNTAX, "Network devices, one value each", many=True, vm=True),
     Flag("--no-shutdown", "", "", "Keep the VMM when the guest powers off"),
     Flag("--rng", "RNG", options.RNG_SYNTAX, "Entropy source [default: src=/dev/urandom]", vm=True),

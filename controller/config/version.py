@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shared.typed import Any
+
 FLOTILLA_VERSION = "0.1.0"
 # The release of Cloud Hypervisor whose command line, API and guest-visible machine are implemented.
 CH_VERSION = "53.0"
@@ -12,3 +14,9 @@ BUILD_VERSION = f"v{CH_VERSION}-flotilla-{FLOTILLA_VERSION}"
 # to be that.
 MIGRATION_PROTOCOLS = "flotilla-1"
 FEATURES = ("kvm",)
+
+
+def ping(pid: int) -> dict[str, Any]:
+    """The answer of vmm.ping by the VMM with this pid."""
+    version = f"{CH_VERSION}.0"
+    return {"build_version": BUILD_VERSION, "version": version, "pid": pid, "features": list(FEATURES)}

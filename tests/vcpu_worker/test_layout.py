@@ -30,7 +30,11 @@ def test_both_layouts_are_the_same(tmp_path: Path) -> None:
             wanted[f"sizeof(((struct {name} *)0)->{field})"] = getattr(kind, field).size
     wanted |= {f"STATE_{state.name}": state.value for state in layout.State}
     wanted |= {f"STAT_{stat.name}": stat.value for stat in layout.Stat}
-    for name in ("MAX_VCPUS", "TX_SLOTS", "PCI_SLOTS", "PCI_CONFIG_SIZE", "VCPU_PAGE_SIZE", "EXIT_SENTINEL"):
+    wanted |= {f"FINISHED_BY_{finisher.name}": finisher.value for finisher in layout.Finisher}
+    wanted["FINISHERS"] = len(layout.Finisher)
+    for name in (
+        "MAX_VCPUS", "TX_SLOTS", "PCI_SLOTS", "PCI_CONFIG_SIZE", "VCPU_PAGE_SIZE", "EXIT_SENTINEL", "EXIT_REASONS",
+    ):  # fmt: skip
         wanted[name] = getattr(layout, name)
     wanted["STAT_COUNT"], wanted["COMMAND_PAUSE"] = len(layout.Stat), layout.COMMAND_PAUSE
     lines = "".join(f'printf("%lld\\n", (long long)({expression}));\n' for expression in wanted)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from shared import kvm
 from tests.vcpu_worker.rig import ALL_EXITS, SPIN, native_variant, rig
 from vcpu_worker import layout
 from vcpu_worker.layout import State
@@ -220,6 +221,7 @@ def test_a_failing_kvm_run_is_an_exit_that_names_the_error() -> None:
         machine.run_until(lambda: bool(machine.held))
         exit = machine.held.pop()
         assert (exit.kind, exit.address) == (ExitKind.FAILED, errno.ENOTTY)
+        assert vcpu.exits()["controller"][layout.EXIT_REASONS - 1] == 1, "no reason of KVM's: with all others"
         assert vcpu.state is State.FAILED
         assert "KVM_RUN: Inappropriate ioctl" in vcpu.failure()
         vcpu._start.vcpu_fd = real
@@ -289,3 +291,32 @@ def test_a_stack_that_overflows_hits_a_guard_page() -> None:
         low = machine.vcpus[0]._start.stack
         line = next(line for line in Path("/proc/self/maps").read_text().splitlines() if line.startswith(f"{low:x}-"))
         assert line.split()[1].startswith("---")
+
+
+def test_exits_are_counted_by_reason_and_by_who_finished_them() -> None:
+    with rig(ALL_EXITS) as machine:
+        machine.run_until(lambda: len(machine.devices.echoes[0]) > 20)
+        machine.pause()
+        vcpu = machine.vcpus[0]
+        exits, stats = vcpu.exits(), vcpu.stats()
+        assert exits["vcpu"][kvm.KVM_EXIT_IO] == sum(
+            stats[name] for name in ("uart_write", "uart_status", "pci_address", "pci_read", "post_code")
+        )
+        assert exits["vcpu"][kvm.KVM_EXIT_MMIO] == stats["ecam_read"] > 0
+        assert exits["vcpu"][kvm.KVM_EXIT_INTR] == stats["interrupted"] > 0
+        assert exits["controller"][kvm.KVM_EXIT_IO] == stats["handed_pio"] > 20
+        assert exits["controller"][kvm.KVM_EXIT_MMIO] == stats["handed_mmio"] > 20
+        assert sum(map(sum, exits.values())) == sum(stats.values()) - stats["starts"]
+
+
+def test_exit_counts_outlive_the_process() -> None:
+    with rig(ALL_EXITS) as machine:
+        vcpu = machine.vcpus[0]
+        machine.run_until(lambda: len(machine.devices.echoes[0]) > 5)
+        vcpu.kill()
+        vcpu.reap()
+        before = vcpu.exits()["controller"][kvm.KVM_EXIT_IO]
+        vcpu.spawn()
+        done = len(machine.devices.echoes[0])
+        machine.run_until(lambda: len(machine.devices.echoes[0]) > done + 5)
+        assert vcpu.exits()["controller"][kvm.KVM_EXIT_IO] > before > 5

@@ -1,0 +1,127 @@
+"""Figures of a running VMM for its metrics exporter (shared/figures.py).
+
+The guest's exits wait while this thread computes, so it only copies, and a little at a time: /proc is read for
+PROCESSES_A_TURN processes by turn, workers are asked side by side, and PSS, which walks the page tables of guest RAM,
+is not read here at all: the exporter gets the files, open, as it may not open them itself.
+"""
+
+from __future__ import annotations
+
+import os
+
+from controller.api_socket import ApiSocket
+from controller.backends import Backend
+from controller.config.version import FLOTILLA_VERSION
+from controller.exporter import Exporter
+from controller.leavings import Leavings
+from shared import log
+from shared.errors import FlotillaError
+from shared.figures import (
+    ExitFigures,
+    Figures,
+    KvmFigures,
+    MigrationFigures,
+    ProcessFigures,
+    WorkerFigures,
+    known,
+    to_wire,
+)
+from shared.messages import Verb
+from shared.reactor import describe, gather, sleep
+from shared.typed import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from controller.vmm import Vmm
+
+PROCESSES_A_TURN = 16
+WORKER_SECONDS = 2.0
+# Fields 14 and 15 of proc_pid_stat(5), counted from the third, which is the first behind the name.
+UTIME, STIME = 11, 12
+
+
+def exporter(vmm: Vmm, listening: ApiSocket, leavings: Leavings) -> Exporter:
+    """The exporter of a VMM; start() is the caller's."""
+
+    async def collected() -> tuple[dict[str, Any], dict[int, int]]:
+        figures, files = await collect(vmm)
+        return to_wire(figures), files
+
+    return Exporter(vmm.reactor, vmm.fleet, vmm.runtime.path, leavings, listening, collected)
+
+
+async def collect(vmm: Vmm) -> tuple[Figures, dict[int, int]]:
+    """Everything, and by pid an open smaps_rollup of each address space. What can't be had is left out."""
+    rows = await vmm.describe_fleet(None, pss=False)
+    workers = await gather(vmm.reactor, *(_worker(backend) for backend in (vmm.vm.workers if vmm.vm else ())))
+    files: dict[int, int] = {}
+    try:
+        processes = []
+        for number, row in enumerate(rows):
+            if number % PROCESSES_A_TURN == PROCESSES_A_TURN - 1:
+                await sleep(vmm.reactor, 0)
+            processes.append(_process(row))
+            if row["pid"] and row["kind"] != "vcpu":  # their address space is the controller's
+                _open(row["pid"], files)
+    except BaseException:
+        for fd in files.values():
+            os.close(fd)
+        raise
+    vm = vmm.vm  # looked at from here on without a wait: it may have ended meanwhile
+    figures = Figures(
+        FLOTILLA_VERSION,
+        str(vmm.state) if vmm.config is not None else "",
+        tuple(processes),
+        tuple(workers),
+        tuple(ExitFigures(name, counts) for name, counts in vm.exits().items()) if vm else (),
+        _kvm(vmm),
+        known(MigrationFigures, vmm.migration.progress()) if vmm.migration is not None else MigrationFigures(),
+    )
+    return figures, files
+
+
+def _process(row: dict[str, Any]) -> ProcessFigures:
+    user, system = cpu_ticks(row["pid"]) if row["pid"] else (None, None)
+    return ProcessFigures(
+        row["kind"], row["device"], row["pid"], row["state"], row["restarts"], user, system, row.get("last_stall_ms")
+    )
+
+
+async def _worker(backend: Backend) -> WorkerFigures:
+    try:
+        process = backend.process
+        stats = await process.call(Verb.STATS, WORKER_SECONDS) if process is not None else None
+    except FlotillaError as error:
+        log.debug(f"metrics: {backend.name}: {describe(error)}")
+        stats = None
+    return WorkerFigures(backend.kind, backend.name, stats)
+
+
+def _kvm(vmm: Vmm) -> tuple[KvmFigures, ...]:
+    try:
+        return tuple(KvmFigures(owner, table) for owner, table in vmm.vm.kvm_stats()) if vmm.vm else ()
+    except OSError as error:
+        log.debug(f"metrics: KVM's statistics: {error}")
+        return ()
+
+
+def cpu_ticks(pid: int) -> tuple[int, int] | tuple[None, None]:
+    """User and system time of a process with all its threads, in clock ticks; Nones when it is gone."""
+    try:
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None, None
+    try:
+        text = os.read(fd, 1024)
+    except OSError:
+        return None, None
+    finally:
+        os.close(fd)
+    fields = text[text.rindex(b")") + 2 :].split()
+    return int(fields[UTIME]), int(fields[STIME])
+
+
+def _open(pid: int, files: dict[int, int]) -> None:
+    try:
+        files[pid] = os.open(f"/proc/{pid}/smaps_rollup", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        log.debug(f"metrics: {error}")
