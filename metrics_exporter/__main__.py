@@ -17,7 +17,9 @@ from shared.reactor import Reactor
 def main(listen_fd: int, sidecar_fd: int, endpoint: str, parent: int) -> int:
     """`listen_fd` listens, tcp or unix; `sidecar_fd` brings descriptors; `endpoint` is the controller's."""
     set_name("metrics")
-    sandbox.confine("worker")
+    box = sandbox.confine("exporter")
+    with box.leave_files():
+        pass
     die_with_parent(parent)  # after the credentials have changed
     gc.freeze()  # what has been imported stays
     gc.enable()
