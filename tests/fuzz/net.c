@@ -82,7 +82,8 @@ static void command(void)
 static void arrive(void)
 {
     static uint8_t packet[1 << 17];
-    size_t size = below(&in, 4) ? below(&in, 2000) : NET_MAX_PACKET - 40 + below(&in, 80);
+    /* A TAP gives a vnet header with every packet. */
+    size_t size = NET_HEADER + (below(&in, 4) ? below(&in, 2000) : NET_MAX_PACKET - 80 + below(&in, 80));
     memset(packet, 0x5a, 64);
     for (size_t i = 0; i < 12; i++)
         packet[i] = (uint8_t)take(&in, 1);
