@@ -7,12 +7,15 @@ says how that is replayed. The second runs a target on files. The C targets are 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 from pathlib import Path
 
-from tests.fuzz.engine import Finding, Target, fuzz, replay
+from tests.fuzz.engine import CORPUS, Finding, Target, fuzz, replay
 from tests.fuzz.targets import TARGETS
+
+CORPUS_FILES, CORPUS_BYTES = 30, 300  # of one target, so that all of them stay below 100 KiB
 
 
 def say(text: str) -> None:
@@ -37,10 +40,21 @@ def run_files(target: Target, paths: list[Path]) -> int:
     return code
 
 
-def run_all(targets: list[Target], seed: int, inputs: int | None, seconds: float | None) -> int:
+def keep(target: Target, inputs: list[bytes]) -> None:
+    """Into the corpus: the shortest of what reached something new, as far as there is room."""
+    folder = CORPUS / target.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for data in sorted(inputs, key=len):
+        if len(list(folder.iterdir())) < CORPUS_FILES and len(data) <= CORPUS_BYTES:
+            (folder / hashlib.sha256(data).hexdigest()[:12]).write_bytes(data)
+
+
+def run_all(targets: list[Target], seed: int, inputs: int | None, seconds: float | None, grow: bool) -> int:
     code = 0
     for target in targets:
-        done = fuzz(target, seed=seed, inputs=inputs, seconds=seconds, say=say)
+        done = fuzz(target, seed=seed, inputs=inputs, seconds=seconds, say=say, every=1 if grow else 4)
+        if grow:
+            keep(target, done.grown)
         say(f"{target.name}: seed {seed}, {done.inputs} inputs, {done.lines} lines of the product reached")
         if done.finding is not None:
             report(done.finding, done.finding.keep())
@@ -53,6 +67,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--minutes", type=float, help="for each target")
     parser.add_argument("--inputs", type=int, help="for each target, instead of a time")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "little"))
+    parser.add_argument("--grow", action="store_true", help="keep inputs that reach something new in the corpus")
     parser.add_argument("--list", action="store_true", help="the targets")
     parser.add_argument("words", nargs="*", metavar="TARGET", help="default: all; one and FILEs: run these")
     given = parser.parse_args(argv)
@@ -69,7 +84,7 @@ def main(argv: list[str]) -> int:
     if given.inputs is None and given.minutes is None:
         parser.error("how long? --minutes M, or --inputs N")
     targets = [TARGETS[word] for word in given.words] or list(TARGETS.values())
-    return run_all(targets, given.seed, given.inputs, None if given.minutes is None else 60 * given.minutes)
+    return run_all(targets, given.seed, given.inputs, None if given.minutes is None else 60 * given.minutes, given.grow)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -173,13 +173,14 @@ class Run:
     inputs: int = 0
     lines: int = 0
     finding: Finding | None = None
+    grown: list[bytes] = field(default_factory=list)  # inputs that reached something new
 
 
 def fuzz(
     target: Target, *, seed: int, inputs: int | None = None, seconds: float | None = None,
-    say: Callable[[str], None] = lambda _text: None,
+    say: Callable[[str], None] = lambda _text: None, every: int = 4,
 ) -> Run:  # fmt: skip
-    """Until the first finding, or so many inputs, or so long. Every fourth input is traced for what it reaches."""
+    """Until the first finding, or so many inputs, or so long. Each `every`-th input is traced for what it reaches."""
     done, choice, coverage = Run(target.name, seed), random.Random(seed), product()
     began = said = time.monotonic()
     with _opened(target) as run:
@@ -194,11 +195,12 @@ def fuzz(
                     said = now
                     say(f"{target.name}: {done.inputs} inputs, {len(coverage.seen)} lines, {now - began:.0f} s")
                 data = queue.pop() if queue else mutate(choice, pool)
-                if done.inputs % 4 == 0:
+                if done.inputs % every == 0:
                     with coverage.watch():
                         done.finding = attempt(target.name, run, data)
-                    if coverage.fresh and len(pool) < GROWN:
+                    if coverage.fresh and len(done.grown) < GROWN:
                         pool.append(data)
+                        done.grown.append(data)
                 else:
                     done.finding = attempt(target.name, run, data)
                 done.inputs += 1
