@@ -386,11 +386,11 @@ class Liar:
         self.theirs.setblocking(False)
         self._heard = b""
 
-    def asked(self, request: vu.Request) -> bool:
+    def asked(self, request: vu.Request, flags: int = vu.VERSION) -> bool:
         """Whether this is what the front end has said last."""
         with contextlib.suppress(BlockingIOError):
             self._heard += self.theirs.recv(1 << 16)
-        return self._heard.endswith(vu.Message(request).pack())
+        return self._heard.endswith(vu.Message(request, flags=flags).pack())
 
     def reply(self, request: int, payload: bytes, fds: tuple[int, ...] = ()) -> None:
         send_fds(self.theirs, vu.Message(request, payload, vu.VERSION | vu.REPLY).pack(), fds)
@@ -400,8 +400,14 @@ def test_a_back_end_that_hangs_up_behind_its_last_answer_is_lost_and_not_connect
     """It was taken for connected, with no link, and whoever spoke to it next never let the reactor go on."""
     liar = Liar()
     connecting = rig.reactor.spawn(rig.frontend.connect(liar.ours), "connect")
-    rig.until(lambda: liar.asked(vu.Request.GET_FEATURES))
-    liar.reply(vu.Request.GET_FEATURES, vu.pack_u64(FEATURES))
+    for request, answer in (
+        (vu.Request.GET_FEATURES, FEATURES | vu.VHOST_USER_F_PROTOCOL_FEATURES),
+        (vu.Request.GET_PROTOCOL_FEATURES, vu.ProtocolFeature.REPLY_ACK),
+    ):
+        rig.until(lambda request=request: liar.asked(request))
+        liar.reply(request, vu.pack_u64(answer))
+    rig.until(lambda: liar.asked(vu.Request.SET_OWNER, vu.VERSION | vu.NEED_REPLY))
+    liar.reply(vu.Request.SET_OWNER, vu.pack_u64(0))
     liar.theirs.close()
     with pytest.raises(WorkerLost):
         rig.run(connecting)
