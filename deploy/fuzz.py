@@ -45,8 +45,8 @@ def run_native(name: str, seconds: float, work: Path) -> bool:
     before, grown, log = set(found.iterdir()), work / "corpus", work / "log"
     grown.mkdir()
     folders = [str(folder) for folder in (grown, *{path.parent for path in native.inputs(target)})]
-    command = [str(program), f"-max_total_time={seconds:.0f}", "-timeout=10", "-rss_limit_mb=2048",
-               f"-max_len={native.MAX_INPUT}", "-print_final_stats=1", f"-artifact_prefix={found}/", *folders]  # fmt: skip
+    bounds = [f"-max_total_time={seconds:.0f}", "-timeout=10", "-rss_limit_mb=2048", f"-max_len={native.MAX_INPUT}"]
+    command = [str(program), *bounds, "-print_final_stats=1", f"-artifact_prefix={found}/", *folders]
     with open(log, "wb") as output:
         code = watch(name, command, seconds, output.fileno(), log)
     for line in last_lines(log, ("DONE", "stat::number_of_executed_units")):

@@ -40,7 +40,7 @@ class Target:
 
     name: str
     open: Callable[[], Iterator[Callable[[bytes], None]]]
-    seeds: Callable[[], list[bytes]] = lambda: []
+    seeds: Callable[[], list[bytes]] = list
     about: str = ""
 
 

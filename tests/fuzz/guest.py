@@ -74,7 +74,7 @@ def config(folder: Path, cmdline: str) -> dict[str, Any]:
 
 
 def campaign(folder: Path, seed: int, steps: int) -> None:
-    """One guest's life and what comes after it: a reboot, then another guest in the same VMM, whose disk is verified."""
+    """One guest's life, its second after a reboot, then another guest in the same VMM, which verifies its disk."""
     with machine(folder, words(seed, steps)) as vmm:
         pid = vmm.process.pid
         vmm.wait_api()

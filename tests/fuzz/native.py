@@ -66,7 +66,8 @@ def _compile(command: list[str], target: Target) -> None:
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise HostError(f"cannot build {target.source}: no {command[0]}", "bash deploy/fuzz.sh installs clang") from error
+        hint = "bash deploy/fuzz.sh installs clang"
+        raise HostError(f"cannot build {target.source}: no {command[0]}", hint) from error
     if done.returncode:
         raise HostError(f"{command[0]} failed on {target.source}:\n{done.stderr}")
 

@@ -1,4 +1,4 @@
-"""Every C target on its corpus, on what was once found, and on a fixed number of inputs from a fixed seed: gcc, ASan, UBSan."""
+"""Every C target on its corpus, on what was once found, and on inputs from a fixed seed: by gcc with ASan and UBSan."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from tests.fuzz.choices import Choices
 from tests.fuzz.engine import Target
 
 RAM = 16 << 20
+PACKERS = (images.pack_lz4, images.pack_gzip, images.pack_xz)
 GUARD = (0xA_0000, 0x5_F000)  # where the firmware's tables go
 
 
@@ -21,7 +22,7 @@ def _images() -> list[bytes]:
     return [
         small,
         images.elf(((0x20_0000, images.CODE[:300], 300),), sections={".initrd": b"i"}, bits=32),
-        *(images.bzimage(pack(small), preferred=0x10_0000) for pack in (images.pack_lz4, images.pack_gzip, images.pack_xz)),
+        *(images.bzimage(pack(small), preferred=0x10_0000) for pack in PACKERS),
         images.bzimage(b"unknown", preferred=0x10_0000),
         images.uki({".linux": small, ".initrd": b"initramfs", ".cmdline": b"quiet"}),
     ]

@@ -57,7 +57,8 @@ class PciRig:
             bus = self.machine.mmio
         elif kind == 6:
             # CF8 may name the neighbour; it must be the guest's intention then.
-            self.machine.page.set_address(choices.one_of((0x8000_0000, 0x8000_0800, 0, 0x8001_0000)) | choices.below(256))
+            latch = choices.one_of((0x8000_0000, 0x8000_0800, 0, 0x8001_0000))
+            self.machine.page.set_address(latch | choices.below(256))
             offset, size = choices.below(8), min(size, 4)
             value = choices.number(8 * size)
             self.machine.ports.read(offset, size)
@@ -291,7 +292,7 @@ def vm_states() -> Iterator[Callable[[bytes], None]]:
 
 
 def worker_states() -> Iterator[Callable[[bytes], None]]:
-    blk = {name: 1 for name in BlkConfig._fields} | {"geometry": {"cylinders": 1, "heads": 2, "sectors": 3}}
+    blk = dict.fromkeys(BlkConfig._fields, 1) | {"geometry": {"cylinders": 1, "heads": 2, "sectors": 3}}
     net = {"pairs": 1, "offloads": 0, "announce": False}
 
     def run(data: bytes) -> None:

@@ -16,6 +16,7 @@ from controller.config.codec import from_json, to_json
 from controller.config.model import PayloadConfig, VmConfig
 from controller.config.validate import validate
 from controller.migration import codec
+from migration_agent.pages import Sink
 from shared import messages
 from shared.control import Channel, context
 from shared.errors import FlotillaError, ProtocolError
@@ -25,12 +26,10 @@ from shared.messages import ARGUMENTS, Verb
 from shared.pages import COUNTS, PAGE_SIZE, RUN, Regions
 from shared.reactor import Reactor
 from shared.state_versions import KINDS, refusals
-
 from shared.wire import HEADER, Decoder, Frame, Hello, PageList, encode, encode_hello
-from migration_agent.pages import Sink
-from vcpu_worker.ch_form import from_ch
 from tests.fuzz.choices import Choices
 from tests.fuzz.engine import Target
+from vcpu_worker.ch_form import from_ch
 
 TAIL = {"v": 1, "id": 999_999, "verb": "hello", "args": {}}
 

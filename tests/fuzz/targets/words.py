@@ -20,17 +20,22 @@ from tests.fuzz.choices import Choices
 from tests.fuzz.engine import Target
 from tests.fuzz.targets.peers import CONFIG
 
+DISK = (
+    'path="a,b.raw",readonly=on,direct=off,num_queues=2,queue_size=128,serial=x,id=d,lock=shared,image_type=raw,'
+    "queue_affinity=[]"
+)
 FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "--cpus": (options.cpus, "boot=2,max=4,topology=1:2:1:2,max_phys_bits=46,nested=on,affinity=[0@[1,2-3]]"),
     "--memory": (options.memory, "size=512M,mergeable=off,shared=on,hugepages=off,thp=on"),
-    "--disk": (options.disk, 'path="a,b.raw",readonly=on,direct=off,num_queues=2,queue_size=128,serial=x,id=d,'
-               "lock=shared,image_type=raw,queue_affinity=[]"),
+    "--disk": (options.disk, DISK),
     "--net": (options.net, "tap=t0,mac=12:34:56:78:90:ab,ip=10.0.0.1,mask=255.0.0.0,num_queues=4,fd=[3-4],mtu=1500"),
     "--rng": (options.rng, "src=/dev/urandom,id=r,pci_device_id=4"),
     "--serial": (options.serial, "file=/tmp/x"),
     "--console": (options.console, "socket=/tmp/s,id=c"),
 }  # fmt: skip
-PARTS = ("=", ",", "[", "]", '"', "@", "-", ":", "on", "off", "tty", "[0-65535]", "18446744073709551616", "~/", "\0", "é")
+PARTS = (
+    "=", ",", "[", "]", '"', "@", "-", ":", "on", "off", "tty", "[0-65535]", "18446744073709551616", "~/", "\0", "é",
+)  # fmt: skip
 
 
 def text_of(choices: Choices, text: str) -> str:
@@ -60,8 +65,8 @@ def option_strings() -> Iterator[Callable[[bytes], None]]:
 
 def command_line() -> Iterator[Callable[[bytes], None]]:
     words = [word for flag, (_, text) in FLAGS.items() for word in (flag, text)]
-    words += ["--kernel", "/k", "--api-socket", "path=/a", "fd=3", "--cmdline", "-v", "-vvVh", "--seccomp", "log",
-              "--initramfs", "--event-monitor", "--log-file", "--", "-", "--help", "--version", "--kernel=/k"]  # fmt: skip
+    words += ["--kernel", "/k", "--api-socket", "path=/a", "fd=3", "--cmdline", "-v", "-vvVh", "--seccomp", "log"]
+    words += ["--initramfs", "--event-monitor", "--log-file", "--", "-", "--help", "--version", "--kernel=/k"]
 
     def run(data: bytes) -> None:
         choices = Choices(data)
@@ -88,7 +93,7 @@ async def _create(body: Any) -> None:
 
 async def _add_net(body: Any) -> None:
     net = net_from_json(body)
-    validate(from_json({**CONFIG, "net": [{key: value for key, value in body.items()}]}, strict=True))
+    validate(from_json({**CONFIG, "net": [dict(body)]}, strict=True))
     assert net is not None
 
 
