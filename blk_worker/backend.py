@@ -277,7 +277,7 @@ class BlockBackend:
         try:
             features, acked = int(state["avail_features"]), int(state["acked_features"])
             config = BlkConfig.load(state["config"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"block device state can't be read: {error}") from error
         if config.capacity > self.disk.geometry.sectors:
             raise ConfigError(f"disk path={self.disk.path} has {self.disk.geometry.sectors} sectors, the guest's disk "

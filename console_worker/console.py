@@ -101,7 +101,10 @@ class Console(RingDevice):
         return {"in_buffer": list(self._in_buffer), "out_buffer": list(self._host.backlog)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Raises ValueError and TypeError for what save() did not make."""
-        typed, printed = bytes(state["in_buffer"]), bytes(state.get("out_buffer", ()))
+        """Raises KeyError, ValueError and TypeError for what save() did not make."""
+        typed, printed = state["in_buffer"], state.get("out_buffer", [])
+        if not isinstance(typed, list) or not isinstance(printed, list):
+            raise TypeError("a console's buffers are lists of bytes")  # bytes() of a number is so many zeros
+        typed, printed = bytes(typed), bytes(printed)
         self._in_buffer[:] = typed
         self._host.write(printed)

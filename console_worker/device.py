@@ -101,6 +101,8 @@ class RingDevice(ABC):
         self.errors += 1
         self._broken.add(index)
         self.reactor.remove_reader(self._kicks.pop(index))  # the driver may go on kicking
-        log.error(f"{self.name}: {error}; the queue is dead until the driver resets the device")
+        if self.errors & self.errors - 1 == 0:  # the driver may reset and break it again, as often as it likes
+            what = "the queue is dead until the driver resets the device"
+            log.error(f"{self.name}: {error}; {what} ({self.errors} such errors in all)")
         if self.server is not None:
             self.server.queue_failed(index)

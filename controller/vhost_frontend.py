@@ -118,6 +118,8 @@ class Frontend:
                 await self._negotiate(link)
                 if self._session is not None and self._session.running:
                     await self._start(link, self._session, self._used_indices(self._session), wake=True)
+                if self._link is not link:  # it answered everything, and hung up before this task's next step
+                    raise WorkerLost(f"{self.name}: the back end went away as soon as it was connected")
             except BaseException:
                 self._drop()
                 raise

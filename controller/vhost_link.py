@@ -92,12 +92,13 @@ class Link:
             self.fail(ProtocolError(f"{self._name}: unexpected vhost-user message {vu.name(message.request)}"))
             return
         request, answer, future = self._waiting.popleft()
+        if request != Request.GET_INFLIGHT_FD:
+            message.close_fds()  # no other reply has descriptors that anybody would take
         if future.done():  # nobody waits any more
             message.close_fds()
         elif answer is Answer.REPLY:
             future.set_result(message)
         else:
-            message.close_fds()
             try:
                 code = vu.unpack_u64(message.payload)
             except ProtocolError as error:

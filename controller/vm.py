@@ -26,6 +26,7 @@ from controller.disks import drop_cache, take_lock
 from controller.locks import unlock
 from controller.machine.cpuid import CpuidEntry
 from controller.migration.fixed_cost import FixedCost
+from controller.vm_state import checked
 from shared import log
 from shared.errors import FlotillaError, ProtocolError, Timeout, WorkerLost
 from shared.memory import GuestMemory
@@ -306,7 +307,7 @@ class Vm:
     async def load(self, state: dict[str, Any]) -> None:
         """Put a state into the VM that build_incoming() made. Raises ProtocolError."""
         began = time.monotonic()
-        state = VM.upgrade(state.get("version"), state)
+        state = checked(VM.upgrade(state.get("version"), state))
         if len(state["vcpus"]) != len(self._vcpus.all):
             raise ProtocolError(f"VM state has {len(state['vcpus'])} vCPUs, its configuration {len(self._vcpus.all)}")
         platform = self._platform
@@ -323,10 +324,10 @@ class Vm:
         # All TSCs were read one after the other; one offset for all keeps the guest's in step.
         share_tsc_offset([vcpu.fd for vcpu in self._vcpus.all])
         platform.load_ioapic(state["platform"])
-        if (console := self._made.console) and state.get("console_worker"):
+        if (console := self._made.console) and state["console_worker"]:
             await console.call("load", **state["console_worker"])
-        await self._made.nets.load(state.get("net_workers") or {})
-        self._standstill = Standstill(bytes(state["clock"]), loaded=True)
+        await self._made.nets.load(state["net_workers"])
+        self._standstill = Standstill(state["clock"], loaded=True)
         self.fixed_cost.took_since("load", began)
 
     def _load_vcpu(self, vcpu: Vcpu, saved: dict[str, Any]) -> None:

@@ -131,9 +131,14 @@ def system_packages() -> None:
     missing = [package for package, probe in PACKAGES.items() if not present(probe)]
     if importlib.util.find_spec("ensurepip") is None:
         missing.append("python3-venv")
-    if not missing:
+    if missing:
+        apt_install(missing)
+    else:
         say(f"system packages: all {len(PACKAGES) + 1} are there")
-        return
+
+
+def apt_install(missing: list[str]) -> None:
+    """Raises SetupError."""
     names = " ".join(missing)
     if shutil.which("apt-get") is None:
         raise SetupError(f"no apt-get here; install what Debian calls: {names}")

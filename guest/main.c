@@ -6,6 +6,7 @@
 static const struct mode *const modes[] = {
     &mode_equal,   &mode_blkload, &mode_ram, &mode_exits, &mode_tick,     &mode_rng,
     &mode_console, &mode_echo,    &mode_net, &mode_netload, &mode_netflood, &mode_pci, &mode_acpi,
+    &mode_fuzz,
 };
 
 bool report_due(struct task *task)

@@ -279,7 +279,7 @@ struct mode {
 };
 
 extern const struct mode mode_equal, mode_blkload, mode_ram, mode_exits, mode_tick, mode_rng, mode_console,
-    mode_echo, mode_net, mode_netload, mode_netflood, mode_pci, mode_acpi;
+    mode_echo, mode_net, mode_netload, mode_netflood, mode_pci, mode_acpi, mode_fuzz;
 
 bool report_due(struct task *task); /* true at most once per report_ns */
 

@@ -128,15 +128,22 @@ class Channel:
 
     def _dispatch(self, peer: Peer, message: dict[str, Any]) -> None:
         number = message.get("id", 0)
+        if type(number) is not int:
+            raise ProtocolError("a control message's id is no number")
         if "verb" in message:
             self._reactor.spawn(self._serve(peer, number, message), f"control {message['verb']}")
         elif "event" in message:
-            self.on_event(str(message["event"]), message.get("args") or {})
+            self.on_event(str(message["event"]), _map_of(message, "args"))
         elif future := self._pending.get(number):
-            if "error" in message:
-                future.set_exception(messages.error_from_wire(message["error"]))
+            try:
+                answer = _map_of(message, "ok")
+            except ProtocolError as error:
+                future.set_exception(error)
             else:
-                future.set_result(message.get("ok") or {})
+                if "error" in message:
+                    future.set_exception(messages.error_from_wire(message["error"]))
+                else:
+                    future.set_result(answer)
 
     async def _serve(self, peer: Peer, number: int, message: dict[str, Any]) -> None:
         try:
@@ -159,6 +166,14 @@ class Channel:
     def _answer(self, peer: Peer, message: dict[str, Any]) -> None:
         if not self._closed:
             self._send(peer, message)
+
+
+def _map_of(message: dict[str, Any], key: str) -> dict[str, Any]:
+    """The map under a key, empty where there is none. Raises ProtocolError for anything else."""
+    value = message.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ProtocolError(f"a control message's {key} is no map")
+    return value or {}
 
 
 def unlink_endpoint(endpoint: str) -> None:

@@ -82,7 +82,7 @@ class BlkConfig(NamedTuple):
             values = {**state, **state["geometry"]}
             config = cls(**{name: int(values[name]) for name in cls._fields})
             config.pack()
-        except (KeyError, TypeError, ValueError, struct.error) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
             raise ProtocolError(f"block device state: config can't be read: {error}") from error
         return config
 

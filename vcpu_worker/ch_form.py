@@ -63,7 +63,7 @@ def from_ch(data: dict[str, Any]) -> tuple[State, Cpuid]:
     try:
         state: State = {}
         for key, kind in _BLOBS.items():
-            state[key] = _fit(bytes(data[key]), ctypes.sizeof(kind))
+            state[key] = _fit(_octets(data[key]), ctypes.sizeof(kind))
         key = "fpu"
         state["fpu"] = _fpu(data["fpu"])
         key = "lapic_state"
@@ -78,12 +78,19 @@ def from_ch(data: dict[str, Any]) -> tuple[State, Cpuid]:
         state["tsc_khz"] = None if khz is None else _unsigned(khz, 32)
         key = "nested_state"
         nested = data.get("nested_state")
-        state["nested_state"] = None if nested is None else bytes(nested)
+        state["nested_state"] = None if nested is None else _octets(nested)
         key = "cpuid"
         cpuid = [tuple(_unsigned(entry[name], 32) for name in _CPUID_KEYS) for entry in data["cpuid"]]
     except (KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
         raise ProtocolError(f"vCPU state: {key}: missing or not of the expected shape") from error
     return state, cpuid  # type: ignore[return-value]  # a tuple made in a loop has no length for mypy
+
+
+def _octets(values: Any) -> bytes:
+    """bytes() of a list, and not of a number: that would be so many zeros."""
+    if not isinstance(values, list):
+        raise TypeError(f"not a list of bytes: {type(values).__name__}")
+    return bytes(values)
 
 
 def _fit(data: bytes, size: int) -> bytes:
@@ -104,7 +111,7 @@ def _fpu(data: dict[str, Any]) -> bytes:
     fpu = kvm.kvm_fpu()
     for name in ("fpr", "xmm"):
         for register, values in zip(getattr(fpu, name), data[name], strict=True):
-            register[:] = _fit(bytes(values), 16)
+            register[:] = _fit(_octets(values), 16)
     for name in _FPU_SCALARS:
         size: int = getattr(kvm.kvm_fpu, name).size
         setattr(fpu, name, _unsigned(data[name], 8 * size))

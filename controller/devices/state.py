@@ -82,6 +82,16 @@ class Fields:
     def section(self, key: str) -> Fields:
         return Fields(f"{self.where}.{key}", self._get(key, "an object"))
 
+    def maps(self, key: str) -> dict[str, Fields]:
+        """An object of objects, by name."""
+        below = self.section(key)
+        if not all(isinstance(name, str) for name in below._state):
+            raise self._bad(key, "names")
+        return {name: below.section(name) for name in below._state}
+
+    def raw(self, key: str) -> object:
+        return self._get(key, "a value")
+
     def sections(self, key: str, count: int | None = None, limit: int = 4096) -> list[Fields]:
         return [Fields(f"{self.where}.{key}[{i}]", v) for i, v in enumerate(self.items(key, count, limit))]
 

@@ -19,7 +19,7 @@ from controller.pci.virtio import Virtqueue
 from controller.vhost_frontend import Frontend
 from controller.vhost_user_device import CONSOLE, RNG, VhostUserDevice
 from shared.chardev import CharDev, open_host_end
-from shared.errors import HostError, ProtocolError
+from shared.errors import GuestError, HostError, ProtocolError
 from shared.memory import GuestMemory
 from shared.reactor import Future, Reactor
 from shared.vhost_backend import Server
@@ -199,6 +199,20 @@ def test_a_resize_interrupts_the_driver_once(bench: Bench) -> None:
     assert device.read_config(0, 2) == 80
 
 
+def test_a_driver_that_breaks_its_queue_again_and_again_does_not_fill_the_log(
+    bench: Bench, capfd: pytest.CaptureFixture[str]
+) -> None:
+    device = bench.worker.devices["console"]
+    for _ in range(9):
+        device._kicks[1] = os.eventfd(0)
+        bench.reactor.add_reader(device._kicks[1], lambda: None)
+        kick = device._kicks[1]
+        device._fail(1, GuestError("a chain that makes no sense"))
+        os.close(kick)
+    said = [line for line in capfd.readouterr().err.splitlines() if "the queue is dead" in line]
+    assert [line.rpartition("(")[2] for line in said] == [f"{n} such errors in all)" for n in (1, 2, 4, 8)]
+
+
 def test_a_malformed_chain_costs_its_queue_and_nothing_else(bench: Bench) -> None:
     bench.tx.describe(0, RAM, 8, 0)
     bench.tx.offer(0)
@@ -338,7 +352,10 @@ def test_save_carries_what_was_typed_and_not_read(bench: Bench, tmp_path: Path) 
         other.close()
 
 
-@pytest.mark.parametrize("state", [{"in_buffer": [256]}, {"in_buffer": "text"}, {}, {"in_buffer": None}])
+@pytest.mark.parametrize("state", [
+    {"in_buffer": [256]}, {"in_buffer": "text"}, {}, {"in_buffer": None}, {"in_buffer": 1 << 30},
+    {"in_buffer": [], "out_buffer": 1 << 30},
+])  # fmt: skip
 def test_a_state_that_makes_no_sense_is_refused_and_changes_nothing(bench: Bench, state: dict[str, object]) -> None:
     os.write(bench.user, b"typed")
     bench.until(lambda: len(bench.console._in_buffer) == 5)

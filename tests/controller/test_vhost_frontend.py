@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import socket
@@ -14,7 +15,7 @@ from controller.pci.virtio import Virtqueue
 from controller.vhost_frontend import dial
 from shared import vhost_user as vu
 from shared.errors import BadGuestAddress, HostError, ProtocolError, Timeout, WorkerLost
-from shared.linux import memfd
+from shared.linux import memfd, send_fds
 from tests.controller.vhost_rig import RAM, Rig, pages
 from tests.echo_backend import CONFIG, FEATURES, Echo, drained
 
@@ -372,3 +373,61 @@ def test_dial_waits_for_the_socket_and_names_it_when_it_never_comes(rig: Rig, tm
         os.unlink(path)
     with pytest.raises(WorkerLost, match=r"never\.sock"):
         rig.run(dial(rig.reactor, str(tmp_path / "never.sock"), 0.0))
+
+
+# Back ends that lie ---------------------------------------------------------------------------------------------
+
+
+class Liar:
+    """The other end of a front end's socket, which says what a test wants."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = socket.socketpair()
+        self.theirs.setblocking(False)
+        self._heard = b""
+
+    def asked(self, request: vu.Request, flags: int = vu.VERSION) -> bool:
+        """Whether this is what the front end has said last."""
+        with contextlib.suppress(BlockingIOError):
+            self._heard += self.theirs.recv(1 << 16)
+        return self._heard.endswith(vu.Message(request, flags=flags).pack())
+
+    def reply(self, request: int, payload: bytes, fds: tuple[int, ...] = ()) -> None:
+        send_fds(self.theirs, vu.Message(request, payload, vu.VERSION | vu.REPLY).pack(), fds)
+
+
+def test_a_back_end_that_hangs_up_behind_its_last_answer_is_lost_and_not_connected(rig: Rig) -> None:
+    """It was taken for connected, with no link, and whoever spoke to it next never let the reactor go on."""
+    liar = Liar()
+    connecting = rig.reactor.spawn(rig.frontend.connect(liar.ours), "connect")
+    for request, answer in (
+        (vu.Request.GET_FEATURES, FEATURES | vu.VHOST_USER_F_PROTOCOL_FEATURES),
+        (vu.Request.GET_PROTOCOL_FEATURES, vu.ProtocolFeature.REPLY_ACK),
+    ):
+        rig.until(lambda request=request: liar.asked(request))
+        liar.reply(request, vu.pack_u64(answer))
+    rig.until(lambda: liar.asked(vu.Request.SET_OWNER, vu.VERSION | vu.NEED_REPLY))
+    liar.reply(vu.Request.SET_OWNER, vu.pack_u64(0))
+    liar.theirs.close()
+    with pytest.raises(WorkerLost):
+        rig.run(connecting)
+    assert not rig.frontend.connected
+    asked = rig.reactor.spawn(rig.frontend.get_config(4), "config")
+    rig.run(rig.frontend.connect(rig.back_end()))
+    assert rig.run(asked) == [CONFIG[:4]]
+
+
+def test_descriptors_that_come_with_a_reply_without_any_are_closed(rig: Rig) -> None:
+    liar = Liar()
+    connecting = rig.reactor.spawn(rig.frontend.connect(liar.ours), "connect")
+    rig.until(lambda: liar.asked(vu.Request.GET_FEATURES))
+    liar.reply(vu.Request.GET_FEATURES, vu.pack_u64(FEATURES))
+    rig.run(connecting)
+    before = len(os.listdir("/proc/self/fd"))
+    activating = rig.reactor.spawn(rig.frontend.activate(FEATURES, rig.queues()), "activate")
+    rig.until(lambda: liar.asked(vu.Request.GET_FEATURES))
+    # A back end without REPLY_ACK is asked for its features once more: by then it has read all before that.
+    liar.reply(vu.Request.GET_FEATURES, vu.pack_u64(FEATURES), (0, 1, 2))
+    rig.run(activating)
+    assert len(os.listdir("/proc/self/fd")) == before
+    liar.theirs.close()

@@ -14,6 +14,7 @@ from controller.early_device import disk_device
 from controller.vhost_frontend import Frontend
 from shared import virtio_blk as vb
 from shared.disk_geometry import Geometry, Topology, measure
+from shared.errors import ProtocolError
 from shared.memory import GuestMemory
 from shared.reactor import Reactor
 from shared.virtio_blk import Feature
@@ -101,3 +102,10 @@ def test_the_worker_offers_what_the_front_end_told_the_guest(image, readonly, sp
         backend.close()
         memory.close()
         reactor.close()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1 << 64, -1, "x", None, [1]])
+def test_a_saved_configuration_with_a_number_that_is_none_is_refused(geometry, value):
+    saved = vb.config_space(geometry, num_queues=1, queue_size=128, sparse=True).save()
+    with pytest.raises(ProtocolError, match="config can't be read"):
+        vb.BlkConfig.load({**saved, "capacity": value})

@@ -192,6 +192,9 @@ def test_cloud_hypervisors_form_is_exact_and_its_quirks_are_kept(state: dict[str
         ("cpuid", [{"function": 0}]),
         ("tsc_khz", "fast"),
         ("nested_state", [300]),
+        ("nested_state", 1 << 40),
+        ("regs", 1 << 40),
+        ("fpu", {"fpr": [1 << 40] * 8}),
     ],
 )
 def test_a_bad_stream_names_the_key(key: str, value: object, state: dict[str, Any]) -> None:
