@@ -22,7 +22,14 @@ from controller.migration.migratable import Migratable
 from controller.migration.ownership import Action, Owner, Ownership, source_action
 from controller.migration.progress import Direction, Phase, Progress, elapsed_ms
 from shared import log
-from shared.errors import FlotillaError, GuestLost, MigrationCancelled, MigrationError, ProtocolError, Timeout
+from shared.errors import (
+    FlotillaError,
+    GuestLost,
+    MigrationCancelled,
+    MigrationError,
+    ProtocolError,
+    Timeout,
+)
 from shared.handover import Message
 from shared.linux import process_ended
 from shared.reactor import Cancelled, Event, Reactor, describe, drain_eventfd, within
