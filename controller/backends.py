@@ -177,6 +177,8 @@ class Backend:
             fds = {**self._fds, **{name: theirs.fileno() for name, (_, theirs) in pairs.items()}}
             process = await self._fleet.fork(self._task(), fds, self._ended, self._restarts)
             self.process = process
+            for _, theirs in pairs.values():
+                theirs.close()  # so that the worker's end is the connection's, also while it is being replayed
             await self._connect(process, {name: ours for name, (ours, _) in pairs.items()})
         except OSError as error:
             raise WorkerError(f"{self.name}: {error.strerror}") from error
@@ -228,7 +230,7 @@ class Backend:
         """New statistics of our process."""
         stats = self.process.stats if self.process is not None else {}
         if (failed := stats.get("poisoned", 0)) > self._failed_requests:
-            what = f"the last one at sector {stats.get('poisoned_sector', 0)}"
+            what = f"the last one at sector {stats['poisoned_sector']}" if "poisoned_sector" in stats else "frames"
             new, self._failed_requests = failed - self._failed_requests, failed
             self._fleet.supervision.failed_request(self._spec.kind, self.name, new, what)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from shared.typed import Final
 
 # What describes the present and not the past: only the living one's counts.
-PRESENT: Final = ("inflight", "broken_queues")
+PRESENT: Final = ("inflight", "broken_queues", "poisoned_sector")
 NONE_YET: Final = (1 << 64) - 1  # a latency before the first request
 
 

@@ -173,10 +173,10 @@ def process_state(pid: int, thread: int = 0) -> tuple[str, bool]:
     return fields[0].decode(), bool(int(fields[6]) & PF_EXITING)
 
 
-def thread_states(pid: int) -> str:
-    """The letters of all threads."""
+def thread_states(pid: int, but: int = 0) -> str:
+    """The letters of all threads, but for one."""
     try:
         threads = os.listdir(f"/proc/{pid}/task")
     except OSError:
         return ""
-    return "".join(process_state(pid, int(thread))[0] for thread in threads)
+    return "".join(process_state(pid, int(thread))[0] for thread in threads if int(thread) != but)

@@ -8,7 +8,7 @@
 | stopped (SIGSTOP; a debugger's stop is left alone) | at the second look in a row |
 | no answer, its threads asleep | `answer` of its kind |
 | the same epoch again: a ring or I/O thread took no turn though nudged, and is in no system call | the same |
-| either, with a thread that would run | PATIENCE: it may be waiting for a CPU |
+| either, with a thread of it, or of our own messaging, that would run or waits for a page | PATIENCE |
 
 Not judged: a worker that carries out something for the controller (a quiesce waits for the disk, as long as that
 takes), and one whose main thread is held by the kernel. A late timer of our own is the host's fault and is forgiven.
@@ -17,6 +17,8 @@ A worker that was replaced as hung within the last minute gets twice the time, a
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 
@@ -183,7 +185,10 @@ class Watchdog:
     def _held(self, process: Process, seconds: float, *, main: bool = True) -> bool:
         if main and process_state(process.pid)[0] in "Dt":
             return True
-        return seconds < PATIENCE and "R" in thread_states(process.pid)
+        if seconds >= PATIENCE:
+            return False
+        theirs = thread_states(process.pid)
+        return "R" in theirs or "D" in theirs or "R" in thread_states(os.getpid(), but=threading.get_native_id())
 
 
 def _well_formed(answer: dict[str, Any]) -> bool:

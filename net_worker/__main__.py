@@ -1,6 +1,7 @@
 """The worker's start.
 
-`Start.spec`: mac ("52:54:…"), mtu (int or None), queue_pairs, queue_size, offload_tso, offload_ufo, offload_csum.
+`Start.spec`: mac ("52:54:…"), mtu (int or None), queue_pairs, queue_size, offload_tso, offload_ufo, offload_csum;
+after a predecessor's death `trial` and `blame` (net_worker/net_trial.h); for tests `lethal`, an EtherType that kills.
 `Start.fds`: `vhost`, a connected vhost-user socket; `tap0`, `tap1`, …: one queue of the TAP for each pair.
 
 `python -m net_worker` is the same card as a program for foreign front ends: net_worker/program.py.

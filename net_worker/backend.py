@@ -26,7 +26,7 @@ from shared.vhost_backend import Ring
 MAX_PAIRS: Final = 128
 # Sums over the queues of a direction, beside its frames and bytes.
 _SUMS: Final = ("dropped", "stalls")
-_SUMS_OF_ALL: Final = ("kicks", "calls", "malformed", "tap_gone")
+_SUMS_OF_ALL: Final = ("kicks", "calls", "malformed", "tap_gone", "poisoned")
 
 
 class NetBackend:
@@ -72,6 +72,9 @@ class NetBackend:
             number = ctypes.get_errno()
             raise OSError(number, f"{name}: {os.strerror(number)}")
         self._device = device
+        if spec.get("trial"):
+            self._native.net_set_trial(device, int(bool(spec.get("blame"))))
+        self._native.net_set_lethal(device, spec.get("lethal", 0))
         self._counters: list[native.net_counters] = [
             self._native.net_counters(device, index).contents for index in range(self.num_queues)
         ]
@@ -260,6 +263,10 @@ class NetBackend:
                     log.error(f"{where}: the guest broke the ring ({reason}); it stays stopped until the driver resets "
                               f"the device; {counters.malformed} in all")  # fmt: skip
                 self.on_broken(index)
+            if counters.poisoned > self._reported.get(-1000 - index, 0):
+                log.error(f"{where}: {counters.poisoned} frames that had killed their worker again and again were "
+                          f"dropped")  # fmt: skip
+                self._reported[-1000 - index] = counters.poisoned
             if counters.tap_gone > self._reported.get(-1 - index, 0):
                 self._reported[-1 - index] = counters.tap_gone
                 reason = os.strerror(counters.tap_errno) if counters.tap_errno else "it is gone"

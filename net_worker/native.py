@@ -27,6 +27,7 @@ class net_counters(ctypes.Structure):
         ("broken", c_uint64),
         ("tap_errno", c_uint64),
         ("tap_gone", c_uint64),
+        ("poisoned", c_uint64),
     )
     epoch: int
     kicks: int
@@ -40,6 +41,7 @@ class net_counters(ctypes.Structure):
     broken: int
     tap_errno: int
     tap_gone: int
+    poisoned: int
 
 
 class net_fault(ctypes.Structure):
@@ -67,6 +69,8 @@ _FUNCTIONS: Final[dict[str, tuple[object, tuple[object, ...]]]] = {
     "net_nudge": (None, (c_void_p,)),
     "net_event_fd": (c_int, (c_void_p,)),
     "net_counters": (POINTER(net_counters), (c_void_p, c_uint32)),
+    "net_set_trial": (None, (c_void_p, c_uint32)),
+    "net_set_lethal": (None, (c_void_p, c_uint32)),
     "net_set_fault": (None, (c_void_p, POINTER(net_fault))),
     "net_ctrl_take": (c_int, (c_void_p, c_char_p, c_uint32)),
     "net_ctrl_answer": (None, (c_void_p, c_uint32)),

@@ -162,6 +162,8 @@ static int net_start_ring(struct net_device *d, struct net_queue *q, const struc
     q->kick_fd = setup->kick_fd;
     q->call_fd = setup->call_fd;
     q->counters.broken = 0;
+    if (d->trial && setup->index % 2 && q != &d->ctrl.queue)
+        net_begin_trial(q, setup, d->blame);
     q->running = true;
     /* The predecessor may have died between its index and its notification. */
     loop_signal(q->call_fd);
@@ -203,6 +205,7 @@ int net_stop(struct net_device *d, uint32_t index)
     }
     net_enter(d->pair[index / 2]);
     q->running = false;
+    q->record = NULL; /* the region may be unmapped now */
     net_leave(d->pair[index / 2]);
     return q->vring.used_idx;
 }
@@ -222,6 +225,19 @@ const struct net_counters *net_counters(struct net_device *d, uint32_t index)
 {
     struct net_queue *q = net_queue_at(d, index);
     return q ? &q->counters : NULL;
+}
+
+void net_set_trial(struct net_device *d, uint32_t blame)
+{
+    d->trial = true;
+    d->blame = blame;
+}
+
+void net_set_lethal(struct net_device *d, uint32_t ethertype)
+{
+    net_enter_all(d);
+    d->lethal = ethertype;
+    net_leave_all(d);
 }
 
 void net_set_fault(struct net_device *d, const struct net_fault *fault)

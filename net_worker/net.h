@@ -52,6 +52,7 @@ struct net_counters {
     uint64_t broken;  /* enum vring_error that stopped the queue until its next start, 0 while it works */
     uint64_t tap_errno; /* of the last failed system call on the TAP but EAGAIN */
     uint64_t tap_gone;  /* rx only: how often the TAP turned out to be unusable */
+    uint64_t poisoned;  /* tx only: frames dropped because each had killed its worker time and again */
 };
 
 /* ABI. A rehearsed fault, of every queue. All zero: none. */
@@ -85,6 +86,10 @@ NET_API void net_nudge(struct net_device *device);
 /* Signalled when there is something to look at: a broken queue, a TAP that is gone. */
 NET_API int net_event_fd(struct net_device *device);
 NET_API const struct net_counters *net_counters(struct net_device *device, uint32_t index);
+/* A worker of this card died of its own work lately; `blame`: the last one did. Before the first start. */
+NET_API void net_set_trial(struct net_device *device, uint32_t blame);
+/* For tests: a frame of this EtherType from the guest aborts the process. */
+NET_API void net_set_lethal(struct net_device *device, uint32_t ethertype);
 NET_API void net_set_fault(struct net_device *device, const struct net_fault *fault);
 /*
  * The control queue, which belongs to the caller's thread. net_ctrl_take copies the next command (class, command, data) to

@@ -10,6 +10,8 @@ struct net_queue {
     int call_fd;
     bool running;
     struct loop_calls calls_fault;
+    struct vring_inflight_desc *record; /* tx only, while frames are tried one by one: net_trial.h */
+    uint32_t suspects;                  /* … so many are left */
     struct net_counters counters;
 };
 
@@ -62,6 +64,8 @@ struct net_device {
     uint32_t pairs;
     uint32_t header;
     bool mergeable;
+    bool trial, blame; /* net_set_trial */
+    uint32_t lethal;   /* for tests: an EtherType that kills, 0: none */
     int event_fd;
     struct vring_memory *memory;
     uint8_t *log;

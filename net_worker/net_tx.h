@@ -2,13 +2,15 @@
 #ifndef FLOTILLA_NET_TX_H
 #define FLOTILLA_NET_TX_H
 
-#include "net_device.h"
+#include "net_trial.h"
 
 /* Send the chain at hand. false: the TAP is full. Any other refusal costs the packet: the guest can't do anything. */
 static bool net_send(struct net_pair *p)
 {
     struct net_queue *q = &p->tx;
     ssize_t sent;
+    if (__builtin_expect(p->device->lethal, 0) && net_is_lethal(p))
+        abort();
     do
         sent = writev(p->tap, p->chain.iov, (int)p->chain.readable);
     while (sent < 0 && errno == EINTR);
@@ -31,15 +33,19 @@ static bool net_transmit(struct net_pair *p)
 {
     struct net_queue *q = &p->tx;
     struct vring *v = &q->vring;
-    uint32_t count = 0;
+    uint32_t count = 0, limit = q->record ? 1 : NET_BATCH;
     uint16_t head;
     if (!q->running || q->counters.broken || p->tx_blocked)
         return false;
     vring_disable_notify(v);
-    for (; count < NET_BATCH; count++) {
+    for (; count < limit; count++) {
         int popped = vring_pop(v, &head);
         if (!popped)
             break;
+        if (popped > 0 && q->record && !net_try(p->device, q)) {
+            vring_add_used(v, head, 0);
+            continue;
+        }
         enum vring_error error = popped < 0 ? (enum vring_error)-popped : vring_parse(v, head, &p->chain);
         if (!error && (p->chain.writable || p->chain.readable_bytes < p->device->header))
             error = VRING_BAD_REQUEST;
@@ -58,9 +64,11 @@ static bool net_transmit(struct net_pair *p)
         vring_add_used(v, head, 0);
     }
     net_publish(q);
+    if (q->record)
+        net_tried(q, count);
     if (q->counters.broken || p->tx_blocked)
         return false;
-    return count == NET_BATCH || vring_enable_notify(v);
+    return count == limit || vring_enable_notify(v);
 }
 
 #endif

@@ -20,6 +20,7 @@ from controller.watchdog import Limits, Watchdog
 from shared.memory import GuestMemory
 from shared.reactor import Reactor, sleep
 from tests.controller.processes import SECONDS, running
+from tests.network import Network, frame
 from tests.virtqueue import Driver
 
 SECTOR, SECTORS = 512, 64
@@ -40,6 +41,7 @@ class Rig:
         self.driver = Driver(self.memory, 0x10000, 0, size=64)
         self.watchdog = Watchdog(reactor, fleet, LIMITS)
         self.backend: Backend
+        self.network: Network | None = None
         self.buffers: dict[int, list[int]] = {}
 
     def toy(self) -> Rig:
@@ -59,11 +61,29 @@ class Rig:
         self.backend = Backend(self.reactor, self.fleet, made, {"vhost": frontend}, {"disk": fd})
         os.close(fd)
         self.run(self.backend.start())
-        d = self.driver
-        queue = Virtqueue(d.index, d.size, d.desc, d.avail, d.used, d.kick_fd, d.call_fd)
-        self.run(frontend.activate(VERSION_1, (queue,)))
+        self.run(frontend.activate(VERSION_1, (self.queue(),)))
         self.watchdog.start()
         return self
+
+    def card(self, **spec: Any) -> Rig:
+        """Only its sending queue has a driver."""
+        self.network = Network()
+        self.driver.index = 1
+        frontend = Frontend(self.reactor, self.memory, "_net1")
+        spec = {
+            "mac": "52:54:00:12:34:56", "mtu": 1500, "queue_pairs": 1, "queue_size": 64, "offload_tso": True,
+            "offload_ufo": True, "offload_csum": True, **spec,
+        }  # fmt: skip
+        made = WorkerSpec("net", "_net1", "net_worker.__main__", "worker", spec)
+        self.backend = Backend(self.reactor, self.fleet, made, {"vhost": frontend}, {"tap0": self.network.fds[0]})
+        self.run(self.backend.start())
+        self.run(frontend.activate(VERSION_1, (self.queue(),)))
+        self.watchdog.start()
+        return self
+
+    def queue(self) -> Virtqueue:
+        d = self.driver
+        return Virtqueue(d.index, d.size, d.desc, d.avail, d.used, d.kick_fd, d.call_fd)
 
     def read(self, *sectors: int) -> list[int]:
         """Ask for each; the heads."""
@@ -125,6 +145,8 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
         yield made
         made.watchdog.stop()
         made.run(made.backend.close())
+        if made.network is not None:
+            made.network.close()
         made.driver.close()
         made.memory.close()
 
@@ -331,6 +353,29 @@ def test_request_that_kills_three_workers_is_failed_alone(rig: Rig) -> None:
     (head,) = rig.read(9)
     rig.done(1)
     assert rig.result(head)[0] == OK
+
+
+def test_frame_that_kills_three_workers_is_dropped_alone(rig: Rig) -> None:
+    lethal = 0x88B6
+    rig.card(lethal=lethal)
+    assert rig.network is not None
+    wire = rig.network.wire()
+    frames = [frame(number) for number in range(5)]
+    bad = frames[2][:12] + lethal.to_bytes(2, "big") + frames[2][14:]
+    for content in (*frames[:2], bad, *frames[3:]):
+        rig.driver.add([bytes(12) + content])
+    rig.driver.kick()
+    rig.done(5)
+    assert sum(event == "worker-lost" for event, _ in rig.events) == 3
+    rig.until(lambda: rig.backend.state is BackendState.SERVING)
+    stats = rig.run(rig.backend.stats())
+    assert (stats["poisoned"], stats["tx_dropped"]) == (1, 1)
+    seen = set()
+    while frames[4] not in seen:
+        seen.add(wire.receive())
+    wire.close()
+    assert seen == {*frames[:2], *frames[3:]}
+    rig.until(lambda: any(event == "worker-request-failed" for event, _ in rig.events))
 
 
 def test_request_whose_workers_somebody_kills_is_never_failed(rig: Rig) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from controller.foreign import ForeignBackend
 from controller.pci.virtio import Virtqueue
+from controller.supervision import Supervision
 from controller.vhost_frontend import Frontend, dial
 from shared.linux import memfd
 from tests.controller.vhost_rig import RAM, Rig, pages
@@ -30,6 +32,10 @@ class Daemon:
         self.image = folder / "disk.img"
         self.image.write_bytes(bytes(n % 251 for n in range(IMAGE_SIZE)))
         self.socket = str(folder / "blk.sock")
+        self.start()
+
+    def start(self) -> None:
+        assert QSD is not None
         export = f"type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={self.socket}"
         self.process = subprocess.Popen(
             [
@@ -132,3 +138,40 @@ def test_qsd_marks_what_it_writes(disk: Disk, daemon: Daemon) -> None:
     assert {d.used >> 12, 0x201} <= pages(log)
     assert 0x200 not in pages(log)
     os.close(log)
+
+
+def test_foreign_back_end_is_dialled_until_one_makes_sense(disk: Disk, daemon: Daemon) -> None:
+    """First nobody listens, then somebody talks nonsense, then somebody serves: none of it ends the attempts."""
+    events: list[str] = []
+    supervision = Supervision(lambda _source, event, _properties: events.append(event))
+    foreign = ForeignBackend(disk.reactor, disk.frontend, "_disk0", daemon.socket, supervision)
+    disk.run(foreign.connect())
+    disk.run(disk.frontend.activate(QSD_FEATURES, disk.queues()))
+    daemon.process.kill()
+    daemon.process.wait()
+    disk.until(lambda: "refused" in str(foreign.absence()))
+    os.unlink(daemon.socket)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(daemon.socket)
+        listener.listen()
+        listener.setblocking(False)
+        met: list[socket.socket] = []
+
+        def babble() -> bool:
+            try:
+                met.append(listener.accept()[0])
+            except BlockingIOError:
+                return False
+            met[-1].sendall(b"\xff" * 64)
+            return True
+
+        disk.until(babble)
+        disk.until(lambda: "went away before it answered" in str(foreign.absence()))
+    for sock in met:
+        sock.close()
+    os.unlink(daemon.socket)
+    daemon.start()
+    disk.until(lambda: foreign.absence() is None)
+    assert disk.request(0, 3, [], [512])[0] == 0
+    assert events == ["worker-lost", "worker-restarted"]
+    foreign.close()
