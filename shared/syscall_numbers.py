@@ -20,6 +20,7 @@ NUMBERS: Final[dict[str, int]] = {
     "gettimeofday": 96, "getrlimit": 97, "sysinfo": 99, "ptrace": 101, "getuid": 102, "getgid": 104, "geteuid": 107,
     "getegid": 108, "getppid": 110, "getpgrp": 111, "setsid": 112, "capset": 126, "sigaltstack": 131, "mknod": 133,
     "prctl": 157, "setrlimit": 160, "chroot": 161, "mount": 165, "umount2": 166, "gettid": 186, "futex": 202,
+    "sched_getparam": 143, "sched_setscheduler": 144, "sched_getscheduler": 145,
     "sched_getaffinity": 204, "getdents64": 217, "set_tid_address": 218, "restart_syscall": 219, "fadvise64": 221,
     "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231, "epoll_wait": 232,
     "epoll_ctl": 233, "tgkill": 234, "openat": 257, "newfstatat": 262, "unlinkat": 263, "readlinkat": 267,

@@ -23,9 +23,9 @@ WITHOUT_ARGUMENT = sorted(
 @pytest.mark.parametrize("name", WITHOUT_ARGUMENT)
 def test_a_verb_without_argument_is_one_request_without_body(server: Server, name: str) -> None:
     assert run(server, name) == 0
-    asking = ("ping", "info", "counters", "migration-estimate", "migration-progress", "fleet")
+    asking = ("ping", "info", "counters", "migration-estimate", "migration-progress", "fleet", "sandbox")
     method = "GET" if name in asking else "PUT"
-    scope = "vmm" if name in ("ping", "shutdown-vmm", "fleet") else "vm"
+    scope = "vmm" if name in ("ping", "shutdown-vmm", "fleet", "sandbox") else "vm"
     endpoint = "shutdown" if name == "shutdown-vmm" else name
     head = server.heads[0].split("\r\n")
     assert head[0] == f"{method} /api/v1/{scope}.{endpoint} HTTP/1.1"

@@ -84,7 +84,7 @@ def test_every_value_of_seccomp_reaches_every_process(tmp_path, value):
         rows = kept(vmm, seccomp="none" if value == "false" else "filter")
         assert rows["controller"]["seccomp"] == rows["zygote"]["seccomp"] == "none"
         vmm.more("blk ok ")
-        assert not [row for row in vmm.fleet().values() if row["restarts"]]
+        assert not [row for row in vmm.fleet().values() if row["restarts"]], vmm.errors
 
 
 def test_a_guests_whole_life_under_the_filters(tmp_path):
@@ -101,7 +101,7 @@ def test_a_guests_whole_life_under_the_filters(tmp_path):
         vmm.ask("pause")
         vmm.ask("resume")
         vmm.more("blk ok ")
-        assert not [row for row in vmm.fleet().values() if row["restarts"]]
+        assert not [row for row in vmm.fleet().values() if row["restarts"]], vmm.errors
         os.kill(rows["_disk0"]["pid"], signal.SIGKILL)
         vmm.more("blk ok ")
         assert kept(vmm)["_disk0"]["pid"] != rows["_disk0"]["pid"]
@@ -110,7 +110,7 @@ def test_a_guests_whole_life_under_the_filters(tmp_path):
         destination.expect("blk ok ")
         kept(destination)
         destination.more("blk ok ")
-        assert not [row for row in destination.fleet().values() if row["restarts"]]
+        assert not [row for row in destination.fleet().values() if row["restarts"]], destination.errors
         assert "SIGSYS" not in vmm.errors + destination.errors
 
 

@@ -140,3 +140,31 @@ def test_a_second_seal_changes_nothing_and_a_missing_file_is_no_death():
         [sys.executable, "-c", SEALED], env=environment(), timeout=30, check=False, capture_output=True
     )
     assert done.returncode == 0, done.stderr
+
+
+LATE = """
+import os, zmq
+from shared import sandbox
+context = zmq.Context()  # its threads start with its first socket
+box = sandbox.confine("worker", "worker", "true")
+with box.leave_files():
+    pass
+box.seal()
+first, second = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+first.bind("inproc://late")
+second.connect("inproc://late")
+second.send(b"")
+first.recv()
+for socket in (first, second):
+    socket.close()
+context.term()  # waits for its threads: they have come up, and down
+os._exit(0)
+"""
+
+
+def test_zmqs_threads_may_start_after_the_filter():
+    """On a busy host they do: the control channel is there before its second thread has run at all."""
+    done = subprocess.run(
+        [sys.executable, "-c", LATE], env=environment(), timeout=30, check=False, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
