@@ -43,6 +43,7 @@ from guest.lines import BlkOk, NetOpen, Ready, Tick
 REPORT_MS: Final = 50
 STEADY_SECONDS: Final = 1.3  # what lived that long is replaced without a delay
 MARGIN_SECONDS: Final = 0.2
+LATE_SECONDS: Final = 1.0  # that a report may take to us on a busy host
 REPLACED_SECONDS: Final = 15.0
 COMMON_US: Final = 1000  # a gap that no clock takes for one of its own
 DISK_BYTES: Final = 16 << 20
@@ -203,9 +204,9 @@ def watching(case: Case, recorder: Recorder, patience: float) -> Iterator[Stall]
 def reported(
     recorder: Recorder, patience: float, kind: type[Tick | BlkOk], began: float, ended: float
 ) -> tuple[float, float]:
-    """The worst of the reports in the second before `began`, and of those from then until a period after `ended`."""
+    """The worst of the reports in the second before `began`, and of those from then until a second after `ended`."""
     last = recorder.until(
-        lambda heard: isinstance(heard.event, kind) and heard.at > ended + MARGIN_SECONDS, patience, "report"
+        lambda heard: isinstance(heard.event, kind) and heard.at > ended + LATE_SECONDS, patience, "report"
     )
     events = recorder.events[: last + 1]
     rate = tsc_per_us(events)

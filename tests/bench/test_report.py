@@ -54,7 +54,7 @@ def test_stall_of_a_vcpu_is_that_of_the_clock_which_saw_it():
         return Heard(at, "guest", Tick(0, "tick", 1, gap_us, 0, gap_tsc))
 
     class Recorded:
-        events = [tick(1.0, 40_000, 84_000_000), tick(2.1, 30, 42_000_000), tick(2.6, 1, 2_000), tick(3.0, 1, 2_000)]
+        events = [tick(1.0, 40_000, 84_000_000), tick(2.1, 30, 42_000_000), tick(2.6, 1, 2_000), tick(3.6, 1, 2_000)]
 
         def until(self, wanted, _seconds, _what):
             return next(n for n, heard in enumerate(self.events) if wanted(heard))
