@@ -9,6 +9,8 @@ first.
     net                            longest silence of pings from the host, one every 5 ms (mode=net)
     console api zygote janitor     as blk: what the guest's disk feels of their replacement
 
+`steady_ms` is the same of the second before: what the machine's own noise is worth.
+
 The peer: QEMU with vhost-user-blk and reconnect=1 (it has nothing shorter), whose qemu-storage-daemon is killed and at
 once started again. That daemon keeps no table of what is in flight, so its guest has one request at a time, and so has
 ours in the case beside it.
@@ -41,7 +43,9 @@ from guest.lines import BlkOk, NetOpen, Ready, Tick
 REPORT_MS: Final = 50
 STEADY_SECONDS: Final = 1.3  # what lived that long is replaced without a delay
 MARGIN_SECONDS: Final = 0.2
+LATE_SECONDS: Final = 1.0  # that a report may take to us on a busy host
 REPLACED_SECONDS: Final = 15.0
+COMMON_US: Final = 1000  # a gap that no clock takes for one of its own
 DISK_BYTES: Final = 16 << 20
 DAEMON: Final = "qemu-storage-daemon"
 GOALS: Final = (
@@ -135,9 +139,11 @@ def ours(kernel: str, case: Case, runs: int, patience: float, row: report.Row) -
             began = time.monotonic()
             _strike(api, case)
             if case.process == "zygote":  # it is started again when somebody is to be forked
+                _wait(partial(_pid, api, "console"), REPLACED_SECONDS, "console process")
                 _strike(api, Case("console", "kill"))
             _wait(partial(_replaced, api, case.process, pid), REPLACED_SECONDS, "successor")
-            row.add(stall_ms=stall(began, time.monotonic()))
+            steady, waited = stall(began, time.monotonic())
+            row.add(stall_ms=waited, steady_ms=steady)
 
 
 def _strike(api: Api, case: Case) -> None:
@@ -171,13 +177,13 @@ def _replaced(api: Api, kind: str, pid: int) -> bool:
 
 # What the guest feels ------------------------------------------------------------------------------------------------
 
-Stall = Callable[[float, float], float]
+Stall = Callable[[float, float], tuple[float, float]]
 
 
 @contextlib.contextmanager
 def watching(case: Case, recorder: Recorder, patience: float) -> Iterator[Stall]:
     """Once the guest is under load: a function that tells, of a fault at `began` whose repair was seen at `ended`, how
-    long the guest waited, in ms."""
+    long the guest waited in the second before and then, in ms."""
     if case.process != "net":
         recorder.until(lambda heard: isinstance(heard.event, Ready), patience, "guest that is ready")
         yield partial(reported, recorder, patience, Tick if case.process == "vcpu" else BlkOk)
@@ -186,27 +192,42 @@ def watching(case: Case, recorder: Recorder, patience: float) -> Iterator[Stall]
     with Pings(GUEST) as pings:
         pings.goes_on(50, patience)
 
-        def silence(began: float, ended: float) -> float:
+        def silence(began: float, ended: float) -> tuple[float, float]:
             pings.goes_on(50, patience)
-            gap = pings.gap_ms(began, ended)
-            assert gap is not None
-            return gap
+            before, gap = pings.gap_ms(began - STEADY_SECONDS, began - MARGIN_SECONDS), pings.gap_ms(began, ended)
+            assert before is not None and gap is not None
+            return before, gap
 
         yield silence
 
 
-def reported(recorder: Recorder, patience: float, kind: type[Tick | BlkOk], began: float, ended: float) -> float:
-    """The worst of the reports that came from `began` until a whole period after `ended`."""
+def reported(
+    recorder: Recorder, patience: float, kind: type[Tick | BlkOk], began: float, ended: float
+) -> tuple[float, float]:
+    """The worst of the reports in the second before `began`, and of those from then until a second after `ended`."""
     last = recorder.until(
-        lambda heard: isinstance(heard.event, kind) and heard.at > ended + MARGIN_SECONDS, patience, "report"
+        lambda heard: isinstance(heard.event, kind) and heard.at > ended + LATE_SECONDS, patience, "report"
     )
-    return max(_worst(heard) for heard in recorder.events[: last + 1] if heard.at >= began)
+    events = recorder.events[: last + 1]
+    rate = tsc_per_us(events)
+    before = (_worst(heard, rate) for heard in events if began - STEADY_SECONDS < heard.at < began)
+    return max(before, default=0.0), max(_worst(heard, rate) for heard in events if heard.at >= began)
 
 
-def _worst(heard: Heard) -> float:
-    if isinstance(heard.event, BlkOk):
-        return heard.event.recent_us / 1e3
-    return heard.event.gap_us / 1e3 if isinstance(heard.event, Tick) else 0.0
+def tsc_per_us(events: Sequence[Heard]) -> float:
+    """By the gaps that both of the guest's clocks saw; 0: there were none."""
+    ticks = [heard.event for heard in events if isinstance(heard.event, Tick)]
+    return min((tick.gap_tsc / tick.gap_us for tick in ticks if tick.gap_us >= COMMON_US), default=0.0)
+
+
+def _worst(heard: Heard, rate: float) -> float:
+    """ms. A gap may fall between the readings of the two clocks, so that only one of them sees it."""
+    event = heard.event
+    if isinstance(event, BlkOk):
+        return event.recent_us / 1e3
+    if isinstance(event, Tick):
+        return max(event.gap_us, event.gap_tsc / rate if rate else 0.0) / 1e3
+    return 0.0
 
 
 # The peer ------------------------------------------------------------------------------------------------------------
@@ -241,7 +262,8 @@ def qemu(kernel: str, case: Case, runs: int, patience: float, row: report.Row) -
                 daemon.kill()
                 daemon.start(patience)
                 done = _after(recorder, began, patience)
-                row.add(stall_ms=stall(began, done))
+                steady, waited = stall(began, done)
+                row.add(stall_ms=waited, steady_ms=steady)
         except BenchError as error:
             raise BenchError(f"{error}; {child.errors}") from error
 

@@ -81,7 +81,7 @@ def test_faults():
     assert code == 0 and answer["bench"] == "faults"
     rows = {(row["peer"], row["case"]): row for row in answer["rows"]}
     for case in ("blk kill depth=1", "net kill", "vcpu kill"):
-        has_figures(rows["flotilla", case], "stall_ms")
+        has_figures(rows["flotilla", case], "stall_ms", "steady_ms")
         assert rows["flotilla", case]["figures"]["stall_ms"]["min"] > 0
     peer = rows["qemu-storage-daemon", "blk kill depth=1"]
     assert peer["missing"] or peer["figures"]["stall_ms"]["n"] == 1

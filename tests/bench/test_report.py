@@ -6,8 +6,10 @@ import json
 
 import pytest
 
-from bench import report
+from bench import faults, report
 from bench.__main__ import lab_memory, parse
+from bench.recorder import Heard
+from guest.lines import Tick
 
 
 def rows():
@@ -45,3 +47,17 @@ def test_wrong_words_are_refused(words, capsys):
 
 def test_lab_machine_holds_the_largest_guest():
     assert [lab_memory(sizes) for sizes in (["256M", "1G"], ["256M", "4G"], [])] == ["4096M", "6144M", "4096M"]
+
+
+def test_stall_of_a_vcpu_is_that_of_the_clock_which_saw_it():
+    def tick(at: float, gap_us: int, gap_tsc: int) -> Heard:
+        return Heard(at, "guest", Tick(0, "tick", 1, gap_us, 0, gap_tsc))
+
+    class Recorded:
+        events = [tick(1.0, 40_000, 84_000_000), tick(2.1, 30, 42_000_000), tick(2.6, 1, 2_000), tick(3.6, 1, 2_000)]
+
+        def until(self, wanted, _seconds, _what):
+            return next(n for n, heard in enumerate(self.events) if wanted(heard))
+
+    before, stall = faults.reported(Recorded(), 1.0, Tick, 2.0, 2.5)
+    assert (before, stall) == (40.0, 20.0)
