@@ -58,6 +58,27 @@ static void check(void)
         guest_must_be_logged(&guest, before, log_bits);
 }
 
+/* A whole request: header, data, status. Its sector is near the disk's end. */
+static void good_request(void)
+{
+    static const uint32_t types[] = {BLK_T_IN, BLK_T_OUT, BLK_T_OUT, BLK_T_FLUSH, BLK_T_GET_ID, BLK_T_DISCARD,
+                                     BLK_T_WRITE_ZEROES, BLK_T_WRITE_ZEROES};
+    uint8_t kind = (uint8_t)take(&in, 1);
+    uint16_t head = (uint16_t)below(&in, ring.size), second = (uint16_t)((head + 1) % ring.size);
+    uint16_t third = (uint16_t)((head + 2) % ring.size);
+    uint64_t sector = SECTORS - 4 + below(&in, 8), at = guest_gpa[2];
+    struct blk_request_header header = {types[kind & 7], 0, sector};
+    struct blk_range range = {sector, (uint32_t)(kind >> 3 & 7), kind >> 6 & 1};
+    bool reads = header.type == BLK_T_IN || header.type == BLK_T_GET_ID, ranged = header.type >= BLK_T_DISCARD;
+    memcpy(guest_at(&guest, at, sizeof(header)), &header, sizeof(header));
+    memcpy(guest_at(&guest, at + 64, sizeof(range)), &range, sizeof(range));
+    ring_desc(&ring)[head] = (struct vring_desc){at, sizeof(header), VRING_DESC_F_NEXT, second};
+    ring_desc(&ring)[second] = (struct vring_desc){at + 64, ranged ? (uint32_t)sizeof(range) : 512u * (kind >> 3 & 7),
+                                                   VRING_DESC_F_NEXT | (reads ? VRING_DESC_F_WRITE : 0), third};
+    ring_desc(&ring)[third] = (struct vring_desc){at + 0x1fff, 1, VRING_DESC_F_WRITE, 0};
+    ring_offer(&ring, head);
+}
+
 static void device_op(uint8_t op)
 {
     if (op == 8) {
@@ -65,6 +86,8 @@ static void device_op(uint8_t op)
         blk_set_log(device, logging ? (uintptr_t)log_bits : 0, GUEST_LOG_BYTES);
     } else if (op == 9) {
         blk_set_writeback(device, (uint32_t)take(&in, 1) & 1);
+    } else if (op == 11) {
+        good_request();
     } else if (op == 10) { /* a request's header and, by chance, its chain */
         uint16_t head = (uint16_t)below(&in, ring.size);
         struct blk_request_header header = {(uint32_t)take(&in, 1) % 15, 0, take(&in, 1) % (SECTORS + 2)};
@@ -86,7 +109,7 @@ static int driver_moves(struct pollfd *fds, nfds_t count, int timeout)
         fds[i].revents = 0;
     memset(log_bits, 0, GUEST_LOG_BYTES);
     while (in.left) {
-        uint8_t op = (uint8_t)(take(&in, 1) % 11);
+        uint8_t op = (uint8_t)(take(&in, 1) % 12);
         if (op == 7)
             break;
         if (!ring_step(&ring, &in, op))
@@ -126,7 +149,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     in = (struct input){data, size};
     uint8_t flags = (uint8_t)take(&in, 1), kind = (uint8_t)take(&in, 1);
     guest_make(&guest);
-    ring = (struct ring){&guest, below(&in, 4) * RING_BYTES, (uint16_t)(1u << below(&in, RING_MAX_ORDER + 1)), 0};
+    ring = (struct ring){&guest, below(&in, 4) * RING_BYTES, (uint16_t)(1u << below(&in, RING_MAX_ORDER + 1)), 0, flags & 16};
     log_bits = calloc(1, GUEST_LOG_BYTES);
     logging = false;
     turns = 0;

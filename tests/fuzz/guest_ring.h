@@ -16,11 +16,12 @@ struct ring {
     uint64_t base; /* guest address */
     uint16_t size;
     uint16_t avail;
+    bool edge; /* the descriptor table ends where its region does: behind it is a red zone */
 };
 
 static inline struct vring_desc *ring_desc(const struct ring *r)
 {
-    return (void *)(r->guest->block[0] + r->base);
+    return (void *)(r->guest->block[0] + (r->edge ? guest_size[0] - r->size * sizeof(struct vring_desc) : r->base));
 }
 
 static inline uint64_t ring_avail_gpa(const struct ring *r)
@@ -67,7 +68,7 @@ static inline struct vring_desc ring_random_desc(struct input *in, uint16_t size
     struct vring_desc d = {.addr = guest_address(in), .len = guest_length(in)};
     uint64_t kind = take(in, 1);
     d.flags = (uint16_t)(kind & 64 ? take(in, 2) : kind & 7);
-    d.next = (uint16_t)(kind & 128 ? take(in, 2) : (kind >> 3 & 7) % size);
+    d.next = (uint16_t)(kind & 128 ? take(in, 2) : kind & 32 ? size : (kind >> 3 & 3) % size);
     return d;
 }
 
@@ -92,13 +93,27 @@ static inline void ring_offer(struct ring *r, uint16_t head)
     ring_avail(r)->idx = r->avail;
 }
 
+/* The same head many times, by chance one whose indirect table loops over a buffer that crosses two regions. */
+static inline void ring_flood(struct ring *r, struct input *in)
+{
+    uint16_t head = (uint16_t)below(in, r->size), n = (uint16_t)below(in, 200);
+    if (n & 1) {
+        uint64_t at = guest_gpa[2] + 16 * below(in, 64);
+        struct vring_desc loop = {guest_gpa[1] - 1 - below(in, 8), 16, VRING_DESC_F_NEXT | (n & 2), 0};
+        memcpy(guest_at(r->guest, at, sizeof(loop)), &loop, sizeof(loop));
+        ring_desc(r)[head] = (struct vring_desc){at, 16, VRING_DESC_F_INDIRECT, 0};
+    }
+    for (; n; n--)
+        ring_offer(r, head);
+}
+
 /* One step of the driver; false: it has yielded, or the input is at its end. `op` numbers from 8 on are the device's. */
 static inline bool ring_step(struct ring *r, struct input *in, uint8_t op)
 {
     switch (op) {
     case 0: ring_chain(r, in, (uint16_t)below(in, r->size)); return true;
     case 1: ring_desc(r)[below(in, r->size)] = ring_random_desc(in, r->size); return true;
-    case 2: ring_offer(r, (uint16_t)below(in, r->size)); return true;
+    case 2: ring_offer(r, (uint16_t)below(in, r->size + 1u)); return true; /* one of them is none */
     case 3: { /* a descriptor into an indirect table */
         uint8_t *entry = guest_at(r->guest, guest_address(in), sizeof(struct vring_desc));
         struct vring_desc d = ring_random_desc(in, 8);
@@ -118,10 +133,7 @@ static inline bool ring_step(struct ring *r, struct input *in, uint8_t op)
         r->avail = ring_avail(r)->idx;
         return true;
     }
-    case 6: /* offer the same head many times */
-        for (uint16_t head = (uint16_t)below(in, r->size), n = (uint16_t)below(in, 200); n; n--)
-            ring_offer(r, head);
-        return true;
+    case 6: ring_flood(r, in); return true;
     default: return false;
     }
 }

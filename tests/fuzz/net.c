@@ -166,7 +166,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     MUST(device && !net_set_memory(device, memory->region, memory->count));
     MUST(!net_set_format(device, flags & 8 ? NET_LEGACY_HEADER : NET_HEADER, !(flags & 8) && flags & 16));
     for (uint32_t i = 0; i < RINGS; i++) {
-        rings[i] = (struct ring){&guest, i * RING_BYTES, (uint16_t)(1u << below(&in, RING_MAX_ORDER + 1)), 0};
+        rings[i] = (struct ring){&guest, i * RING_BYTES, (uint16_t)(1u << below(&in, RING_MAX_ORDER + 1)), 0, false};
+        rings[i].edge = i == (uint32_t)(flags >> 5) % 4;
         rings[i].avail = ring_avail(&rings[i])->idx = ring_used(&rings[i])->idx = (uint16_t)take(&in, 2);
         start(i);
     }

@@ -55,7 +55,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct guest guest;
     guest_make(&guest);
     uint8_t flags = (uint8_t)take(&in, 1);
-    struct ring ring = {&guest, below(&in, 4) * RING_BYTES, (uint16_t)(1u << below(&in, RING_MAX_ORDER + 1)), 0};
+    struct ring ring = {&guest, below(&in, 4) * RING_BYTES, (uint16_t)(1u << below(&in, RING_MAX_ORDER + 1)), 0, flags & 16};
     struct vring_memory *memory = ring_memory(&guest);
     size_t inflight_size = sizeof(struct vring_inflight) + ring.size * sizeof(struct vring_inflight_desc);
     struct vring_inflight *inflight = flags & 8 ? malloc(inflight_size) : NULL;
