@@ -84,14 +84,14 @@ class Exporter:
     def _launch(self) -> None:
         import socket
 
-        from shared.control import Channel, unlink_endpoint
+        from shared.control import Channel
 
         self._incarnation += 1
         self._began = time.monotonic()
         endpoint = self._endpoint = f"ipc://{self._runtime_dir}/{NAME}.{self._incarnation}"
         self._channel = Channel(self._reactor, endpoint, bind=True, router=True)
         self._channel.handlers[Verb.METRICS] = lambda _: self._answer()
-        self._channel.on_event = lambda name, _: unlink_endpoint(endpoint) if name == "ready" else None
+        self._channel.on_event = lambda name, _: self._ready(endpoint) if name == "ready" else None
         self._sidecar, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sidecar.setblocking(False)
         with theirs:
@@ -105,6 +105,13 @@ class Exporter:
                 os.close(sidecar)
         self._process = self._fleet.adopt(NAME, NAME, pid, self._ended, self._incarnation - 1)
         self._process.state = ProcessState.RUNNING
+
+    def _ready(self, endpoint: str) -> None:
+        from shared.control import unlink_endpoint
+
+        unlink_endpoint(endpoint)
+        if self._process is not None:
+            self._fleet.supervision.restored(NAME, NAME, self._process.pid)
 
     async def _answer(self) -> dict[str, Any]:
         figures, files = await self._collect()
@@ -143,10 +150,12 @@ class Exporter:
             self._sidecar.close()
             self._sidecar = None
 
-    def _ended(self, _: Process) -> None:
+    def _ended(self, process: Process) -> None:
         self._hang_up()
         self._process = None
         if not self._stopping:
+            loss = process.loss
+            self._fleet.supervision.lost(NAME, NAME, process.pid, loss.cause, loss.reason, since=loss.since)
             lived = time.monotonic() - self._began
             self._delay = FIRST_DELAY if lived > STEADY_SECONDS else min(self._delay * 2, LAST_DELAY)
             self._reactor.call_later(self._delay, self.start)

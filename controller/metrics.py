@@ -26,8 +26,7 @@ from shared.figures import (
     known,
     to_wire,
 )
-from shared.messages import Verb
-from shared.reactor import describe, gather, sleep
+from shared.reactor import Reactor, describe, gather, sleep, within
 from shared.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def exporter(vmm: Vmm, listening: ApiSocket, leavings: Leavings) -> Exporter:
 
 async def collect(vmm: Vmm) -> tuple[Figures, dict[int, int]]:
     """Everything, and by pid an open smaps_rollup of each address space. What can't be had is left out."""
-    workers = await gather(vmm.reactor, *(_worker(backend) for backend in (vmm.vm.workers if vmm.vm else ())))
+    workers = await gather(vmm.reactor, *(_worker(vmm.reactor, backend) for backend in (vmm.vm.workers if vmm.vm else ())))
     rows = await vmm.describe_fleet(None, pss=False)  # after the wait: a pid is good as long as it is not reaped
     files: dict[int, int] = {}
     try:
@@ -86,10 +85,10 @@ def _process(row: dict[str, Any]) -> ProcessFigures:
     )
 
 
-async def _worker(backend: Backend) -> WorkerFigures:
+async def _worker(reactor: Reactor, backend: Backend) -> WorkerFigures:
+    stats: dict[str, int] | None
     try:
-        process = backend.process
-        stats = await process.call(Verb.STATS, WORKER_SECONDS) if process is not None else None
+        stats = await within(reactor, WORKER_SECONDS, backend.stats(), f"statistics of {backend.name}") or None
     except FlotillaError as error:
         log.debug(f"metrics: {backend.name}: {describe(error)}")
         stats = None
