@@ -50,7 +50,8 @@ def exporter(vmm: Vmm, listening: ApiSocket, leavings: Leavings) -> Exporter:
 
 async def collect(vmm: Vmm) -> tuple[Figures, dict[int, int]]:
     """Everything, and by pid an open smaps_rollup of each address space. What can't be had is left out."""
-    workers = await gather(vmm.reactor, *(_worker(vmm.reactor, backend) for backend in (vmm.vm.workers if vmm.vm else ())))
+    backends = vmm.vm.workers if vmm.vm else ()
+    workers = await gather(vmm.reactor, *(_worker(vmm.reactor, backend) for backend in backends))
     rows = await vmm.describe_fleet(None, pss=False)  # after the wait: a pid is good as long as it is not reaped
     files: dict[int, int] = {}
     try:
