@@ -150,8 +150,8 @@ def test_attackers_code_in_a_worker_gets_out_nowhere(tmp_path, kind):
 
 
 def test_a_worker_that_hangs_up_and_leaves_is_replaced(tmp_path):
-    """What the filter must allow can't end the VM either: close of every descriptor, exit. Its own device is a taken-over
-    worker's to harm: a write without the image's descriptor fails to the guest."""
+    """What the filter must allow can't end the VM either: close of every descriptor, exit. Its own device is a
+    taken-over worker's to harm: a write without the image's descriptor fails to the guest."""
     with guest(tmp_path) as vmm:
         pid = kept(vmm)["_disk0"]["pid"]
         with (
