@@ -7,20 +7,21 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
-from ch_remote.verbs import REFUSED, REFUSED_FLAGS, USAGE, VERBS, Verb, help_text
+from ch_remote.verbs import OPTIONS, REFUSED, REFUSED_FLAGS, USAGE, VERBS, Verb, help_text
 
 # The same string as the VMM's --version; a test compares them.
 VERSION = "v53.0-flotilla-0.1.0"
 
 
 class Command(NamedTuple):
-    """What to do. argument is None where an optional one was not given; flags holds those that were given."""
+    """What to do. argument is None where an optional one was not given; flags and options hold those that were."""
 
     api_socket: str | None
     name: str
     verb: Verb
     argument: str | None
     flags: frozenset[str]
+    options: dict[str, str]
 
 
 def usage_error(message: str, tip: str = "") -> NoReturn:
@@ -40,6 +41,7 @@ def parse_argv(argv: Sequence[str]) -> Command:
     api_socket: str | None = None
     words: list[str] = []
     flags: set[str] = set()
+    options: dict[str, str] = {}
     rest = iter(argv)
     for word in rest:
         name, equals, value = word.partition("=")
@@ -49,6 +51,12 @@ def parse_argv(argv: Sequence[str]) -> Command:
             api_socket = value if equals else next(rest, "")
             if not api_socket or (not equals and api_socket.startswith("-")):
                 usage_error("a value is required for '--api-socket <PATH>' but none was supplied")
+        elif name in OPTIONS:
+            if name in options:
+                usage_error(f"the argument '{name}' cannot be used multiple times")
+            options[name] = value if equals else next(rest, "")
+            if not options[name] or (not equals and options[name].startswith("-")):
+                usage_error(f"a value is required for '{name}' but none was supplied")
         elif word in ("-h", "--help") or (word == "help" and not words):
             _say(help_text())
         elif word in ("-V", "--version"):
@@ -63,10 +71,10 @@ def parse_argv(argv: Sequence[str]) -> Command:
             words.append(word)
     if not words:
         usage_error("a command is missing" if not flags else f"unexpected argument '{min(flags)}' found")
-    return _command(api_socket, words, flags)
+    return _command(api_socket, words, flags, options)
 
 
-def _command(api_socket: str | None, words: list[str], flags: set[str]) -> Command:
+def _command(api_socket: str | None, words: list[str], flags: set[str], options: dict[str, str]) -> Command:
     name, *arguments = words
     verb = VERBS.get(name)
     if verb is None:
@@ -77,7 +85,7 @@ def _command(api_socket: str | None, words: list[str], flags: set[str]) -> Comma
         similar = difflib.get_close_matches(name, VERBS, 1)
         tip = f"a similar command exists: '{similar[0]}'" if similar else ""
         usage_error(f"unrecognized subcommand '{name}'", tip)
-    if unknown := flags - set(verb.flags):
+    if unknown := (flags - set(verb.flags)) | (options.keys() - {option for option, _ in verb.options}):
         usage_error(f"unexpected argument '{min(unknown)}' found for {name}")
     if len(arguments) > (1 if verb.argument else 0):
         usage_error(f"unexpected argument '{arguments[-1]}' found for {name}")
@@ -85,7 +93,7 @@ def _command(api_socket: str | None, words: list[str], flags: set[str]) -> Comma
         usage_error(f"the following required arguments were not provided for {name}:\n  <{verb.argument}>")
     if api_socket is not None and api_socket.startswith("~/"):
         api_socket = os.path.expanduser(api_socket)
-    return Command(api_socket, name, verb, arguments[0] if arguments else None, frozenset(flags))
+    return Command(api_socket, name, verb, arguments[0] if arguments else None, frozenset(flags), options)
 
 
 def _say(text: str) -> NoReturn:

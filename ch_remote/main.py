@@ -76,6 +76,8 @@ def _request_body(command: Command) -> bytes | None:
         return _read(command.argument or "-")
     if command.name == "migration-resolve":
         return _resolution(command)
+    if command.name == "worker-upgrade":
+        return _upgrade(command)
     if command.argument is None or command.name not in (*MIGRATIONS, "add-net", "fault-inject"):
         return None
     if command.name == "add-net":
@@ -88,6 +90,21 @@ def _request_body(command: Command) -> bytes | None:
         body = receive_body(command.argument)
     import json
 
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def _upgrade(command: Command) -> bytes:
+    """Only what was given: the VMM judges it. A path is relative to our folder, which is not the VMM's."""
+    import json
+
+    body: dict[str, Any] = {"id": command.argument}
+    if "--exec" in command.options:
+        body["exec"] = os.path.abspath(command.options["--exec"])
+    if "--timeout-ms" in command.options:
+        text = command.options["--timeout-ms"]
+        if not text.isdigit():
+            raise ConfigError(f"--timeout-ms {text}: not a whole number")
+        body["timeout_ms"] = int(text)
     return json.dumps(body, separators=(",", ":")).encode()
 
 

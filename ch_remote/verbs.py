@@ -8,13 +8,15 @@ API = "/api/v1/"
 
 
 class Verb(NamedTuple):
-    """One subcommand. argument: "" for none, in brackets when optional. flags: of this subcommand alone."""
+    """One subcommand. argument: "" for none, in brackets when optional. flags and options, which have a value: of this
+    subcommand alone."""
 
     method: str
     endpoint: str
     text: str
     argument: str = ""
     flags: tuple[str, ...] = ()
+    options: tuple[tuple[str, str], ...] = ()  # (name, what its value is)
 
     @property
     def target(self) -> str:
@@ -76,7 +78,15 @@ VERBS = {
     ),
     "shutdown": Verb("PUT", "vm.shutdown", "Switch the VM off at once"),
     "shutdown-vmm": Verb("PUT", "vmm.shutdown", "End the VMM and its VM"),
+    "worker-upgrade": Verb(
+        "PUT",
+        "vm.worker-upgrade",
+        "Let another process take over a running device; prints pids and how long the guest waited",
+        "ID",
+        options=(("--exec", "PATH"), ("--timeout-ms", "N")),
+    ),
 }
+OPTIONS = {name for verb in VERBS.values() for name, _ in verb.options}
 MIGRATIONS = ("send-migration", "receive-migration")
 
 REFUSED = (
@@ -108,6 +118,7 @@ def help_text() -> str:
         verb = VERBS[name]
         usage = " ".join(
             [name, *(f"[{flag}]" for flag in verb.flags), *([verb.argument] if verb.argument else [])]
+            + [f"[{option} {value}]" for option, value in verb.options]
         )
         lines.append(f"  {usage:<32}  {verb.text}")
     lines += [

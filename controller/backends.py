@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 
 from controller.fleet import Fleet, Process, ProcessState, WorkerSpec, pss_kib
@@ -76,6 +76,10 @@ class Backend:
         self._settled = Event()  # the state is SERVING or QUARANTINED
         self._idle = Event()  # no process is on its way up
         self._idle.set()
+        self._undisturbed = Event()  # no upgrade is under way (controller/upgrade.py)
+        self._undisturbed.set()
+        self._standby: Process | None = None  # the process of one
+        self.vet: Callable[[Process], None] = lambda _process: None  # raises WorkerError for one that may not serve
         self._restarts = 0
         self._delay = 0.0
         self._began = 0.0
@@ -105,6 +109,19 @@ class Backend:
         return self._spec.kind
 
     @property
+    def program(self) -> str:
+        """What the worker and its successors exec; "" for this release's own worker."""
+        return self._spec.program
+
+    @property
+    def frontends(self) -> dict[str, Frontend]:
+        return dict(self._frontends)
+
+    @property
+    def closing(self) -> bool:
+        return self._closing
+
+    @property
     def devices(self) -> str:
         """Who suffers when there is no worker."""
         return ", ".join(frontend.name for frontend in self._frontends.values()) or self.name
@@ -132,6 +149,10 @@ class Backend:
                     self.reason = describe(error)
                     if self._closing:
                         raise
+                    if delay is None and self._spec.program:
+                        self._give_program_up()
+                        await self.start()
+                        return
                     if delay is None:
                         self._to(BackendState.QUARANTINED)
                         self._fleet.supervision.quarantined(self._spec.kind, self.name, self.reason)
@@ -154,6 +175,12 @@ class Backend:
                     await sleep(self._reactor, LAST_DELAY)
                     self._restarts += 1
 
+    def _give_program_up(self) -> None:
+        """What an upgrade brought in does not start any more: the guest is to have its device all the same."""
+        log.error(f"{self.name}: {self.program} does not start: {self.reason}; going back to this release's worker")
+        self._spec, self.vet = replace(self._spec, program=""), lambda _process: None
+        self._fleet.supervision.account(self.kind, self.name).program = ""
+
     async def _attempt(self) -> None:
         self._idle.clear()
         try:
@@ -168,6 +195,17 @@ class Backend:
         if self._closing:
             raise WorkerLost(f"{self.devices}: the VM has ended")
         self._began = time.monotonic()
+        self.process, sockets = await self._fork(self._task())
+        try:
+            await self._connect(self.process, sockets)
+        except OSError as error:
+            raise WorkerError(f"{self.name}: {error.strerror}") from error
+        finally:
+            for ours in sockets.values():
+                ours.close()
+
+    async def _fork(self, task: WorkerSpec) -> tuple[Process, dict[str, socket.socket]]:
+        """A process on its way up, and our ends of its devices' connections. Raises WorkerError."""
         import socket
 
         pairs: dict[str, tuple[socket.socket, socket.socket]] = {}
@@ -175,17 +213,17 @@ class Backend:
             for name in self._frontends:
                 pairs[name] = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             fds = {**self._fds, **{name: theirs.fileno() for name, (_, theirs) in pairs.items()}}
-            process = await self._fleet.fork(self._task(), fds, self._ended, self._restarts)
-            self.process = process
+            process = await self._fleet.fork(task, fds, self._ended, self._restarts)
+        except BaseException as error:
+            for ours, _ in pairs.values():
+                ours.close()
+            if isinstance(error, OSError):
+                raise WorkerError(f"{self.name}: {error.strerror}") from error
+            raise
+        finally:
             for _, theirs in pairs.values():
                 theirs.close()  # so that the worker's end is the connection's, also while it is being replayed
-            await self._connect(process, {name: ours for name, (ours, _) in pairs.items()})
-        except OSError as error:
-            raise WorkerError(f"{self.name}: {error.strerror}") from error
-        finally:
-            for ours, theirs in pairs.values():
-                ours.close()
-                theirs.close()
+        return process, {name: ours for name, (ours, _) in pairs.items()}
 
     def _task(self) -> WorkerSpec:
         """What to fork, with what the worker has to know about its predecessor's end (shared/vring_recovery.h)."""
@@ -196,6 +234,7 @@ class Backend:
     async def _connect(self, process: Process, sockets: Mapping[str, socket.socket]) -> None:
         if not self._closing:
             await self._fleet.greet(process)
+            self.vet(process)
         if self.preload is not None:
             await process.call("load", **self.preload)
         for name, frontend in self._frontends.items():
@@ -213,6 +252,37 @@ class Backend:
         if process is not None:
             self._fleet.kill(process)
             await process.ended.wait()
+
+    # Replacing a process that serves (controller/upgrade.py) -----------------------------------------------------
+
+    @property
+    def disturbed(self) -> bool:
+        return not self._undisturbed.is_set()
+
+    def disturb(self) -> None:
+        """An upgrade begins: no successor is started until settle()."""
+        self._undisturbed.clear()
+
+    async def fork_standby(self, program: str) -> tuple[Process, dict[str, socket.socket]]:
+        """A process beside the one that serves, and our ends of its devices' connections. Raises WorkerError."""
+        process, sockets = await self._fork(replace(self._task(), program=program, standby=True))
+        self._standby = process
+        return process, sockets
+
+    def hand_over(self, process: Process, before: Process, program: str, vet: Callable[[Process], None]) -> None:
+        """`process` serves from now on, and `before` does not. One step: nothing is awaited."""
+        if before.serving:  # otherwise it has died meanwhile
+            self._past = merge(self._past, before.stats)
+        before.serving, before.aside, process.aside, self._standby = False, True, False, None
+        self._fleet.exchange(process, before, self.name)
+        self._spec, self.vet = replace(self._spec, program=program), vet
+        self._began, self.process = time.monotonic(), process
+        self._serves()
+
+    def settle(self) -> None:
+        """The upgrade has ended, one way or the other."""
+        self._standby = None
+        self._undisturbed.set()
 
     # Serving -----------------------------------------------------------------------------------------------------
 
@@ -302,6 +372,8 @@ class Backend:
             self._fleet.hung_up(self.process, cause_of(error), reason)
 
     def _ended(self, process: Process) -> None:
+        if process.aside:
+            return
         if process.serving:
             self._past = merge(self._past, process.stats)
             process.serving = False
@@ -325,7 +397,9 @@ class Backend:
     async def _restart(self) -> None:
         if self._delay:
             await sleep(self._reactor, self._delay)
-        await self.start_for_good()
+        await self._undisturbed.wait()
+        if self.process is None:  # otherwise the upgrade under which the last one died has brought another
+            await self.start_for_good()
 
     # End ---------------------------------------------------------------------------------------------------------
 
@@ -334,11 +408,14 @@ class Backend:
         self._closing = True
         for frontend in self._frontends.values():
             frontend.close()
+        if self._standby is not None:
+            self._fleet.kill(self._standby)
         process = self.process
         if process is not None and process.state is ProcessState.STARTING:
             self._fleet.kill(process)  # it answers nothing yet, and has nothing to put in order
         elif process is not None:
             await self._fleet.stop(process)
+        await self._undisturbed.wait()
         await self._idle.wait()
         await self._clear()
         self._close_fds()

@@ -50,6 +50,13 @@ class WorkerSpec(Record):
     spec: Mapping[str, Any] = field(default_factory=dict)
     orphan: bool = False  # outlives the controller
     control: bool = True  # has a control channel
+    program: str = ""  # to exec in the forked process, a path; "": none
+    standby: bool = False  # another one serves: it is to do nothing until `resume`
+
+    @property
+    def label(self) -> str:
+        """What `vmm.fleet` calls the process."""
+        return f"{self.name}.new" if self.standby else self.name
 
 
 class Verdict(Record):
@@ -73,6 +80,8 @@ class Process:
         self.exit_status: int | None = None
         self.killed_by = 0  # the signal that ended it; 0: it exited
         self.wanted = False  # it was told to end
+        self.aside = False  # another one serves its device, so its end is nobody's loss
+        self.identity: dict[str, Any] = {}  # its answer to hello
         self.verdict: Verdict | None = None
         self.serving = False  # it has work to do, so the watchdog asks it for heartbeats
         self.occupied: Callable[[], bool] = lambda: False  # with something that may take as long as it likes
@@ -212,7 +221,7 @@ class Fleet:
     ) -> Process:
         """A worker that is on its way up. The fds stay the caller's. Raises WorkerError."""
         self._incarnation += 1
-        endpoint = f"ipc://{self._runtime_dir}/{spec.name}.{self._incarnation}" if spec.control else ""
+        endpoint = f"ipc://{self._runtime_dir}/{spec.label}.{self._incarnation}" if spec.control else ""
         request = {
             "kind": spec.kind,
             "name": spec.name,
@@ -222,6 +231,8 @@ class Fleet:
             "endpoint": endpoint,
             "orphan": spec.orphan,
             "seccomp": self.seccomp,
+            "program": spec.program,
+            "standby": spec.standby,
         }
         try:
             last_words, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -234,9 +245,16 @@ class Fleet:
             raise
         finally:
             os.close(theirs)
-        process = self.adopt(spec.kind, spec.name, pid, on_end, restarts)
-        process.last_words, process.endpoint = last_words, endpoint
+        process = self.adopt(spec.kind, spec.label, pid, on_end, restarts)
+        process.last_words, process.endpoint, process.aside = last_words, endpoint, spec.standby
         return process
+
+    def exchange(self, process: Process, before: Process, name: str) -> None:
+        """`process` has the name from now on that `before` had."""
+        stand_in, process.name = process.name, name
+        before.name = f"{name}.old"
+        self.cgroups.enter(name, process.pid)
+        self.cgroups.leave(stand_in)
 
     async def greet(self, process: Process) -> None:
         """Wait for its hello. Raises WorkerLost; the process has been waited for then."""
@@ -253,7 +271,7 @@ class Fleet:
             process.channel = Channel(self._reactor, process.endpoint, bind=False)
             process.channel.on_nonsense = lambda error: self.condemn(process, Cause.REFUSED, describe(error))
             self._reactor.call_later(LOOK_SECONDS, lambda: self._watch_descriptors(process))
-            await process.call("hello", HELLO_SECONDS)
+            process.identity = await process.call("hello", HELLO_SECONDS)
         except FlotillaError as error:
             # A second one may only be started when nothing of this one can still write.
             self.kill(process)

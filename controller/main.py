@@ -27,6 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         command = interpreter("from chaos.main import main; sys.exit(main())", *words[1:])
         os.execv(command[0], command)
+    if words[:1] == ["worker"]:  # of another VMM, which exec'd us for it
+        from shared.worker_program import main as worker
+
+        try:
+            worker(words[1:])
+        except FlotillaError as error:
+            report(error)
+            return 2
     try:
         options = parse_argv(words)
         os.umask(0o077)

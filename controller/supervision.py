@@ -4,6 +4,8 @@
     restored()  ─▶ worker-restarted    with the stall: from the loss until somebody serves again
     quarantined() ─▶ worker-quarantined   no successor comes up; tried again for as long as the VM lives
     failed_request() ─▶ worker-request-failed   a request that killed worker after worker was failed alone
+    upgraded() ─▶ worker-upgraded      another process took a running device over (controller/upgrade.py)
+    not_upgraded() ─▶ worker-upgrade-failed   … could not, and the one before it serves
 
 Who detects what is docs/fault-isolation.md's table. Here nothing is decided.
 """
@@ -55,6 +57,18 @@ class Incident(Record, frozen=False):
     stall_ms: float | None = None
 
 
+class Change(Record, frozen=False):
+    """An upgrade: from which process to which (0: it never started), and for how long the guest waited for it."""
+
+    kind: str
+    name: str
+    old_pid: int
+    new_pid: int = 0
+    program: str = ""
+    stall_ms: float = 0.0
+    reason: str = ""  # why it failed
+
+
 class Account(Record, frozen=False):
     """What one process and those before it have come to."""
 
@@ -64,6 +78,9 @@ class Account(Record, frozen=False):
     quarantine: str = ""  # why there is no worker
     quarantines: int = 0
     failed_requests: int = 0
+    upgrades: int = 0
+    failed_upgrades: int = 0
+    program: str = ""  # what the worker was exec'd from; "": this release's own
 
 
 Emit = Callable[[str, str, "dict[str, Any] | None"], None]
@@ -125,6 +142,20 @@ class Supervision:
         properties = {"name": name, "kind": kind, "requests": count, "reason": what}
         self._emit("vmm", "worker-request-failed", properties)
 
+    def upgraded(self, change: Change) -> None:
+        account = self.account(change.kind, change.name)
+        account.upgrades, account.program = account.upgrades + 1, change.program
+        by = change.program or "this release's worker"
+        log.info(f"{change.kind} {change.name}: pid {change.new_pid}, {by}, has taken over from pid {change.old_pid} "
+                 f"within {change.stall_ms:.1f} ms")  # fmt: skip
+        self._emit("vmm", "worker-upgraded", plain(change))
+
+    def not_upgraded(self, change: Change) -> None:
+        self.account(change.kind, change.name).failed_upgrades += 1
+        log.error(f"{change.kind} {change.name} was not upgraded, the guest waited {change.stall_ms:.1f} ms: "
+                  f"{change.reason}")  # fmt: skip
+        self._emit("vmm", "worker-upgrade-failed", plain(change))
+
     def often(self, kind: str, name: str, cause: Cause | None = None) -> int:
         """Losses within the last RECENT_SECONDS, of one cause or all."""
         account = self.accounts.get((kind, name))
@@ -142,6 +173,8 @@ class Supervision:
             "last_cause": str(last.cause) if last is not None else None,
             "last_reason": quarantine or (last.reason if last is not None else None),
             "last_stall_ms": last.stall_ms if last is not None else None,
+            "upgrades": account.upgrades if account is not None else 0,
+            "program": account.program or None if account is not None else None,
         }
 
     @staticmethod
@@ -154,6 +187,11 @@ class Supervision:
             "reason": incident.reason,
             "stall_ms": incident.stall_ms,
         }
+
+
+def plain(change: Change) -> dict[str, Any]:
+    """Of an event, and of the answer to whoever asked for it."""
+    return {name: getattr(change, name) for name in Change._fields}
 
 
 def process_state(pid: int, thread: int = 0) -> tuple[str, bool]:

@@ -66,7 +66,7 @@ class Frontend:
         self._log: DirtyLog | None = None
         self._config_writes: dict[int, bytes] = {}
         self._live = Event()  # a back end is connected and does what the session says, or we gave up
-        self._lock = Lock()  # one conversation at a time
+        self.conversation = Lock()  # one at a time
         self._given_up: FlotillaError | None = None
         self.features = 0
         self.protocol_features = ProtocolFeature(0)
@@ -80,7 +80,7 @@ class Frontend:
 
     @property
     def busy(self) -> bool:
-        return self._lock.held  # a conversation is under way, which may have to wait for a disk
+        return self.conversation.held  # a conversation is under way, which may have to wait for a disk
 
     @property
     def bases(self) -> dict[int, int]:
@@ -110,7 +110,7 @@ class Frontend:
         Rings that ran go on from their used index and the inflight region. Raises as connect() does, and HostError
         when the new back end can't do what the driver has negotiated with the last one.
         """
-        async with self._lock:
+        async with self.conversation:
             self._drop()
             link = Link(self._reactor, sock, self.name, self._lost)
             self._link = link
@@ -214,7 +214,7 @@ class Frontend:
         """Carry an action out; when the back end dies under it, on its successor."""
         while True:
             await self._live.wait()
-            async with self._lock:
+            async with self.conversation:
                 link = self._link
                 if link is None:
                     if self._given_up is not None:

@@ -60,7 +60,7 @@ class Link:
         self, reactor: Reactor, sock: socket.socket, name: str, on_lost: Callable[[Link, Exception | None], None]
     ) -> None:
         self._name = name
-        self._on_lost = on_lost
+        self.on_lost = on_lost
         self._waiting: deque[tuple[int, Answer, Future[Message]]] = deque()
         self._connection = Connection(reactor, sock, self._on_message, self._lost)
         self.acks = False  # REPLY_ACK is negotiated
@@ -117,7 +117,7 @@ class Link:
             self._lost(error)
 
     def _lost(self, error: Exception | None) -> None:
-        self._on_lost(self, error)
+        self.on_lost(self, error)
         self._abandon(error)
 
     def _abandon(self, error: Exception | None) -> None:

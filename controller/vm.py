@@ -373,6 +373,14 @@ class Vm:
     def workers(self) -> list[Backend]:
         return self._made.workers
 
+    def worker(self, name: str) -> Backend | None:
+        """By its own name or by a device's; None for what has no worker of ours."""
+        frontend = self._made.frontend(name) if name in self._functions else None
+        return next((b for b in self.workers if b.name == name or frontend in b.frontends.values()), None)
+
+    def has_device(self, name: str) -> bool:
+        return name in self._functions
+
     def exits(self) -> dict[str, dict[str, list[int]]]:
         """Counts by vCPU, by who finished the exit, and by the number of KVM's reason."""
         return {vcpu.name: vcpu.exits() for vcpu in self._vcpus.all}

@@ -32,6 +32,7 @@ from controller.sandbox_report import report
 from controller.signals import Signals
 from controller.spawn import Zygote
 from controller.supervision import Supervision
+from controller.upgrade import worker_upgrade
 from controller.vm import Vm
 from controller.warmup import HEAD_START, warm_up
 from shared import log
@@ -98,6 +99,7 @@ class Vmm:
             "vm.reboot": self.reboot,
             "vm.delete": self.delete,
             "vm.add-net": self.add_net,
+            "vm.worker-upgrade": worker_upgrade(self),
             "vm.power-button": self.power_button,
             "vm.send-migration": self.send_migration,
             "vm.receive-migration": self.receive_migration,
@@ -143,9 +145,7 @@ class Vmm:
             return
         from controller.services import Services
 
-        self.services = Services(
-            self.reactor, self.fleet, self.runtime.path, self._leavings, api_socket, self.verbs
-        )
+        self.services = Services(self.reactor, self.fleet, self.runtime.path, self._leavings, api_socket, self.verbs)
         if metrics_socket is not None:
             from controller.metrics import exporter
 
@@ -252,7 +252,7 @@ class Vmm:
         return answer
 
     async def counters(self, _: None) -> dict[str, Any]:
-        return await self._need_vm().counters()
+        return await self.need_vm().counters()
 
     async def migration_progress(self, _: None) -> dict[str, Any]:
         if self.migration is None:
@@ -267,13 +267,13 @@ class Vmm:
             raise NotFoundError("VM is not created")
         return self.config
 
-    def _need_vm(self) -> Vm:
+    def need_vm(self) -> Vm:
         self._need_config()
         if self.vm is None:
             raise StateError("VM is not running", "boot it first")
         return self.vm
 
-    def _change(self) -> Lock:
+    def change(self) -> Lock:
         """Changes go one after the other; none waits for a migration, which may take as long as its peer likes."""
         self._not_migrating()
         return self._operations
@@ -288,7 +288,7 @@ class Vmm:
     async def create(self, body: Any) -> None:
         from controller.config.codec import from_json
 
-        async with self._change():
+        async with self.change():
             if self.config is not None:
                 raise StateError("VM is already created", "vm.delete removes it")
             config = from_json(body, strict=True)
@@ -297,7 +297,7 @@ class Vmm:
             self.state = VmState.CREATED
 
     async def boot(self, _: None) -> None:
-        async with self._change():
+        async with self.change():
             self._need_config()
             if self.vm is not None:
                 raise StateError(f"VM can't be booted: its state is {self.state}")
@@ -313,8 +313,8 @@ class Vmm:
         self.events.emit("vm", "booted")
 
     async def pause(self, _: None) -> None:
-        async with self._change():
-            vm = self._need_vm()
+        async with self.change():
+            vm = self.need_vm()
             if self.state is not VmState.RUNNING:
                 raise StateError(f"VM can't be paused: its state is {self.state}")
             self.events.emit("vm", "pausing")
@@ -323,8 +323,8 @@ class Vmm:
             self.events.emit("vm", "paused")
 
     async def resume(self, _: None) -> None:
-        async with self._change():
-            vm = self._need_vm()
+        async with self.change():
+            vm = self.need_vm()
             if self.state is not VmState.PAUSED:
                 raise StateError(f"VM can't be resumed: its state is {self.state}")
             self.events.emit("vm", "resuming")
@@ -340,8 +340,8 @@ class Vmm:
             self.events.emit("vm", "shutdown")
 
     async def shutdown(self, _: None) -> None:
-        async with self._change():
-            self._need_vm()
+        async with self.change():
+            self.need_vm()
             await self._stop_vm()
 
     async def _reboot(self) -> None:
@@ -351,12 +351,12 @@ class Vmm:
         self.events.emit("vm", "rebooted")
 
     async def reboot(self, _: None) -> None:
-        async with self._change():
-            self._need_vm()
+        async with self.change():
+            self.need_vm()
             await self._reboot()
 
     async def delete(self, _: None) -> None:
-        async with self._change():
+        async with self.change():
             await self._stop_vm()
             if self.config is not None:
                 self.config = None
@@ -365,7 +365,7 @@ class Vmm:
     async def add_net(self, body: Any) -> dict[str, str] | None:
         from controller.config.codec import net_from_json
 
-        async with self._change():
+        async with self.change():
             config = self._need_config()
             more = assign_ids(replace(config, net=(*config.net, net_from_json(body))))
             validate(more)
@@ -377,7 +377,7 @@ class Vmm:
 
     async def power_button(self, _: None) -> None:
         self._not_migrating()
-        self._need_vm().power_button()
+        self.need_vm().power_button()
 
     async def shutdown_vmm(self, _: None) -> None:
         self.end(0)
@@ -391,8 +391,8 @@ class Vmm:
         arguments = parse_send(body)
         if not arguments.local:
             return await self._send_away(arguments)
-        async with self._change():
-            vm = self._need_vm()
+        async with self.change():
+            vm = self.need_vm()
             await vm.wait_serving()  # it can't be paused before; the destination need not build for nothing
             outgoing = Outgoing(self.reactor, self.fleet, self.events, vm, was_running=self.state is VmState.RUNNING)
             self.migration = outgoing
@@ -416,8 +416,8 @@ class Vmm:
         """To another host."""
         from controller.migration.departure import Departure
 
-        async with self._change():
-            vm = self._need_vm()
+        async with self.change():
+            vm = self.need_vm()
             departure = Departure(self.reactor, self.fleet, self.events, vm, was_running=self.state is VmState.RUNNING)
             self.migration = departure
             departure.on_resolved = lambda: self.reactor.spawn(self._departed(departure), "departed")
@@ -444,7 +444,7 @@ class Vmm:
         from controller.migration.incoming import Incoming
 
         url = parse_receive(body)
-        async with self._change():
+        async with self.change():
             if self.config is not None:
                 raise StateError("Can't receive a migration: a VM is already created", "vm.delete removes it")
             if self._arrived is not None:
@@ -474,8 +474,8 @@ class Vmm:
     async def estimate_migration(self, _: None) -> dict[str, Any]:
         from controller.migration.estimate import estimate
 
-        async with self._change():
-            vm = self._need_vm()
+        async with self.change():
+            vm = self.need_vm()
             if self.state is not VmState.RUNNING:
                 raise StateError(f"No estimate for a VM whose state is {self.state}: it writes nothing")
             return await estimate(self.reactor, vm)

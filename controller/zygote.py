@@ -16,13 +16,13 @@ import os
 import signal
 import socket
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
-from controller.spawn import LAST_WORDS, LAST_WORDS_BYTES
+from controller.spawn import LAST_WORDS
 from shared import log
-from shared.errors import FlotillaError
+from shared.errors import HostError
 from shared.linux import die_with_parent, recv_fds, set_name
-from shared.reactor import describe
+from shared.worker_program import become, carry_out
 
 MAX_REQUEST = 256 << 10
 SYS_CLONE = 56
@@ -83,52 +83,46 @@ def _fork_for_parent() -> int:
 
 def _become(request: dict[str, Any], fds: list[int], controller: int) -> None:
     """In the child: run the worker and exit with its code. Never returns."""
-    code, last_words = 70, -1
+    named = dict(zip(request["fds"], fds, strict=True))
+    last_words = named.pop(LAST_WORDS)
+    carry_out(lambda: _worker(request, named, last_words, controller), last_words)
+
+
+def _worker(request: dict[str, Any], named: dict[str, int], last_words: int, controller: int) -> int:
+    from importlib import import_module
+
+    from shared import sandbox
+    from shared.worker import Start
+
+    orphan, program = bool(request["orphan"]), request["program"]
+    if not orphan:
+        die_with_parent(controller)
+    set_name(request["name"].lstrip("_") or request["kind"])
+    settings = request["log"]
+    sandbox.keep_descriptors([*named.values(), last_words, settings["fd"]])
+    log.configure(log.Level(settings["level"]), settings["fd"], request["name"], settings["began"])
+    calls = sandbox.list_for(request["module"])
+    box = sandbox.confine(request["sandbox"], calls, request["seccomp"], execs=bool(program))
+    if not orphan:
+        # Confining may change credentials, and that clears PDEATHSIG.
+        die_with_parent(controller)
+    if program:
+        _exec(request, named, last_words, box.own_mounts)
+    module = import_module(request["module"])
+    standby = bool(request["standby"])
+    start = Start(request["kind"], request["name"], request["spec"], named, request["endpoint"], box, standby)
+    code: int = module.main(start)
+    return code
+
+
+def _exec(request: dict[str, Any], named: dict[str, int], last_words: int, own_mounts: bool) -> NoReturn:
+    """Raises HostError."""
+    fields = ("kind", "name", "module", "spec", "endpoint", "sandbox", "seccomp", "standby", "log")
+    task = {field: request[field] for field in fields}
     try:
-        named = dict(zip(request["fds"], fds, strict=True))
-        last_words = named.pop(LAST_WORDS)
-        from importlib import import_module
-
-        from shared import sandbox
-        from shared.worker import Start
-
-        orphan = bool(request["orphan"])
-        if not orphan:
-            die_with_parent(controller)
-        set_name(request["name"].lstrip("_") or request["kind"])
-        settings = request["log"]
-        sandbox.keep_descriptors([*fds, settings["fd"]])
-        log.configure(log.Level(settings["level"]), settings["fd"], request["name"], settings["began"])
-        calls = sandbox.list_for(request["module"])
-        box = sandbox.confine(request["sandbox"], calls, request["seccomp"])
-        if not orphan:
-            # Confining may change credentials, and that clears PDEATHSIG.
-            die_with_parent(controller)
-        module = import_module(request["module"])
-        start = Start(request["kind"], request["name"], request["spec"], named, request["endpoint"], box)
-        code = module.main(start)
-    except BaseException as error:
-        code = 1
-        if not isinstance(error, (FlotillaError, OSError)):  # a bug: where it is counts
-            code = 70
-            print_trace(error)
-        # The controller logs it, under the worker's name.
-        os.write(last_words, describe(error).encode()[:LAST_WORDS_BYTES])
-    finally:
-        try:
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
-
-
-def print_trace(error: BaseException) -> None:
-    """Where it came from. Not traceback.print_exc, which opens source files: a sealed process may not."""
-    at = error.__traceback__
-    while at is not None:
-        code = at.tb_frame.f_code
-        print(f"  File {code.co_filename}, line {at.tb_lineno}, in {code.co_name}", file=sys.stderr)
-        at = at.tb_next
-    print(describe(error), file=sys.stderr)
+        become(request["program"], {**task, "fds": named, "last_words": last_words, "own_mounts": own_mounts})
+    except OSError as error:
+        raise HostError(f"{request['program']} can't be executed: {error.strerror}") from error
 
 
 if __name__ == "__main__":

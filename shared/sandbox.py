@@ -25,6 +25,7 @@ import resource
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from shared import log, seccomp
 from shared.linux import PR_SET_NO_NEW_PRIVS, check, libc, prctl
@@ -34,7 +35,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_REC, MS_PRIVATE = 1 << 14, 1 << 18
 MNT_DETACH = 2
 SYS_PIVOT_ROOT = 155
-PR_CAPBSET_DROP, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 24, 47, 4
+PR_CAPBSET_DROP, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, PR_CAP_AMBIENT_CLEAR_ALL = 24, 47, 2, 4
 CAP_LAST_CAP = 40
 CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_SYS_ADMIN = 1, 3, 21
 LINUX_CAPABILITY_VERSION_3 = 0x2008_0522
@@ -85,19 +86,24 @@ class Sandbox:
     """This process's steps after confine(). Each is taken once; seal() may be called again and does nothing then."""
 
     def __init__(
-        self, profile: Profile, rules: tuple[seccomp.Rule, ...], forbidden: seccomp.Forbidden | None
+        self,
+        profile: Profile,
+        rules: tuple[seccomp.Rule, ...],
+        forbidden: seccomp.Forbidden | None,
+        *,
+        own_mounts: bool = False,
     ) -> None:
         self._profile = profile
         self._rules = rules
         self._forbidden = forbidden
-        self._own_mounts = False
+        self.own_mounts = own_mounts  # a mount namespace of its own
         self.sealed = False
 
     @contextmanager
     def leave_files(self, endpoint: str = "") -> Iterator[str]:
         """An empty file system and no capabilities from here on. Inside, the endpoint's name is yielded as it can be
         bound or connected to: the directory that it is in stays reachable until the end of the block."""
-        if not self._own_mounts or self._profile.files:
+        if not self.own_mounts or self._profile.files:
             drop_capabilities(self._profile.capabilities)
             yield endpoint
             return
@@ -122,7 +128,9 @@ class Sandbox:
         if self._forbidden is not None:
             seccomp.install(self._rules, self._forbidden)
 
-    def confine(self) -> None:
+    def confine(self, *, execs: bool = False) -> None:
+        """`execs`: another program follows in this process. It finds this much done, and the one capability with
+        which it takes the next step."""
         profile = self._profile
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold guest RAM
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -132,12 +140,13 @@ class Sandbox:
             if profile.namespaces & flag and _unshare(flag, name) and flag == CLONE_NEWNS:
                 # Nothing that happens to the mounts here may reach the host.
                 check(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "mount / private")
-                self._own_mounts = True
+                self.own_mounts = True
         prctl(PR_SET_NO_NEW_PRIVS, 1)
+        carried = (CAP_SYS_ADMIN,) if execs and self.own_mounts else ()
+        _make_inheritable(carried)  # while the bounding set still has it
         drop_bounding_set(profile.capabilities)  # while CAP_SETPCAP is there
-        drop_capabilities(
-            (*profile.capabilities, CAP_SYS_ADMIN) if self._own_mounts else profile.capabilities
-        )
+        left = (*profile.capabilities, CAP_SYS_ADMIN) if self.own_mounts else profile.capabilities
+        drop_capabilities(left, carried)
 
 
 NAMESPACES = {CLONE_NEWNET: "network", CLONE_NEWNS: "mount", CLONE_NEWIPC: "ipc", CLONE_NEWUTS: "uts"}
@@ -145,13 +154,19 @@ NAMESPACES = {CLONE_NEWNET: "network", CLONE_NEWNS: "mount", CLONE_NEWIPC: "ipc"
 NONE = Sandbox(Profile(0, files=True, capabilities=tuple(range(CAP_LAST_CAP + 1))), (), None)
 
 
-def confine(name: str, calls: str = "worker", mode: str = "false") -> Sandbox:
+def confine(name: str, calls: str = "worker", mode: str = "false", *, execs: bool = False) -> Sandbox:
     """The first step of a profile; the next ones are the answer's. `calls`: a list of shared/syscalls, `mode` as of
     `--seccomp`. Raises KeyError for a name that is none, ConfigError for a list that can't be read."""
-    forbidden = seccomp.MODES[mode]
-    sandbox = Sandbox(PROFILES[name], seccomp.load(calls) if forbidden is not None else (), forbidden)
-    sandbox.confine()
+    sandbox = confined(name, calls, mode, own_mounts=False)
+    sandbox.confine(execs=execs)
     return sandbox
+
+
+def confined(name: str, calls: str, mode: str, *, own_mounts: bool) -> Sandbox:
+    """The same for a program that was exec'd behind that first step. Raises what confine() does."""
+    forbidden = seccomp.MODES[mode]
+    rules = seccomp.load(calls) if forbidden is not None else ()
+    return Sandbox(PROFILES[name], rules, forbidden, own_mounts=own_mounts)
 
 
 def list_for(module: str) -> str:
@@ -204,17 +219,36 @@ def drop_bounding_set(keep: tuple[int, ...] = ()) -> None:
             libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
-def drop_capabilities(keep: tuple[int, ...] = ()) -> None:
-    """Empty the other capability sets of this thread but for `keep`."""
+def drop_capabilities(keep: tuple[int, ...] = (), carried: tuple[int, ...] = ()) -> None:
+    """Empty the other capability sets of this thread but for `keep`; `carried` of them outlive an exec."""
     libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    header, data = _capabilities()
+    for word in range(2):
+        data[word].effective &= _mask(keep, word)
+        data[word].permitted &= _mask(keep, word)
+        data[word].inheritable &= _mask(carried, word)
+    if libc.capset(ctypes.byref(header), ctypes.byref(data)) < 0:
+        log.debug(f"capabilities kept: {os.strerror(ctypes.get_errno())}")
+    for capability in carried:
+        libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability, 0, 0)
+
+
+def _make_inheritable(capabilities: tuple[int, ...]) -> None:
+    header, data = _capabilities()
+    for word in range(2):
+        data[word].inheritable |= _mask(capabilities, word)
+    if capabilities and libc.capset(ctypes.byref(header), ctypes.byref(data)) < 0:
+        log.debug(f"capabilities not inheritable: {os.strerror(ctypes.get_errno())}")
+
+
+def _capabilities() -> tuple[cap_user_header, Any]:
+    """Of this thread, two words of each set."""
     header = cap_user_header(LINUX_CAPABILITY_VERSION_3, 0)
     data = (cap_user_data * 2)()
     if libc.capget(ctypes.byref(header), ctypes.byref(data)) < 0:
         log.debug(f"capabilities can't be read: {os.strerror(ctypes.get_errno())}")
-    for word in range(2):
-        wanted = sum(1 << capability % 32 for capability in keep if capability // 32 == word)
-        data[word].effective &= wanted
-        data[word].permitted &= wanted
-        data[word].inheritable = 0
-    if libc.capset(ctypes.byref(header), ctypes.byref(data)) < 0:
-        log.debug(f"capabilities kept: {os.strerror(ctypes.get_errno())}")
+    return header, data
+
+
+def _mask(capabilities: tuple[int, ...], word: int) -> int:
+    return sum(1 << capability % 32 for capability in capabilities if capability // 32 == word)

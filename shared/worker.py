@@ -4,7 +4,7 @@
 
 The contract (one parametrised suite in tests/test_worker_contract.py holds every worker to it):
 
-    hello      -> {"kind", "pid", "version"}
+    hello      -> {"kind", "pid", "version", "contract"}: whose states it saves and of which version; CONTRACT
     quiesce    -> {"bases": {ring: next avail index}}: after the answer no write to guest memory, no use of a
     host resource,
                   no notification, until resume
@@ -15,6 +15,8 @@ The contract (one parametrised suite in tests/test_worker_contract.py holds ever
     stats      -> counters, name -> int
     heartbeat  -> {"epoch": n, "stats": as above}: the epoch rises from one to the next while every native thread takes
                   its turns or is held by the kernel; where there is no native loop it is the main loop's pulse
+
+A worker that is started on standby is quiesced from its first moment, beside one that serves (docs/worker-upgrade.md).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from shared import log
 from shared.errors import ProtocolError
@@ -35,6 +37,9 @@ from shared.state_versions import StateKind
 if TYPE_CHECKING:
     from shared.control import Handler
 
+# Of this contract: what docs/worker-upgrade.md says, and what `hello` answers.
+CONTRACT: Final = 1
+
 
 @dataclass(frozen=True, slots=True)
 class Start:
@@ -46,6 +51,7 @@ class Start:
     fds: Mapping[str, int]  # named descriptors that came with the request; now this process's own
     endpoint: str  # zmq endpoint to bind for the control plane
     sandbox: Sandbox = NONE
+    standby: bool = False  # do nothing until `resume`: another process serves the device
 
 
 class Worker(Protocol):
@@ -78,6 +84,8 @@ def serve(start: Start, worker: Worker, reactor: Reactor, more: Mapping[str, Han
     with start.sandbox.leave_files(start.endpoint) as endpoint:
         channel = Channel(reactor, endpoint, bind=True)
     identity = {"kind": worker.states.name, "version": worker.states.version}
+    if start.standby:
+        worker.quiesce()
 
     def saved() -> dict[str, Any]:
         return {**identity, "state": worker.save()}
@@ -85,7 +93,7 @@ def serve(start: Start, worker: Worker, reactor: Reactor, more: Mapping[str, Han
     def hello(_: dict[str, Any]) -> dict[str, Any]:
         # zmq has accepted the only connection that it ever will.
         start.sandbox.seal()
-        return {**identity, "pid": os.getpid()}
+        return {**identity, "pid": os.getpid(), "contract": CONTRACT}
 
     def do(action: Callable[[dict[str, Any]], None]) -> Handler:
         def handler(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The API's paths: one table for the HTTP process, the controller and the tests.
 
-Names, methods and success codes are Cloud Hypervisor's (its API page, section 3.3); the last seven are ours.
+Names, methods and success codes are Cloud Hypervisor's (its API page, section 3.3); the others are ours.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("vm.reboot", "PUT", False, 204, "End the guest and boot it again"),
     Endpoint("vm.delete", "PUT", False, 204, "End the guest and forget its configuration"),
     Endpoint("vm.add-net", "PUT", True, 200, "Add a network device; where it is, if the VM runs", quiet=204),
+    Endpoint("vm.worker-upgrade", "PUT", True, 200, "Another process takes over a running device"),
     Endpoint("vm.power-button", "PUT", False, 204, "Press the ACPI power button"),
     Endpoint("vm.send-migration", "PUT", True, 204, "Migrate the VM away; answers when it is done"),
     Endpoint("vm.receive-migration", "PUT", True, 204, "Receive a VM; answers when it runs here"),
