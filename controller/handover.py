@@ -72,7 +72,8 @@ class Handover:
     def __init__(self, reactor: Reactor, fleet: Fleet, backend: Backend, program: str, seconds: float) -> None:
         assert backend.process is not None
         self._reactor, self._fleet, self._backend = reactor, fleet, backend
-        self._program, self._seconds = program, seconds
+        self._program = program
+        self.ready_within = self.done_within = seconds
         self._old: Process = backend.process
         self._new: Process | None = None
         self._standbys = {name: Standby(front) for name, front in backend.frontends.items()}
@@ -89,9 +90,9 @@ class Handover:
         backend.disturb()
         try:
             sockets = await self._fork()
-            await within(self._reactor, self._seconds, self._bring_up(sockets), f"{self._new_name} to be ready")
+            await within(self._reactor, self.ready_within, self._bring_up(sockets), f"{self._new_name} to be ready")
             async with AsyncExitStack() as locked:
-                await within(self._reactor, self._seconds, self._lock(locked), "the device to finish what it is told")
+                await within(self._reactor, self.done_within, self._lock(locked), "the device to do what it is told")
                 await self._hand_over()
         except FlotillaError as error:
             await self._discard()
@@ -147,7 +148,7 @@ class Handover:
     async def _hand_over(self) -> None:
         self._stalled = time.monotonic()
         try:
-            await within(self._reactor, self._seconds, self._move(), "handing over")
+            await within(self._reactor, self.done_within, self._move(), "handing over")
         except BaseException:
             await self._fall_back()
             raise

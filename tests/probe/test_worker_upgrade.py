@@ -1,34 +1,543 @@
-"""`ch-remote worker-upgrade` to a VM whose guest verifies what it reads and writes all the time."""
+"""`ch-remote worker-upgrade` to VMs whose guests verify what they read, write, send and receive all the time."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import signal
+import socket
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.netns import network_namespace
+from tests.netpeer import Flow, ping
+from tests.probe.net.rig import GUEST, HOST
+from tests.probe.other_worker import program
+from tests.probe.requests import ask
 from tests.vmm import Vmm, poll
 
 pytestmark = pytest.mark.probe
 
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.raw"
-    path.write_bytes(os.urandom(16 << 20))
-    return path
+UPGRADES = int(os.environ.get("FLOTILLA_UPGRADES", "20"))
+PATIENCE = 60.0
 
 
-def test_disk(tmp_path: Path, disk: Path) -> None:
-    with Vmm.guest(tmp_path, "mode=blkload depth=8", "--disk", f"path={disk}") as vmm:
+@contextmanager
+def guest(folder: Path, *words: str, mode: str = "mode=blkload,net,rng,console depth=8", **options: Any) -> Iterator[Vmm]:
+    """A guest with a device of each kind. Its timer is slow: it finds lost interrupts late, not never."""
+    (folder / "disk.raw").write_bytes(os.urandom(16 << 20))
+    devices = ["--disk", f"path={folder}/disk.raw", "--net", f"ip={HOST}"]
+    if "--console" not in words:
+        devices += ["--console", f"file={folder}/console"]
+    cmdline = f"{mode} rng.every_ms=20 hz=2 report_ms=50"
+    with network_namespace(), Vmm.guest(folder, cmdline, *devices, *words, **options) as vmm:
         vmm.expect("blk ok ")
         vmm.wait_api()
-        for _ in range(3):
-            before = vmm.pid_of("_disk0")
-            answer = vmm.ask("worker-upgrade", "_disk0")
-            print(answer)
-            assert answer["old_pid"] == before and vmm.pid_of("_disk0") == answer["new_pid"] != before
-            vmm.more("blk ok ", 60)
-        print(vmm.errors)
-        print(vmm.ask("fleet"))
-        assert b"BAD" not in vmm.output
+        poll(lambda: {row["kind"] for row in vmm.fleet().values()} >= {"console", "net", "blk"})
+        yield vmm
+        goes_on(vmm)
+
+
+def goes_on(vmm: Vmm) -> None:
+    """Every device does, and nothing was ever wrong."""
+    for task in ("blk", "rng", "console"):
+        vmm.more(f"{task} ok ", PATIENCE)
+    assert b"BAD" not in vmm.output, vmm.output[-3000:]
+
+
+def upgraded(vmm: Vmm, name: str, *words: str) -> dict[str, Any]:
+    """An upgrade that must succeed: exactly one process serves afterwards, and it is the new one."""
+    before = vmm.fleet()
+    answer: dict[str, Any] = vmm.ask("worker-upgrade", name, *words)
+    after = vmm.fleet()
+    assert answer["old_pid"] == before[name]["pid"] and answer["new_pid"] == after[name]["pid"] != answer["old_pid"]
+    assert set(before) == set(after), "a second process is left"
+    assert after[name]["upgrades"] == before[name]["upgrades"] + 1 and after[name]["state"] == "running"
+    assert after[name]["restarts"] == before[name]["restarts"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(answer["old_pid"], 0)
+    return answer
+
+
+def refused(vmm: Vmm, name: str, *words: str, kept: bool = True) -> str:
+    """An upgrade that must fail, and leave one process: the same as before if `kept`. What it says."""
+    before = vmm.fleet()
+    done = vmm.remote("worker-upgrade", name, *words, timeout=120)
+    assert done.returncode == 1, done.stdout
+    after = vmm.fleet()
+    if kept:
+        assert {row["pid"] for row in after.values()} == {row["pid"] for row in before.values()}, done.stderr
+        assert all(row["restarts"] == before[device]["restarts"] for device, row in after.items())
+    return done.stderr
+
+
+def events(path: Path, *names: str) -> list[tuple[str, dict[str, Any]]]:
+    *records, _ = path.read_text().split("\n\n")
+    told = [(record["event"], record["properties"] or {}) for record in map(json.loads, records)]
+    return [record for record in told if record[0] in names]
+
+
+# Under load -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(60 + 10 * UPGRADES)
+def test_disk_again_and_again(tmp_path: Path) -> None:
+    with guest(tmp_path) as vmm:
+        counters = vmm.ask("counters")["_disk0"]
+        for _ in range(UPGRADES):
+            upgraded(vmm, "_disk0")
+            vmm.more("blk ok ", PATIENCE)
+            before, counters = counters, vmm.ask("counters")["_disk0"]
+            assert all(counters[f"{kind}_{what}"] >= before[f"{kind}_{what}"] for kind in ("read", "write")
+                       for what in ("ops", "bytes"))  # fmt: skip
+        row = vmm.fleet()["_disk0"]
+        assert (row["upgrades"], row["restarts"], row["last_cause"]) == (UPGRADES, 0, None)
+
+
+class Patient(Flow):
+    """A flow that takes a datagram for lost only after a long time."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self._echo._sock.settimeout(PATIENCE)
+
+    @property
+    def lost(self) -> int:
+        return self._echo.sent - self._echo.answered
+
+
+@pytest.mark.timeout(60 + 10 * UPGRADES)
+def test_card_again_and_again(tmp_path: Path) -> None:
+    with guest(tmp_path) as vmm:
+        ping(GUEST)
+        index = socket.if_nametoindex("vmtap0")
+        with Patient(GUEST) as flow:
+            for _ in range(UPGRADES):
+                flow.goes_on(5, PATIENCE)
+                upgraded(vmm, "_net1")
+                flow.goes_on(5, PATIENCE)
+        assert flow.lost == 0
+        assert socket.if_nametoindex("vmtap0") == index
+
+
+@pytest.mark.timeout(60 + 10 * UPGRADES)
+def test_console_again_and_again(tmp_path: Path) -> None:
+    """The guest's lines are numbered; the process serves the random number generator too."""
+    with guest(tmp_path) as vmm:
+        for number in range(UPGRADES):
+            upgraded(vmm, "console")
+            vmm.more("console ok ", PATIENCE)
+            vmm.more("rng ok ", PATIENCE)
+            if number == 0:  # by their devices, too
+                for device in ("__console", "__rng"):
+                    assert vmm.ask("worker-upgrade", device)["name"] == "console"
+    numbers = [int(line.split()[-1]) for line in (tmp_path / "console").read_text().splitlines()]
+    assert numbers == list(range(len(numbers))) and numbers
+
+
+def test_what_is_typed_is_read_by_one_of_them_and_in_order(tmp_path: Path) -> None:
+    """Old and new have the same PTY open; the guest gives back what it reads."""
+    with guest(tmp_path, "--console", "pty", mode="mode=blkload,net,rng,console depth=8 console.report_ms=300") as vmm:
+        path = vmm.ask("info")["config"]["console"]["file"]
+        fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
+        try:
+            tty.setraw(fd)
+            seen = b""
+            for number in range(8):
+                typed = f"<{number:04}>".encode() * 50
+                os.write(fd, typed[: len(typed) // 2])
+                request = vmm.start_remote("worker-upgrade", "console")
+                os.write(fd, typed[len(typed) // 2 :])
+                while seen.count(f"<{number:04}>".encode()) < 50:
+                    seen += re.sub(rb"console line \d+\r\n", b"", os.read(fd, 4096))
+                assert request.wait(PATIENCE) == 0
+            assert seen == b"".join(f"<{number:04}>".encode() * 50 for number in range(8))
+        finally:
+            os.close(fd)
+
+
+def test_device_that_the_driver_has_not_activated(tmp_path: Path) -> None:
+    """Its driver finds the new process later."""
+    (tmp_path / "disk.raw").write_bytes(bytes(16 << 20))
+    with Vmm.guest(tmp_path, "mode=tick", "--disk", f"path={tmp_path}/disk.raw", "--no-shutdown") as vmm:
+        vmm.expect(r"tick \d")
+        vmm.wait_api()
+        upgraded(vmm, "_disk0")
+        upgraded(vmm, "console")
+        vmm.more(r"tick \d")
+
+
+def test_everybody_is_told(tmp_path: Path) -> None:
+    monitor = tmp_path / "events"
+    with guest(tmp_path, "--event-monitor", f"path={monitor}", "-v") as vmm:
+        answer = upgraded(vmm, "_disk0")
+        wrong = program(tmp_path, "at_verb('load', 'die')")
+        refused(vmm, "_disk0", "--exec", wrong)
+        (good, told), (bad, why) = events(monitor, "worker-upgraded", "worker-upgrade-failed")
+        assert (good, told) == ("worker-upgraded", answer) and told["stall_ms"] > 0 and told["kind"] == "blk"
+        assert bad == "worker-upgrade-failed" and why["old_pid"] == answer["new_pid"] and why["program"] == wrong
+        assert why["reason"].startswith("load: ") and why["stall_ms"] > 0 and why["new_pid"]
+        assert f"has taken over from pid {answer['old_pid']}" in vmm.errors
+        assert "blk _disk0 was not upgraded" in vmm.errors
+        assert not events(monitor, "worker-lost", "worker-restarted")
+
+
+# Another version ------------------------------------------------------------------------------------------------------
+
+
+def test_another_program_takes_over_each_kind_of_device_and_is_as_confined(tmp_path: Path) -> None:
+    path = program(tmp_path)
+    with guest(tmp_path) as vmm:
+        before = {row["device"]: row for row in vmm.ask("sandbox")}
+        for name in ("_disk0", "_net1", "console"):
+            upgraded(vmm, name, "--exec", path)
+            assert vmm.fleet()[name]["program"] == path
+            after = {row["device"]: row for row in vmm.ask("sandbox")}[name]
+            for what in before[name].keys() - {"pid", "descriptors"}:
+                assert after[what] == before[name][what], what
+            goes_on(vmm)
+        ping(GUEST)
+
+
+def test_killed_worker_is_replaced_by_the_program_that_it_was_and_an_upgrade_leads_back(tmp_path: Path) -> None:
+    path = program(tmp_path)
+    with guest(tmp_path) as vmm:
+        pid = upgraded(vmm, "_disk0", "--exec", path)["new_pid"]
+        os.kill(pid, signal.SIGKILL)
+        row = poll(lambda: (now := vmm.fleet().get("_disk0")) and now["pid"] not in (0, pid) and now["restarts"] and now)
+        assert row["program"] == path and path.encode() in Path(f"/proc/{row['pid']}/cmdline").read_bytes()
+        goes_on(vmm)
+        upgraded(vmm, "_disk0")
+        assert vmm.fleet()["_disk0"]["program"] is None
+
+
+def test_program_that_is_gone_when_its_worker_dies_costs_nobody_the_device(tmp_path: Path) -> None:
+    path = program(tmp_path)
+    with guest(tmp_path) as vmm:
+        pid = upgraded(vmm, "_disk0", "--exec", path)["new_pid"]
+        os.unlink(path)
+        os.kill(pid, signal.SIGKILL)
+        row = poll(lambda: (now := vmm.fleet().get("_disk0")) and now["state"] == "running" and now)
+        assert row["program"] is None and "going back to this release's worker" in vmm.errors
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def test_no_vm(vmm: Vmm) -> None:
+    done = vmm.remote("worker-upgrade", "_disk0")
+    assert done.returncode == 1 and "VM is not created" in done.stderr
+
+
+def test_unknown_id(ticking: Vmm) -> None:
+    said = refused(ticking, "_disk7")
+    assert "there is no _disk7" in said and "console" in said
+
+
+@pytest.mark.parametrize("name", ["vcpu0", "api", "zygote", "janitor", "controller"])
+def test_not_a_device_worker(ticking: Vmm, name: str) -> None:
+    poll(lambda: name in ticking.fleet())
+    assert f"{name} can't be upgraded: " in refused(ticking, name)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("[]", "not an object"),
+        ("{}", "id is missing"),
+        ('{"id": 5}', "id is missing"),
+        ('{"id": "console", "path": "/x"}', "unknown field path"),
+        ('{"id": "console", "timeout_ms": 0}', "timeout_ms"),
+        ('{"id": "console", "timeout_ms": "5"}', "timeout_ms"),
+        ('{"id": "console", "exec": 5}', "no absolute path"),
+        ('{"id": "console", "exec": "worker"}', "no absolute path"),
+        ('{"id": "console", "exec": "/nobody/there"}', "No such file"),
+        ('{"id": "console", "exec": "/etc"}', "is no file"),
+        ('{"id": "console", "exec": "/etc/passwd"}', "is not executable"),
+    ],
+)
+def test_body_that_makes_no_sense(ticking: Vmm, body: str, message: str) -> None:
+    status, said = ask(ticking, "PUT", "vm.worker-upgrade", body)
+    assert status == 400 and message in " ".join(said)
+
+
+NO_PROGRAM = {
+    "text": ("only words\n", "can't be executed: Exec format error"),
+    "no interpreter": ("#!/nobody/there\n", "can't be executed: No such file"),
+    "ends at once": ("#!/bin/sh\nexit 5\n", "ended with 5"),
+    "silent": ("#!/bin/sh\nexec sleep 1000\n", "no answer within"),
+    "of another kind": ("#!/bin/cat\n", "did not come up"),
+}
+
+
+@pytest.mark.parametrize("what", NO_PROGRAM)
+def test_program_that_does_not_start(tmp_path: Path, ticking: Vmm, what: str) -> None:
+    text, message = NO_PROGRAM[what]
+    path = tmp_path / "no-worker"
+    path.write_text(text)
+    path.chmod(0o755)
+    said = refused(ticking, "console", "--exec", str(path), "--timeout-ms", "3000")
+    assert message in said and "start: " in said
+
+
+def test_paused_vm(ticking: Vmm) -> None:
+    ticking.ask("pause")
+    assert "its VM's state is Paused (resume it first)" in refused(ticking, "console")
+    ticking.ask("resume")
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    slow = program(tmp_path, "at_verb('load', 'hang')")
+    with guest(tmp_path) as vmm:
+        first = vmm.start_remote("worker-upgrade", "_disk0", "--exec", slow, "--timeout-ms", "4000")
+        poll(lambda: "_disk0.new" in vmm.fleet())
+        done = vmm.remote("worker-upgrade", "_disk0")
+        assert done.returncode == 1 and "_disk0 is being upgraded already" in done.stderr
+        assert first.wait(PATIENCE) == 1
+
+
+def test_migration_under_way(tmp_path: Path) -> None:
+    """To a peer that says nothing."""
+    with socket.socket(socket.AF_UNIX) as listener, guest(tmp_path) as vmm:
+        listener.bind(str(tmp_path / "peer"))
+        listener.listen()
+        sending = vmm.start_remote("send-migration", f"unix:{tmp_path}/peer")
+        poll(lambda: vmm.ask("migration-progress")["state"] == "ongoing")
+        assert "VM is being migrated" in refused(vmm, "_disk0")
+        vmm.ask("cancel-migration")
+        assert sending.wait(PATIENCE) == 1
+    (tmp_path / "peer").unlink()
+
+
+def test_migration_waits_for_an_upgrade(tmp_path: Path) -> None:
+    from tests.probe.test_migration import hop
+
+    slow = program(tmp_path, "at_verb('load', 'hang')")
+    with guest(tmp_path, name="one") as vmm, Vmm(tmp_path, name="two") as other:
+        request = vmm.start_remote("worker-upgrade", "_disk0", "--exec", slow, "--timeout-ms", "4000")
+        poll(lambda: "_disk0.new" in vmm.fleet())
+        hop(vmm, other, tmp_path / "sock")
+        assert request.wait(PATIENCE) == 1
+        other.more("blk ok ", PATIENCE)
+        vmm.more, vmm.output = other.more, other.output  # what the guest says from here on, it says there
+
+
+# A new program that goes wrong --------------------------------------------------------------------------------------
+
+STEPS = {
+    "hello": "at_verb('hello', {what!r})",
+    "features": "at_message(1, {what!r})",  # GET_FEATURES
+    "load": "at_verb('load', {what!r})",
+    "memory": "at_message(5, {what!r})",  # SET_MEM_TABLE
+    "rings": "at_message(12, {what!r})",  # SET_VRING_KICK
+    "save": "at_verb('save', {what!r})",
+    "quiesce": "at_verb('quiesce', {what!r})",
+    "resume": "at_verb('resume', {what!r})",
+}
+WHERE = {
+    "hello": "start", "features": "connect", "load": "load", "memory": "prepare", "rings": "prepare",
+    "save": "verify", "quiesce": "verify", "resume": "resume",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["die", "hang"])
+@pytest.mark.parametrize("step", STEPS)
+def test_program_that_stops_half_way(tmp_path: Path, step: str, what: str) -> None:
+    """It dies, or does nothing more: the old process resumes, which never left."""
+    path = program(tmp_path, STEPS[step].format(what=what))
+    with guest(tmp_path) as vmm:
+        said = refused(vmm, "_disk0", "--exec", path, "--timeout-ms", "4000")
+        assert f"goes on serving it: {WHERE[step]}: " in said
+        assert ("no answer within" if what == "hang" else "") in said
+        goes_on(vmm)
+        upgraded(vmm, "_disk0")
+
+
+LIES = {
+    "contract": ("says(contract=2)", "check: it speaks version 2 of the worker contract, this VMM speaks 1"),
+    "no contract": ("says(contract=None)", "check: it speaks version None of the worker contract"),
+    "kind": ("says(kind='net_worker')", "check: it is a 'net_worker', not a blk_worker"),
+    "older": ("says(version=0)", "check: its blk_worker state has version 0, the present one's 1"),
+    "unfiltered": (
+        "from shared import seccomp; seccomp.install = lambda *_: None",
+        "check: it is less confined than a worker of this VMM: seccomp is none, not filter",
+    ),
+    "features": (
+        "from blk_worker import backend; f = backend.features\n"
+        "backend.features = lambda *a, **k: f(*a, **k) & ~(1 << 9)",
+        "connect: _disk0: the new back end lacks features 0x200 that the guest uses",
+    ),
+    "refusal": (
+        "from blk_worker.backend import BlockBackend; from shared.errors import ProtocolError\n"
+        "def load(self, state): raise ProtocolError('not this one')\n"
+        "BlockBackend.load = load",
+        "load: not this one",
+    ),
+    "state": (
+        "from blk_worker.backend import BlockBackend; save = BlockBackend.save\n"
+        "BlockBackend.save = lambda self: {**save(self), 'acked_features': 5}",
+        "lies about its state: acked_features is not what it was given",
+    ),
+    "ring": (
+        "from shared.vhost_backend import Server; suspend = Server.suspend\n"
+        "Server.suspend = lambda self: {ring: base + 1 & 0xffff for ring, base in suspend(self).items()}",
+        "lies about its state: ring 0 of _disk0 goes on at",
+    ),
+    "configuration": (
+        "from blk_worker.backend import BlockBackend; get = BlockBackend.get_config\n"
+        "BlockBackend.get_config = lambda self, o, n: bytes([get(self, o, n)[0] ^ 1]) + get(self, o, n)[1:]",
+        "lies about its state: byte 0 of _disk0's configuration space differs",
+    ),
+    "nonsense": (
+        "from shared.vhost_worker import VhostWorker\nVhostWorker.save = lambda self: 5",
+        "lies about its state: state is not what it was given",
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_program_that_lies(tmp_path: Path, lie: str) -> None:
+    """About what it is, or what it has loaded."""
+    change, message = LIES[lie]
+    path = program(tmp_path, change)
+    with guest(tmp_path) as vmm:
+        assert message in refused(vmm, "_disk0", "--exec", path)
+
+
+def test_program_that_keeps_its_file_system(tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("a worker's empty file system needs CAP_SYS_ADMIN, which this run has not got")
+    path = program(tmp_path, "from shared import sandbox; sandbox._enter_empty_root = lambda: None")
+    with guest(tmp_path) as vmm:
+        assert "root is shared, not empty" in refused(vmm, "_disk0", "--exec", path)
+
+
+BEGUN = """
+from shared.vhost_worker import VhostWorker
+resume = VhostWorker.resume
+def begun(self):
+    resume(self)
+    while not sum(self.stats()[name] for name in ("read_ops", "write_ops", "flush_ops")):
+        pass
+    strike({what!r})
+VhostWorker.resume = begun
+"""
+
+
+@pytest.mark.parametrize("what", ["die", "hang"])
+def test_program_that_stops_after_it_began_to_serve(tmp_path: Path, what: str) -> None:
+    """Neither of the two knows its rings any more: a fresh process of the old program recovers them."""
+    path = program(tmp_path, BEGUN.format(what=what))
+    with guest(tmp_path) as vmm:
+        before = vmm.fleet()["_disk0"]
+        said = refused(vmm, "_disk0", "--exec", path, "--timeout-ms", "4000", kept=False)
+        assert "its worker is started again: resume: " in said
+        row = poll(lambda: (now := vmm.fleet()["_disk0"])["pid"] not in (0, before["pid"]) and now)
+        poll(lambda: set(vmm.fleet()) & {"_disk0.new", "_disk0.old"} == set())
+        assert (row["restarts"], row["program"], row["upgrades"]) == (1, None, 0)
+
+
+# The old process, and the VM ----------------------------------------------------------------------------------------
+
+WAITS = """
+from shared.control import Channel
+serve = Channel._serve
+def waiting(self, peer, number, message):
+    if message["verb"] == {verb!r}:
+        import threading
+        os.write(2, b"the new one is there\\n")
+        threading.Event().wait(3)
+    return serve(self, peer, number, message)
+Channel._serve = waiting
+"""
+
+
+@contextmanager
+def in_the_middle(folder: Path, verb: str) -> Iterator[tuple[Vmm, Any]]:
+    """An upgrade of the disk that waits for a while in the new process, at a control request."""
+    with guest(folder) as vmm:
+        request = vmm.start_remote("worker-upgrade", "_disk0", "--exec", program(folder, WAITS.format(verb=verb)))
+        poll(lambda: "the new one is there" in vmm.errors)
+        yield vmm, request
+
+
+def one_serves(vmm: Vmm, *gone: int) -> dict[str, Any]:
+    """Wait for it; the row."""
+
+    def alone() -> Any:
+        rows = vmm.fleet()
+        return not {"_disk0.new", "_disk0.old"} & set(rows) and rows.get("_disk0")
+
+    row: dict[str, Any] = poll(lambda: (now := alone()) and now["pid"] not in (0, *gone) and now)
+    assert sum(row["kind"] == "blk" for row in vmm.fleet().values()) == 1
+    return row
+
+
+@pytest.mark.parametrize("verb", ["load", "save"])
+def test_old_process_killed_before_the_point_of_no_return(tmp_path: Path, verb: str) -> None:
+    with in_the_middle(tmp_path, verb) as (vmm, request):
+        old, new = vmm.pid_of("_disk0"), vmm.pid_of("_disk0.new")
+        os.kill(old, signal.SIGKILL)
+        assert request.wait(PATIENCE) == 1
+        row = one_serves(vmm, old, new)
+        assert (row["restarts"], row["program"], row["last_cause"]) == (1, None, "ended")
+
+
+def test_old_process_killed_after_the_point_of_no_return(tmp_path: Path) -> None:
+    with in_the_middle(tmp_path, "resume") as (vmm, request):
+        old, new = vmm.pid_of("_disk0"), vmm.pid_of("_disk0.new")
+        os.kill(old, signal.SIGKILL)
+        assert request.wait(PATIENCE) == 0
+        row = one_serves(vmm, old)
+        assert (row["pid"], row["upgrades"]) == (new, 1) and row["last_stall_ms"] is not None
+
+
+@pytest.mark.parametrize("verb", ["hello", "load", "resume"])
+def test_new_process_killed_from_outside(tmp_path: Path, verb: str) -> None:
+    with in_the_middle(tmp_path, verb) as (vmm, request):
+        old = vmm.pid_of("_disk0")
+        os.kill(vmm.pid_of("_disk0.new"), signal.SIGKILL)
+        assert request.wait(PATIENCE) == 1
+        assert one_serves(vmm)["pid"] == old
+
+
+def test_zygote_killed_meanwhile_harms_nobody(tmp_path: Path) -> None:
+    with in_the_middle(tmp_path, "load") as (vmm, request):
+        os.kill(vmm.pid_of("zygote"), signal.SIGKILL)
+        assert request.wait(PATIENCE) == 0
+        upgraded(vmm, "_disk0")
+
+
+@pytest.mark.parametrize("verb", ["hello", "load", "resume"])
+def test_vmm_that_ends_meanwhile_leaves_nothing_behind(tmp_path: Path, verb: str) -> None:
+    """conftest.py looks for what is left."""
+    (tmp_path / "disk.raw").write_bytes(bytes(16 << 20))
+    with Vmm.guest(tmp_path, "mode=blkload", "--disk", f"path={tmp_path}/disk.raw") as vmm:
+        vmm.expect("blk ok ")
+        vmm.wait_api()
+        request = vmm.start_remote("worker-upgrade", "_disk0", "--exec", program(tmp_path, WAITS.format(verb=verb)))
+        poll(lambda: "the new one is there" in vmm.errors)
+        vmm.process.send_signal(signal.SIGTERM)
+        assert vmm.wait() == 0
+        assert request.wait(PATIENCE) == 1
+
+
+@pytest.mark.parametrize("verb", ["load", "resume"])
+def test_killed_controller_takes_both_with_it(tmp_path: Path, verb: str) -> None:
+    (tmp_path / "disk.raw").write_bytes(bytes(16 << 20))
+    with Vmm.guest(tmp_path, "mode=blkload", "--disk", f"path={tmp_path}/disk.raw") as vmm:
+        vmm.expect("blk ok ")
+        vmm.wait_api()
+        poll(lambda: "janitor" in vmm.fleet())
+        request = vmm.start_remote("worker-upgrade", "_disk0", "--exec", program(tmp_path, WAITS.format(verb=verb)))
+        poll(lambda: "the new one is there" in vmm.errors)
+        vmm.process.kill()
+        vmm.process.wait()
+        assert request.wait(PATIENCE) == 1
+        poll(lambda: vmm.api is not None and not vmm.api.exists())

@@ -1,0 +1,504 @@
+"""controller.handover: a real disk worker under verified load hands over to another process, or does not.
+
+Every program that does wrong is this checkout's own worker, changed in one place (tests/other_worker.py).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from controller.backends import Backend, BackendState
+from controller.fleet import Fleet, Process, WorkerSpec
+from controller.handover import Handover, Owner, Step, bases_of, differing, less_confined, vet
+from controller.pci.virtio import Virtqueue
+from controller.sandbox_report import look
+from controller.supervision import Supervision
+from controller.vhost_frontend import Frontend
+from controller.vhost_standby import Standby
+from shared.errors import ProtocolError, WorkerError
+from shared.memory import GuestMemory
+from shared.reactor import Reactor, sleep
+from tests.controller.processes import running
+from tests.other_worker import program
+from tests.virtqueue import WRITE, Driver
+
+SECTOR, LANES = 512, 8
+FEATURES = 1 << 32 | 1 << 9  # VERSION_1, FLUSH
+READ_REQUEST, WRITE_REQUEST = 0, 1
+SECONDS = 120.0
+NEXT_AND = 1
+
+
+class Load:
+    """Lanes of a queue; each writes its sector and reads it back, again and again, and looks at what it gets."""
+
+    def __init__(self, reactor: Reactor, memory: GuestMemory, driver: Driver) -> None:
+        self.reactor, self.memory, self.driver = reactor, memory, driver
+        self.generation, self.done, self.stopping, self.busy = [0] * LANES, 0, False, 0
+
+    def _ask(self, lane: int) -> None:
+        """Even turns write, odd ones read what the one before has written."""
+        d, turn, at, slot = self.driver, self.generation[lane], self.driver.buffers_at + 0x1000 * lane, 3 * lane
+        writes = turn % 2 == 0
+        kind = WRITE_REQUEST if writes else READ_REQUEST
+        self.memory.write(at, kind.to_bytes(4, "little") + bytes(4) + lane.to_bytes(8, "little"))
+        self.memory.write(at + 16, self._content(lane, turn) if writes else bytes(SECTOR))
+        self.memory.write(at + 16 + SECTOR, b"\xff")
+        d.describe(slot, at, 16, NEXT_AND, slot + 1)
+        d.describe(slot + 1, at + 16, SECTOR, NEXT_AND | (0 if writes else WRITE), slot + 2)
+        d.describe(slot + 2, at + 16 + SECTOR, 1, WRITE)
+        d.offer(slot)
+        self.busy += 1
+
+    @staticmethod
+    def _content(lane: int, turn: int) -> bytes:
+        return (lane << 32 | turn).to_bytes(8, "little") * (SECTOR // 8)
+
+    def _check(self, lane: int) -> None:
+        turn, at = self.generation[lane], self.driver.buffers_at + 0x1000 * lane
+        assert self.memory.read(at + 16 + SECTOR, 1) == b"\0", f"lane {lane}, turn {turn}: an I/O error"
+        if turn % 2:
+            assert self.memory.read(at + 16, SECTOR) == self._content(lane, turn - 1), f"lane {lane}, turn {turn}"
+
+    async def run(self) -> None:
+        for lane in range(LANES):
+            self._ask(lane)
+        self.driver.kick()
+        while self.busy:
+            for head, _ in self.driver.completed():
+                lane, self.busy = head // 3, self.busy - 1
+                self._check(lane)
+                self.generation[lane] += 1
+                self.done += 1
+                if not self.stopping:
+                    self._ask(lane)
+            self.driver.kick()
+            await sleep(self.reactor, 0.001)
+
+
+class Rig:
+    """A disk under load. `events`: (event, properties) in their order."""
+
+    def __init__(self, reactor: Reactor, fleet: Fleet, folder: Path) -> None:
+        self.reactor, self.fleet, self.folder = reactor, fleet, folder
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        fleet.supervision = Supervision(lambda _, event, properties: self.events.append((event, properties or {})))
+        self.memory = GuestMemory.create(1 << 20)
+        self.driver = Driver(self.memory, 0x10000, 0, size=64)
+        self.frontend = Frontend(reactor, self.memory, "_disk0")
+        image = folder / "disk.raw"
+        image.write_bytes(bytes(64 * SECTOR))
+        fd = os.open(image, os.O_RDWR | os.O_CLOEXEC)
+        spec = {"path": str(image), "num_queues": 1, "queue_size": 64}
+        made = WorkerSpec("blk", "_disk0", "blk_worker.__main__", "worker", spec)
+        self.backend = Backend(reactor, fleet, made, {"vhost": self.frontend}, {"disk": fd})
+        os.close(fd)
+        self.run(self.backend.start())
+        d = self.driver
+        queue = Virtqueue(d.index, d.size, d.desc, d.avail, d.used, d.kick_fd, d.call_fd)
+        self.run(self.frontend.activate(FEATURES, (queue,)))
+        self.load = Load(reactor, self.memory, d)
+        self._task = reactor.spawn(self.load.run(), "load")
+
+    def run(self, awaitable: Any) -> Any:
+        return self.reactor.run_until(awaitable, SECONDS)
+
+    def until(self, condition: Any) -> None:
+        async def turn() -> None:
+            while not condition():
+                await sleep(self.reactor, 0.002)
+
+        self.run(turn())
+
+    def goes_on(self) -> None:
+        """Every lane takes a few more turns."""
+        wanted = [turn + 4 for turn in self.load.generation]
+        self.until(lambda: self._task.done() or all(n >= m for n, m in zip(self.load.generation, wanted, strict=True)))
+        assert not self._task.done()
+
+    @property
+    def process(self) -> Process:
+        assert self.backend.process is not None
+        return self.backend.process
+
+    def handover(self, change: str | None = None, seconds: float = SECONDS) -> Handover:
+        """Not begun yet. `change`: to a program of another version, which has it."""
+        path = "" if change is None else program(self.folder, change)
+        return Handover(self.reactor, self.fleet, self.backend, path, seconds)
+
+    def upgraded(self, change: str | None = None) -> None:
+        before = self.process
+        made = self.run(self.handover(change).run())
+        assert made.old_pid == before.pid and made.new_pid == self.process.pid != before.pid
+        assert self.process.name == "_disk0" and before.ended.is_set() and self.fleet.processes == [self.process]
+        assert self.events[-1] == ("worker-upgraded", {name: getattr(made, name) for name in made._fields})
+        self.goes_on()
+
+    def refused(self, handover: Handover) -> str:
+        with pytest.raises(WorkerError) as raised:
+            self.run(handover.run())
+        assert self.events[-1][0] == "worker-upgrade-failed" or self.events[-2][0] == "worker-upgrade-failed"
+        return str(raised.value)
+
+    def kept(self, before: Process) -> None:
+        """It never left."""
+        assert self.process is before and self.fleet.processes == [before] and not before.aside
+        assert self.backend.state is BackendState.SERVING and not self.backend.disturbed
+        assert not [event for event, _ in self.events if event == "worker-lost"]
+        self.goes_on()
+
+    def close(self) -> None:
+        self.load.stopping = True
+        try:
+            self.run(self._task)
+        finally:
+            self.run(self.backend.close())
+            self.driver.close()
+            self.memory.close()
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with running(str(tmp_path)) as (reactor, fleet):
+        made = Rig(reactor, fleet, tmp_path)
+        yield made
+        made.close()
+
+
+# Straight on ----------------------------------------------------------------------------------------------------------
+
+
+def test_forked_process_takes_over_again_and_again(rig: Rig) -> None:
+    ops = 0
+    for _ in range(20):
+        rig.upgraded()
+        before, ops = ops, rig.run(rig.backend.stats())["write_ops"]
+        assert ops > before
+    columns = rig.fleet.supervision.columns("blk", "_disk0")
+    assert (columns["upgrades"], columns["program"], columns["last_cause"]) == (20, None, None)
+
+
+def test_another_program_takes_over_and_serves_after_its_death_too(rig: Rig) -> None:
+    like = look(rig.process.pid)
+    rig.upgraded("")
+    path = rig.backend.program
+    assert path and rig.fleet.supervision.columns("blk", "_disk0")["program"] == path
+    row = look(rig.process.pid)
+    assert {name: row[name] for name in like if name != "descriptors"} == {
+        name: like[name] for name in like if name != "descriptors"
+    }
+    pid = rig.process.pid
+    os.kill(pid, signal.SIGKILL)
+    rig.until(lambda: rig.backend.state is BackendState.SERVING and rig.process.pid != pid)
+    assert path.encode() in Path(f"/proc/{rig.process.pid}/cmdline").read_bytes()
+    rig.goes_on()
+    rig.upgraded()
+    assert rig.backend.program == ""
+
+
+def test_program_that_does_not_start_any_more_gives_way_to_this_releases_worker(rig: Rig) -> None:
+    rig.upgraded("")
+    os.unlink(rig.backend.program)
+    pid = rig.process.pid
+    os.kill(pid, signal.SIGKILL)
+    rig.until(lambda: rig.backend.state is BackendState.SERVING and rig.process.pid != pid)
+    assert rig.backend.program == "" and rig.fleet.supervision.columns("blk", "_disk0")["program"] is None
+    rig.goes_on()
+
+
+def test_program_that_is_less_confined_when_it_is_started_again_gives_way(rig: Rig) -> None:
+    rig.upgraded("")
+    program(rig.folder, "from shared import seccomp; seccomp.install = lambda *_: None")
+    pid = rig.process.pid
+    os.kill(pid, signal.SIGKILL)
+    rig.until(lambda: rig.backend.state is BackendState.SERVING and rig.process.pid != pid)
+    assert rig.backend.program == ""
+
+
+# A new process that goes wrong --------------------------------------------------------------------------------------
+
+STEPS = {
+    "hello": ("at_verb('hello', {what!r})", Step.START),
+    "features": ("at_message(1, {what!r})", Step.CONNECT),  # GET_FEATURES
+    "load": ("at_verb('load', {what!r})", Step.LOAD),
+    "memory": ("at_message(5, {what!r})", Step.PREPARE),  # SET_MEM_TABLE
+    "rings": ("at_message(12, {what!r})", Step.PREPARE),  # SET_VRING_KICK
+    "save": ("at_verb('save', {what!r})", Step.VERIFY),
+    "quiesce": ("at_verb('quiesce', {what!r})", Step.VERIFY),
+    "configuration": ("at_message(24, {what!r})", Step.VERIFY),  # GET_CONFIG
+    "resume": ("at_verb('resume', {what!r})", Step.RESUME),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_program_that_dies_half_way(rig: Rig, step: str) -> None:
+    before, (change, where) = rig.process, STEPS[step]
+    said = rig.refused(rig.handover(change.format(what="die")))
+    assert f"_disk0: not upgraded, pid {before.pid} goes on serving it: {where}: " in said
+    rig.kept(before)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_program_that_hangs_half_way(rig: Rig, step: str) -> None:
+    before, (change, where) = rig.process, STEPS[step]
+    handover = rig.handover(change.format(what="hang"))
+    handover.ready_within = 10.0 if where in (Step.START, Step.CONNECT) else SECONDS
+    handover.done_within = 1.0
+    said = rig.refused(handover)
+    assert f"pid {before.pid} goes on serving it: {where}: no answer within" in said
+    rig.kept(before)
+    rig.upgraded()
+
+
+def test_program_that_never_says_hello(rig: Rig) -> None:
+    before = rig.process
+    handover = rig.handover("stand_still()")
+    handover.ready_within = 1.0
+    assert "start: no answer within 1 s" in rig.refused(handover)
+    rig.kept(before)
+
+
+LIES = {
+    "contract": ("says(contract=2)", "check: it speaks version 2 of the worker contract, this VMM speaks 1"),
+    "no contract": ("says(contract=None)", "check: it speaks version None of the worker contract"),
+    "kind": ("says(kind='net_worker')", "check: it is a 'net_worker', not a blk_worker"),
+    "older": ("says(version=0)", "check: its blk_worker state has version 0, the present one's 1"),
+    "no filter": (
+        "from shared import seccomp; seccomp.install = lambda *_: None",
+        "check: it is less confined than a worker of this VMM: seccomp is none, not filter",
+    ),
+    "features": (
+        """
+from blk_worker import backend
+features = backend.features
+backend.features = lambda *a, **k: features(*a, **k) & ~(1 << 9)
+""",
+        "connect: _disk0: the new back end lacks features 0x200 that the guest uses",
+    ),
+    "protocol features": (
+        "from shared import vhost_backend as v; v.SERVER_FEATURES &= ~v.ProtocolFeature.INFLIGHT_SHMFD",
+        "connect: _disk0: the new back end lacks",
+    ),
+    "refusal": (
+        """
+from blk_worker.backend import BlockBackend
+from shared.errors import ProtocolError
+def load(self, state):
+    raise ProtocolError("not this one")
+BlockBackend.load = load
+""",
+        "load: not this one",
+    ),
+    "state": (
+        """
+from blk_worker.backend import BlockBackend
+save = BlockBackend.save
+BlockBackend.save = lambda self: {**save(self), "acked_features": 5}
+""",
+        "lies about its state: acked_features is not what it was given",
+    ),
+    "no state": (
+        "from shared.vhost_worker import VhostWorker\nVhostWorker.save = lambda self: 5",
+        "lies about its state: state is not what it was given",
+    ),
+    "ring": (
+        """
+from shared.vhost_backend import Server
+suspend = Server.suspend
+Server.suspend = lambda self: {ring: base + 1 & 0xffff for ring, base in suspend(self).items()}
+""",
+        "lies about its state: ring 0 of _disk0 goes on at",
+    ),
+    "no ring": (
+        "from shared.vhost_worker import VhostWorker\nVhostWorker.quiesce = lambda self: {}",
+        "quiesce: no base for ring 0 of _disk0",
+    ),
+    "configuration": (
+        """
+from blk_worker.backend import BlockBackend
+get = BlockBackend.get_config
+BlockBackend.get_config = lambda self, o, n: bytes([get(self, o, n)[0] ^ 1]) + get(self, o, n)[1:]
+""",
+        "lies about its state: byte 0 of _disk0's configuration space differs",
+    ),
+    "control message": (
+        "from shared import messages; messages.encode = lambda message: b'\\xc1'",
+        "start: control message is not msgpack",
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_program_that_lies(rig: Rig, lie: str) -> None:
+    """About what it is, or what it has loaded."""
+    before, (change, message) = rig.process, LIES[lie]
+    said = rig.refused(rig.handover(change))
+    assert message in said
+    rig.kept(before)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("only words\n", "can't be executed: Exec format error"),
+        ("#!/nobody/there\n", "can't be executed: No such file"),
+        ("#!/bin/sh\nexit 5\n", "ended with 5"),
+        ("#!/bin/cat\n", "did not come up"),
+    ],
+    ids=["no program", "no interpreter", "ends at once", "another program"],
+)
+def test_program_that_does_not_start(rig: Rig, text: str, message: str) -> None:
+    before, path = rig.process, rig.folder / "no-worker"
+    path.write_text(text)
+    path.chmod(0o755)
+    said = rig.refused(Handover(rig.reactor, rig.fleet, rig.backend, str(path), SECONDS))
+    assert "start: " in said and message in said
+    rig.kept(before)
+
+
+BEGUN = """
+from shared.vhost_worker import VhostWorker
+resume = VhostWorker.resume
+def begun(self):
+    resume(self)
+    while not self.stats()["read_ops"] + self.stats()["write_ops"]:
+        pass
+    strike({what!r})
+VhostWorker.resume = begun
+"""
+
+
+@pytest.mark.parametrize("what", ["die", "hang"])
+def test_program_that_stops_after_it_began_to_serve(rig: Rig, what: str) -> None:
+    """Neither of the two knows its rings any more: a fresh process of the old program recovers them."""
+    before, handover = rig.process, rig.handover(BEGUN.format(what=what))
+    handover.done_within = SECONDS if what == "die" else 3.0
+    said = rig.refused(handover)
+    assert "its worker is started again: resume: " in said and handover.owner is Owner.NOBODY
+    rig.until(lambda: rig.backend.state is BackendState.SERVING)
+    assert rig.process is not before and rig.backend.program == "" and rig.fleet.processes == [rig.process]
+    assert [event for event, _ in rig.events] == ["worker-lost", "worker-upgrade-failed", "worker-restarted"]
+    rig.goes_on()
+
+
+# The old one ----------------------------------------------------------------------------------------------------------
+
+
+def _at(handover: Handover, step: Step) -> bool:
+    return handover.step is step
+
+
+@pytest.mark.parametrize("step", [Step.START, Step.CONNECT, Step.LOAD, Step.PREPARE, Step.VERIFY])
+def test_old_process_killed_before_the_point_of_no_return(rig: Rig, step: Step) -> None:
+    before = rig.process
+    change = {
+        Step.START: "at_verb('hello', 'wait')", Step.CONNECT: "at_message(1, 'wait')",
+        Step.LOAD: "at_verb('load', 'wait')", Step.PREPARE: "at_message(5, 'wait')",
+        Step.VERIFY: "at_verb('save', 'wait')",
+    }  # fmt: skip
+    handover = rig.handover(change[step])
+    task = rig.reactor.spawn(handover.run(), "upgrade")
+    task.add_done_callback(lambda _: None)
+    rig.until(lambda: _at(handover, step))
+    os.kill(before.pid, signal.SIGKILL)
+    with pytest.raises(WorkerError, match="its worker is started again"):
+        rig.run(task)
+    rig.until(lambda: rig.backend.state is BackendState.SERVING)
+    assert rig.process.pid not in (before.pid, handover.change.new_pid) and rig.fleet.processes == [rig.process]
+    rig.goes_on()
+
+
+def test_old_process_killed_after_the_point_of_no_return(rig: Rig) -> None:
+    before, handover = rig.process, rig.handover("at_verb('resume', 'wait')")
+    task = rig.reactor.spawn(handover.run(), "upgrade")
+    rig.until(lambda: _at(handover, Step.RESUME))
+    os.kill(before.pid, signal.SIGKILL)
+    rig.until(before.ended.is_set)
+    change = rig.run(task)
+    assert rig.process.pid == change.new_pid and rig.fleet.processes == [rig.process]
+    assert [event for event, _ in rig.events] == ["worker-lost", "worker-restarted", "worker-upgraded"]
+    rig.goes_on()
+
+
+def test_old_process_that_is_slow_to_finish_goes_on_when_the_time_is_over(rig: Rig) -> None:
+    """A disk that takes longer than the limit: what is in flight is waited for, and nobody is replaced."""
+    before = rig.process
+    rig.run(before.call("fault", what="delay", value=2000))
+    handover = rig.handover()
+    handover.done_within = 0.5
+    assert "quiesce: no answer within 0.5 s" in rig.refused(handover)
+    rig.run(before.call("fault", None, what="clear"))
+    rig.kept(before)
+
+
+@pytest.mark.parametrize("step", [Step.START, Step.LOAD, Step.RESUME])
+def test_device_closed_meanwhile(rig: Rig, step: Step) -> None:
+    change = {
+        Step.START: "at_verb('hello', 'wait')", Step.LOAD: "at_verb('load', 'wait')",
+        Step.RESUME: "at_verb('resume', 'wait')",
+    }  # fmt: skip
+    rig.load.stopping = True
+    rig.run(rig._task)
+    handover = rig.handover(change[step])
+    task = rig.reactor.spawn(handover.run(), "upgrade")
+    task.add_done_callback(lambda _: None)
+    rig.until(lambda: _at(handover, step))
+    rig.run(rig.backend.close())
+    assert rig.fleet.processes == [] and task.done() and isinstance(task.exception(), WorkerError)
+
+
+# What is compared -----------------------------------------------------------------------------------------------------
+
+
+def test_the_field_that_differs_is_named() -> None:
+    state = {"a": 1, "config": {"b": [1, 2], "c": "x"}}
+    assert differing(state, {"config": {"c": "x", "b": [1, 2]}, "a": 1}) == ""
+    assert differing(state, {**state, "a": 2}) == "a"
+    assert differing(state, {**state, "a": True}) == "a"
+    assert differing(state, {"a": 1, "config": {"b": [1, 2]}}) == "config.c"
+    assert differing(state, {**state, "more": 0}) == "more"
+    assert differing(state, None) == "state"
+
+
+def test_every_way_of_being_less_confined_is_named() -> None:
+    like = {
+        "uid": 0, "seccomp": "filter", "no_new_privs": True, "capabilities": "0", "bounding": "0",
+        "namespaces": ["net", "uts"], "root": "empty", "open_files": 1024, "core": 0,
+    }  # fmt: skip
+    assert less_confined(like, like) == ""
+    more = {"capabilities": "0", "namespaces": ["ipc", "net", "uts"], "open_files": 64}
+    assert less_confined({**like, **more}, like) == ""
+    weaker = {
+        "uid": 5, "seccomp": "none", "no_new_privs": False, "capabilities": "200000", "bounding": "1",
+        "namespaces": ["uts"], "root": "own", "open_files": 4096, "core": "unlimited",
+    }  # fmt: skip
+    for name, value in weaker.items():
+        assert less_confined({**like, name: value}, like).startswith(f"{name} is ")
+        assert less_confined({key: like[key] for key in like if key != name}, like) == f"{name} can't be read"
+    unconfined = {**like, "seccomp": "none", "root": "shared", "namespaces": []}
+    assert less_confined(unconfined, unconfined) == ""
+
+
+def test_a_thread_without_a_filter_is_seen(rig: Rig) -> None:
+    process = rig.process
+    confinement = look(process.pid)
+    vet(process, process.identity, confinement)
+    mine = Process("blk", "_disk0", os.getpid(), -1)
+    mine.identity = process.identity
+    with pytest.raises(WorkerError, match="less confined"):
+        vet(mine, process.identity, confinement)
+
+
+def test_bases_come_by_ring_or_by_device_and_ring(rig: Rig) -> None:
+    one, other = Standby(rig.frontend), Standby(Frontend(rig.reactor, rig.memory, "__rng"))
+    assert bases_of({"bases": {0: 7}}, {"vhost": one}) == {"vhost": {0: 7}}
+    assert bases_of({"bases": {"a.0": 7, "b.0": 9}}, {"a": one, "b": other}) == {"a": {0: 7}, "b": {0: 9}}
+    for nonsense in ({}, {"bases": None}, {"bases": {0: 65536}}, {"bases": {0: "7"}}, {"bases": {"0.x": 7}}):
+        with pytest.raises(ProtocolError, match="no base for ring 0 of _disk0"):
+            bases_of(nonsense, {"vhost": one})
