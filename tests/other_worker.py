@@ -72,6 +72,106 @@ main(sys.argv[2:])
 """
 
 
+# Where a new process stops, by a word for it: the change, and the step of controller/handover.py that it fails in.
+STEPS = {
+    "hello": ("at_verb('hello', {what!r})", "start"),
+    "features": ("at_message(1, {what!r})", "connect"),  # GET_FEATURES
+    "load": ("at_verb('load', {what!r})", "load"),
+    "memory": ("at_message(5, {what!r})", "prepare"),  # SET_MEM_TABLE
+    "rings": ("at_message(12, {what!r})", "prepare"),  # SET_VRING_KICK
+    "save": ("at_verb('save', {what!r})", "verify"),
+    "quiesce": ("at_verb('quiesce', {what!r})", "verify"),
+    "configuration": ("at_message(24, {what!r})", "verify"),  # GET_CONFIG
+    "resume": ("at_verb('resume', {what!r})", "resume"),
+}
+
+# What a disk's new process lies about: the change, and what is said of it.
+LIES = {
+    "contract": ("says(contract=2)", "check: it speaks version 2 of the worker contract, this VMM speaks 1"),
+    "no contract": ("says(contract=None)", "check: it speaks version None of the worker contract"),
+    "kind": ("says(kind='net_worker')", "check: it is a 'net_worker', not a blk_worker"),
+    "older": ("says(version=0)", "check: its blk_worker state has version 0, the present one's 1"),
+    "no filter": (
+        "from shared import seccomp; seccomp.install = lambda *_: None",
+        "check: it is less confined than a worker of this VMM: seccomp is none, not filter",
+    ),
+    "features": (
+        """
+from blk_worker import backend
+features = backend.features
+backend.features = lambda *a, **k: features(*a, **k) & ~(1 << 9)
+""",
+        "connect: _disk0: the new back end lacks features 0x200 that the guest uses",
+    ),
+    "protocol features": (
+        "from shared import vhost_backend as v; v.SERVER_FEATURES &= ~v.ProtocolFeature.INFLIGHT_SHMFD",
+        "connect: _disk0: the new back end lacks",
+    ),
+    "refusal": (
+        """
+from blk_worker.backend import BlockBackend
+from shared.errors import ProtocolError
+def load(self, state):
+    raise ProtocolError("not this one")
+BlockBackend.load = load
+""",
+        "load: not this one",
+    ),
+    "state": (
+        """
+from blk_worker.backend import BlockBackend
+save = BlockBackend.save
+BlockBackend.save = lambda self: {**save(self), "acked_features": 5}
+""",
+        "lies about its state: acked_features is not what it was given",
+    ),
+    "no state": (
+        "from shared.vhost_worker import VhostWorker\nVhostWorker.save = lambda self: 5",
+        "lies about its state: state is not what it was given",
+    ),
+    "ring": (
+        """
+from shared.vhost_backend import Server
+suspend = Server.suspend
+Server.suspend = lambda self: {ring: base + 1 & 0xffff for ring, base in suspend(self).items()}
+""",
+        "lies about its state: ring 0 of _disk0 goes on at",
+    ),
+    "no ring": (
+        """
+from shared.vhost_worker import VhostWorker
+quiesce = VhostWorker.quiesce
+VhostWorker.quiesce = lambda self: quiesce(self) and {}
+""",
+        "quiesce: no base for ring 0 of _disk0",
+    ),
+    "configuration": (
+        """
+from blk_worker.backend import BlockBackend
+get = BlockBackend.get_config
+BlockBackend.get_config = lambda self, o, n: bytes([get(self, o, n)[0] ^ 1]) + get(self, o, n)[1:]
+""",
+        "lies about its state: byte 0 of _disk0's configuration space differs",
+    ),
+    "control message": (
+        "from shared import messages; messages.encode = lambda message: b'\\xc1'",
+        "start: control message is not msgpack",
+    ),
+}
+
+# It stops when it has carried out the first request of the guest's.
+BEGUN = """
+from shared.vhost_worker import VhostWorker
+resume = VhostWorker.resume
+def begun(self):
+    resume(self)
+    while not self.stats()["read_ops"] + self.stats()["write_ops"]:
+        pass
+    strike({what!r})
+VhostWorker.resume = begun
+"""
+
+
 def program(folder: Path, change: str = "", name: str = "worker-next") -> str:
     """An executable file in `folder`; `change` is run before anything of the task is. Its path."""
     paths = [str(ROOT), *(path for path in sys.path if path and Path(path).is_dir() and Path(path) != ROOT)]

@@ -25,7 +25,7 @@ from shared.errors import ProtocolError, WorkerError
 from shared.memory import GuestMemory
 from shared.reactor import Reactor, sleep
 from tests.controller.processes import running
-from tests.other_worker import program
+from tests.other_worker import BEGUN, LIES, STEPS, program
 from tests.virtqueue import WRITE, Driver
 
 SECTOR, LANES = 512, 8
@@ -223,35 +223,22 @@ def test_program_that_is_less_confined_when_it_is_started_again_gives_way(rig: R
 
 # A new process that goes wrong --------------------------------------------------------------------------------------
 
-STEPS = {
-    "hello": ("at_verb('hello', {what!r})", Step.START),
-    "features": ("at_message(1, {what!r})", Step.CONNECT),  # GET_FEATURES
-    "load": ("at_verb('load', {what!r})", Step.LOAD),
-    "memory": ("at_message(5, {what!r})", Step.PREPARE),  # SET_MEM_TABLE
-    "rings": ("at_message(12, {what!r})", Step.PREPARE),  # SET_VRING_KICK
-    "save": ("at_verb('save', {what!r})", Step.VERIFY),
-    "quiesce": ("at_verb('quiesce', {what!r})", Step.VERIFY),
-    "configuration": ("at_message(24, {what!r})", Step.VERIFY),  # GET_CONFIG
-    "resume": ("at_verb('resume', {what!r})", Step.RESUME),
-}
-
-
 @pytest.mark.parametrize("step", STEPS)
 def test_program_that_dies_half_way(rig: Rig, step: str) -> None:
-    before, (change, where) = rig.process, STEPS[step]
+    before, (change, at) = rig.process, STEPS[step]
     said = rig.refused(rig.handover(change.format(what="die")))
-    assert f"_disk0: not upgraded, pid {before.pid} goes on serving it: {where}: " in said
+    assert f"_disk0: not upgraded, pid {before.pid} goes on serving it: {at}: " in said
     rig.kept(before)
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_program_that_hangs_half_way(rig: Rig, step: str) -> None:
-    before, (change, where) = rig.process, STEPS[step]
+    before, (change, at) = rig.process, STEPS[step]
     handover = rig.handover(change.format(what="hang"))
-    handover.ready_within = 10.0 if where in (Step.START, Step.CONNECT) else SECONDS
+    handover.ready_within = 10.0 if at in (Step.START, Step.CONNECT) else SECONDS
     handover.done_within = 1.0
     said = rig.refused(handover)
-    assert f"pid {before.pid} goes on serving it: {where}: no answer within" in said
+    assert f"pid {before.pid} goes on serving it: {at}: no answer within" in said
     rig.kept(before)
     rig.upgraded()
 
@@ -262,76 +249,6 @@ def test_program_that_never_says_hello(rig: Rig) -> None:
     handover.ready_within = 1.0
     assert "start: no answer within 1 s" in rig.refused(handover)
     rig.kept(before)
-
-
-LIES = {
-    "contract": ("says(contract=2)", "check: it speaks version 2 of the worker contract, this VMM speaks 1"),
-    "no contract": ("says(contract=None)", "check: it speaks version None of the worker contract"),
-    "kind": ("says(kind='net_worker')", "check: it is a 'net_worker', not a blk_worker"),
-    "older": ("says(version=0)", "check: its blk_worker state has version 0, the present one's 1"),
-    "no filter": (
-        "from shared import seccomp; seccomp.install = lambda *_: None",
-        "check: it is less confined than a worker of this VMM: seccomp is none, not filter",
-    ),
-    "features": (
-        """
-from blk_worker import backend
-features = backend.features
-backend.features = lambda *a, **k: features(*a, **k) & ~(1 << 9)
-""",
-        "connect: _disk0: the new back end lacks features 0x200 that the guest uses",
-    ),
-    "protocol features": (
-        "from shared import vhost_backend as v; v.SERVER_FEATURES &= ~v.ProtocolFeature.INFLIGHT_SHMFD",
-        "connect: _disk0: the new back end lacks",
-    ),
-    "refusal": (
-        """
-from blk_worker.backend import BlockBackend
-from shared.errors import ProtocolError
-def load(self, state):
-    raise ProtocolError("not this one")
-BlockBackend.load = load
-""",
-        "load: not this one",
-    ),
-    "state": (
-        """
-from blk_worker.backend import BlockBackend
-save = BlockBackend.save
-BlockBackend.save = lambda self: {**save(self), "acked_features": 5}
-""",
-        "lies about its state: acked_features is not what it was given",
-    ),
-    "no state": (
-        "from shared.vhost_worker import VhostWorker\nVhostWorker.save = lambda self: 5",
-        "lies about its state: state is not what it was given",
-    ),
-    "ring": (
-        """
-from shared.vhost_backend import Server
-suspend = Server.suspend
-Server.suspend = lambda self: {ring: base + 1 & 0xffff for ring, base in suspend(self).items()}
-""",
-        "lies about its state: ring 0 of _disk0 goes on at",
-    ),
-    "no ring": (
-        "from shared.vhost_worker import VhostWorker\nVhostWorker.quiesce = lambda self: {}",
-        "quiesce: no base for ring 0 of _disk0",
-    ),
-    "configuration": (
-        """
-from blk_worker.backend import BlockBackend
-get = BlockBackend.get_config
-BlockBackend.get_config = lambda self, o, n: bytes([get(self, o, n)[0] ^ 1]) + get(self, o, n)[1:]
-""",
-        "lies about its state: byte 0 of _disk0's configuration space differs",
-    ),
-    "control message": (
-        "from shared import messages; messages.encode = lambda message: b'\\xc1'",
-        "start: control message is not msgpack",
-    ),
-}
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -360,18 +277,6 @@ def test_program_that_does_not_start(rig: Rig, text: str, message: str) -> None:
     said = rig.refused(Handover(rig.reactor, rig.fleet, rig.backend, str(path), SECONDS))
     assert "start: " in said and message in said
     rig.kept(before)
-
-
-BEGUN = """
-from shared.vhost_worker import VhostWorker
-resume = VhostWorker.resume
-def begun(self):
-    resume(self)
-    while not self.stats()["read_ops"] + self.stats()["write_ops"]:
-        pass
-    strike({what!r})
-VhostWorker.resume = begun
-"""
 
 
 @pytest.mark.parametrize("what", ["die", "hang"])
