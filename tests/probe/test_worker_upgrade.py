@@ -146,7 +146,8 @@ def test_console_again_and_again(tmp_path: Path) -> None:
 def test_what_is_typed_is_read_by_one_of_them_and_in_order(tmp_path: Path) -> None:
     """Old and new have the same PTY open; the guest gives back what it reads."""
     with guest(tmp_path, "--console", "pty", mode="mode=blkload,net,rng,console depth=8 console.report_ms=300") as vmm:
-        path = vmm.ask("info")["config"]["console"]["file"]
+        fds = f"/proc/{vmm.pid_of('console')}/fd"
+        path = next(name for fd in os.listdir(fds) if (name := os.readlink(f"{fds}/{fd}")).startswith("/dev/pts/"))
         fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
         try:
             tty.setraw(fd)
@@ -270,8 +271,8 @@ def test_body_that_makes_no_sense_harms_nobody(ticking: Vmm) -> None:
 
 def test_program_that_is_none(tmp_path: Path, ticking: Vmm) -> None:
     path = tmp_path / "no-worker"
-    for text, message in (("#!/bin/sh\nexit 5\n", "ended with 5"), ("#!/bin/sh\nexec sleep 9999\n", "no answer within")):
-        path.write_text(text)
+    for text, message in (("exit 5", "ended with 5"), ("exec sleep 9999", "no answer within")):
+        path.write_text(f"#!/bin/sh\n{text}\n")
         path.chmod(0o755)
         said = refused(ticking, "console", "--exec", str(path), "--timeout-ms", "3000")
         assert message in said and "start: " in said
