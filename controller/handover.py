@@ -67,13 +67,15 @@ class Step(StrEnum):
 
 
 class Handover:
-    """One upgrade of `backend`, which serves. `program`: what the new process execs, "" for nothing."""
+    """One upgrade of `backend`, which serves. `program`: what the new process execs, "" for nothing. `ready`, `done`:
+    seconds for the two halves, in the second of which the guest waits."""
 
-    def __init__(self, reactor: Reactor, fleet: Fleet, backend: Backend, program: str, seconds: float) -> None:
+    def __init__(
+        self, reactor: Reactor, fleet: Fleet, backend: Backend, program: str, ready: float, done: float
+    ) -> None:
         assert backend.process is not None
         self._reactor, self._fleet, self._backend = reactor, fleet, backend
-        self._program = program
-        self.ready_within = self.done_within = seconds
+        self._program, self._ready, self._done = program, ready, done
         self._old: Process = backend.process
         self._new: Process | None = None
         self._standbys = {name: Standby(front) for name, front in backend.frontends.items()}
@@ -90,13 +92,13 @@ class Handover:
         backend.disturb()
         try:
             sockets = await self._fork()
-            await within(self._reactor, self.ready_within, self._bring_up(sockets), f"{self._new_name} to be ready")
+            await within(self._reactor, self._ready, self._bring_up(sockets), f"{self._new_name} to be ready")
             async with AsyncExitStack() as locked:
-                await within(self._reactor, self.done_within, self._lock(locked), "the device to do what it is told")
+                await within(self._reactor, self._done, self._lock(locked), "the device to do what it is told")
                 await self._hand_over()
         except FlotillaError as error:
             await self._discard()
-            raise self._failed(error) from error
+            raise self._failed(error) from None  # it has the reason in it
         except BaseException:
             await self._discard()
             raise
@@ -148,7 +150,7 @@ class Handover:
     async def _hand_over(self) -> None:
         self._stalled = time.monotonic()
         try:
-            await within(self._reactor, self.done_within, self._move(), "handing over")
+            await within(self._reactor, self._done, self._move(), "handing over")
         except BaseException:
             await self._fall_back()
             raise

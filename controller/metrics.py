@@ -82,8 +82,9 @@ async def collect(vmm: Vmm) -> tuple[Figures, dict[int, int]]:
 def _process(row: dict[str, Any]) -> ProcessFigures:
     user, system = cpu_ticks(row["pid"]) if row["pid"] else (None, None)
     return ProcessFigures(
-        row["kind"], row["device"], row["pid"], row["state"], row["restarts"], user, system, row.get("last_stall_ms")
-    )
+        row["kind"], row["device"], row["pid"], row["state"], row["restarts"], user, system, row.get("last_stall_ms"),
+        row.get("upgrades", 0), row.get("failed_upgrades", 0),
+    )  # fmt: skip
 
 
 async def _worker(reactor: Reactor, backend: Backend) -> WorkerFigures:

@@ -174,6 +174,7 @@ class Supervision:
             "last_reason": quarantine or (last.reason if last is not None else None),
             "last_stall_ms": last.stall_ms if last is not None else None,
             "upgrades": account.upgrades if account is not None else 0,
+            "failed_upgrades": account.failed_upgrades if account is not None else 0,
             "program": account.program or None if account is not None else None,
         }
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 REQUEST: Final = "vm.worker-upgrade"
 FIELDS: Final = ("id", "exec", "timeout_ms")
-DEFAULT_MS: Final = 10_000
+# Without timeout_ms. A process on a busy host takes its time to start, during which nobody waits.
+READY_SECONDS, DONE_SECONDS = 30.0, 10.0
 LEAST_MS, MOST_MS = 10, 600_000
 # By kind of process, why it can't be replaced while it serves.
 REASONS: Final = {
@@ -38,12 +39,13 @@ REASONS: Final = {
 
 
 class Wanted(Record):
-    """`program`: a path, "" for this release's worker. `seconds`: for each half, until the new process is ready and
-    while the guest waits."""
+    """`program`: a path, "" for this release's worker. `ready`: seconds until the new process has to be; `done`: for
+    which the guest may wait."""
 
     id: str
     program: str
-    seconds: float
+    ready: float = READY_SECONDS
+    done: float = DONE_SECONDS
 
 
 def parse(body: Any) -> Wanted:
@@ -57,10 +59,10 @@ def parse(body: Any) -> Wanted:
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{REQUEST}: id is missing", "a device's, as vm.info and vmm.fleet have it")
     if ms is None:
-        ms = DEFAULT_MS
+        return Wanted(name, _program(path))
     if type(ms) is not int or not LEAST_MS <= ms <= MOST_MS:
         raise ConfigError(f"{REQUEST}: timeout_ms: {ms!r} is no whole number from {LEAST_MS} to {MOST_MS}")
-    return Wanted(name, _program(path), ms / 1000)
+    return Wanted(name, _program(path), ms / 1000, ms / 1000)
 
 
 def _program(path: Any) -> str:
@@ -110,12 +112,12 @@ def worker_upgrade(vmm: Vmm) -> Callable[[Any], Awaitable[Any]]:
         try:
             async with vmm.change():
                 _check_running(vmm, vm, wanted.id)
-                await backend.wait_serving(wanted.seconds)
+                await backend.wait_serving(wanted.ready)
                 from controller.handover import Handover
                 from controller.supervision import plain
 
-                change = await Handover(vmm.reactor, vmm.fleet, backend, wanted.program, wanted.seconds).run()
-                return plain(change)
+                handover = Handover(vmm.reactor, vmm.fleet, backend, wanted.program, wanted.ready, wanted.done)
+                return plain(await handover.run())
         finally:
             under_way.discard(backend.name)
 

@@ -88,6 +88,8 @@ class Snapshot(Collector):
                 self._set("flotilla_process_cpu_seconds_total", ticks / TICKS_PER_SECOND, *labels, mode)
         self._set("flotilla_process_pss_bytes", pss.get(process.pid), *labels)
         self._set("flotilla_process_restarts_total", process.restarts, *labels)
+        for outcome, count in (("done", process.upgrades), ("failed", process.failed_upgrades)):
+            self._set("flotilla_process_upgrades_total", count, *labels, outcome)
         self._set("flotilla_process_state", 1, *labels, process.state)
         if process.last_stall_ms is not None:
             self._set("flotilla_process_last_stall_seconds", process.last_stall_ms / 1000, *labels)

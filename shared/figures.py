@@ -34,6 +34,8 @@ class ProcessFigures:
     user_ticks: int | None = None
     system_ticks: int | None = None
     last_stall_ms: float | None = None
+    upgrades: int = 0
+    failed_upgrades: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,10 +127,10 @@ class Rig:
         assert self.backend.process is not None
         return self.backend.process
 
-    def handover(self, change: str | None = None, seconds: float = SECONDS) -> Handover:
+    def handover(self, change: str | None = None, ready: float = SECONDS, done: float = SECONDS) -> Handover:
         """Not begun yet. `change`: to a program of another version, which has it."""
         path = "" if change is None else program(self.folder, change)
-        return Handover(self.reactor, self.fleet, self.backend, path, seconds)
+        return Handover(self.reactor, self.fleet, self.backend, path, ready, done)
 
     def upgraded(self, change: str | None = None) -> None:
         before = self.process
@@ -234,10 +234,8 @@ def test_program_that_dies_half_way(rig: Rig, step: str) -> None:
 @pytest.mark.parametrize("step", STEPS)
 def test_program_that_hangs_half_way(rig: Rig, step: str) -> None:
     before, (change, at) = rig.process, STEPS[step]
-    handover = rig.handover(change.format(what="hang"))
-    handover.ready_within = 10.0 if at in (Step.START, Step.CONNECT) else SECONDS
-    handover.done_within = 1.0
-    said = rig.refused(handover)
+    ready = 10.0 if at in (Step.START, Step.CONNECT) else SECONDS
+    said = rig.refused(rig.handover(change.format(what="hang"), ready, 1.0))
     assert f"pid {before.pid} goes on serving it: {at}: no answer within" in said
     rig.kept(before)
     rig.upgraded()
@@ -245,9 +243,7 @@ def test_program_that_hangs_half_way(rig: Rig, step: str) -> None:
 
 def test_program_that_never_says_hello(rig: Rig) -> None:
     before = rig.process
-    handover = rig.handover("stand_still()")
-    handover.ready_within = 1.0
-    assert "start: no answer within 1 s" in rig.refused(handover)
+    assert "start: no answer within 1 s" in rig.refused(rig.handover("stand_still()", 1.0))
     rig.kept(before)
 
 
@@ -274,7 +270,7 @@ def test_program_that_does_not_start(rig: Rig, text: str, message: str) -> None:
     before, path = rig.process, rig.folder / "no-worker"
     path.write_text(text)
     path.chmod(0o755)
-    said = rig.refused(Handover(rig.reactor, rig.fleet, rig.backend, str(path), SECONDS))
+    said = rig.refused(Handover(rig.reactor, rig.fleet, rig.backend, str(path), SECONDS, SECONDS))
     assert "start: " in said and message in said
     rig.kept(before)
 
@@ -282,8 +278,8 @@ def test_program_that_does_not_start(rig: Rig, text: str, message: str) -> None:
 @pytest.mark.parametrize("what", ["die", "hang"])
 def test_program_that_stops_after_it_began_to_serve(rig: Rig, what: str) -> None:
     """Neither of the two knows its rings any more: a fresh process of the old program recovers them."""
-    before, handover = rig.process, rig.handover(BEGUN.format(what=what))
-    handover.done_within = SECONDS if what == "die" else 3.0
+    done = SECONDS if what == "die" else 3.0
+    before, handover = rig.process, rig.handover(BEGUN.format(what=what), done=done)
     said = rig.refused(handover)
     assert "its worker is started again: resume: " in said and handover.owner is Owner.NOBODY
     rig.until(lambda: rig.backend.state is BackendState.SERVING)
@@ -335,9 +331,7 @@ def test_old_process_that_is_slow_to_finish_goes_on_when_the_time_is_over(rig: R
     """A disk that takes longer than the limit: what is in flight is waited for, and nobody is replaced."""
     before = rig.process
     rig.run(before.call("fault", what="delay", value=2000))
-    handover = rig.handover()
-    handover.done_within = 0.5
-    assert "quiesce: no answer within 0.5 s" in rig.refused(handover)
+    assert "quiesce: no answer within 0.5 s" in rig.refused(rig.handover(done=0.5))
     rig.run(before.call("fault", None, what="clear"))
     rig.kept(before)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from controller.upgrade import DEFAULT_MS, Wanted, parse
+from controller.upgrade import DONE_SECONDS, READY_SECONDS, Wanted, parse
 from shared.errors import ConfigError
 
 
@@ -18,8 +18,8 @@ def refusal(body: Any) -> str:
 
 
 def test_defaults() -> None:
-    assert parse({"id": "_disk0"}) == Wanted("_disk0", "", DEFAULT_MS / 1000)
-    assert parse({"id": "_disk0", "exec": None, "timeout_ms": 10}) == Wanted("_disk0", "", 0.01)
+    assert parse({"id": "_disk0"}) == Wanted("_disk0", "", READY_SECONDS, DONE_SECONDS)
+    assert parse({"id": "_disk0", "exec": None, "timeout_ms": 10}) == Wanted("_disk0", "", 0.01, 0.01)
 
 
 @pytest.mark.parametrize("body", [None, [], "text", 5])

@@ -46,7 +46,7 @@ FIGURES = Figures(
     vm_state="Running",
     processes=(
         ProcessFigures("controller", "controller", 10, "running", 0, 300, 100),
-        ProcessFigures("blk", "_disk0", 11, "running", 2, 50, 25, 12.5),
+        ProcessFigures("blk", "_disk0", 11, "running", 2, 50, 25, 12.5, 3, 1),
         ProcessFigures("vcpu", "vcpu0", 12, "exiting", 0, 7, 8),
         ProcessFigures("console", "console", 0, "restarting", 1),
     ),
@@ -84,6 +84,8 @@ def test_processes(found: Samples) -> None:
     assert at(found, "process_cpu_seconds_total", **disk, mode="system") == 25 / TICK
     assert at(found, "process_pss_bytes", **disk) == 4096
     assert at(found, "process_restarts_total", **disk) == 2
+    assert at(found, "process_upgrades_total", **disk, outcome="done") == 3
+    assert at(found, "process_upgrades_total", **disk, outcome="failed") == 1
     assert at(found, "process_state", **disk, state="running") == 1
     assert at(found, "process_last_stall_seconds", **disk) == 0.0125
 
