@@ -13,9 +13,9 @@ The old one stays, quiesced, until the new one has answered `resume`. From `quie
 front ends' locks are held, so no wish of the driver comes in between. Whatever fails, the new process is killed and
 waited for before anybody else goes on: two never serve.
 
-`resume` is where nobody can know how far a dead process came, but the rings tell: a request that was begun shows in a used
-index or in the inflight region. If neither has changed, nothing was begun. Otherwise what the old process knows of its
-rings is out of date, and a fresh one recovers them from the region, as after a kill.
+`resume` is where nobody can know how far a dead process came, but the rings tell: a request that was begun shows in a
+used index or in the inflight region. If neither has changed, nothing was begun. Otherwise what the old process knows of
+its rings is out of date, and a fresh one recovers them from the region, as after a kill.
 
 The old one dying: before the point of no return the upgrade is over, and supervision starts a successor of the old
 program; after it, the new one is the successor.
