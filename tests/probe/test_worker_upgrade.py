@@ -30,11 +30,11 @@ PATIENCE = 2 * SECONDS
 
 @contextmanager
 def guest(
-    folder: Path, *words: str, mode: str = "mode=blkload,net,rng,console depth=8", **options: Any
+    folder: Path, *words: str, mode: str = "mode=blkload,net,rng,console depth=8", net: str = "", **options: Any
 ) -> Iterator[Vmm]:
     """A guest with a device of each kind. Its timer is slow: it finds lost interrupts late, not never."""
     (folder / "disk.raw").write_bytes(os.urandom(16 << 20))
-    devices = ["--disk", f"path={folder}/disk.raw", "--net", f"ip={HOST}"]
+    devices = ["--disk", f"path={folder}/disk.raw", "--net", f"ip={HOST}{net}"]
     if "--console" not in words:
         devices += ["--console", f"file={folder}/console"]
     cmdline = f"{mode} rng.every_ms=20 hz=2 report_ms=50"
@@ -116,7 +116,9 @@ class Patient(Flow):
 
 @pytest.mark.timeout(60 + 10 * UPGRADES)
 def test_card_again_and_again(tmp_path: Path) -> None:
-    with guest(tmp_path) as vmm:
+    """One with two queue pairs, as its control queue has been told."""
+    mode = "mode=blkload,net,rng,console depth=8 net.pairs=2"
+    with guest(tmp_path, "--cpus", "boot=2", mode=mode, net=",num_queues=4") as vmm:
         ping(GUEST)
         index = socket.if_nametoindex("vmtap0")
         with Patient(GUEST) as flow:
