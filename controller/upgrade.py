@@ -125,6 +125,8 @@ def worker_upgrade(vmm: Vmm) -> Callable[[Any], Awaitable[Any]]:
 
 
 def _check_running(vmm: Vmm, vm: Vm, name: str) -> None:
+    """What may have become of the VM while it was waited for its lock."""
+    vmm.change()  # raises while a migration is in doubt
     if vmm.vm is not vm:
         raise StateError(f"{name}: its VM has ended")
     if vmm.state != "Running":

@@ -63,6 +63,8 @@ class Standby(Frontend):
     async def prepare(self, bases: Mapping[int, int]) -> None:
         self._borrow(bases)
         if self._session is not None:
+            if lacking := self._session.features & ~self.features:  # it has been activated after negotiate()
+                raise HostError(f"{self.name}: the new back end lacks features {lacking:#x} that the guest uses")
             await self._start(self._connection, self._session, bases, wake=False)
 
     async def differing_config(self) -> int | None:

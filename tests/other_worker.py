@@ -11,7 +11,6 @@ PROGRAM = """#!{python} -IS
 import gc, os, signal, sys
 gc.disable()
 sys.path[:0] = {paths!r}
-sys.argv[1:2] == ["worker"] or sys.exit(64)
 FOLDER = {folder!r}
 
 def once(name):
@@ -67,8 +66,8 @@ def says(**fields):
 
 {change}
 
-from shared.worker_program import main
-main(sys.argv[2:])
+from controller.main import main
+sys.exit(main())
 """
 
 

@@ -22,8 +22,10 @@ from shared.errors import FlotillaError, ProtocolError, WorkerError
 from shared.memory import GuestMemory
 from shared.messages import Verb
 from shared.reactor import Reactor, sleep
+from shared.records import replace
 from tests.controller.processes import SECONDS, running
 from tests.network import Network, frame
+from tests.other_worker import program
 from tests.virtqueue import Driver
 
 SECTOR = 512
@@ -50,8 +52,10 @@ class Subject:
         """What to start, and the descriptors beside the vhost-user sockets."""
         raise AssertionError("a subject says what to start")
 
-    def start(self) -> None:
+    def start(self, **how: Any) -> None:
+        """`how`: fields of the WorkerSpec."""
         spec, fds = self.spec()
+        spec = replace(spec, **how)
         pairs = {name: socket.socketpair() for name in self.frontends}
         sockets = {name: theirs.fileno() for name, (_, theirs) in pairs.items()}
         self.process = self.run(self.fleet.start(spec, {**fds, **sockets}, lambda _: None))
@@ -201,13 +205,13 @@ with_rings = pytest.mark.parametrize("cls", SUBJECTS[1:], ids=lambda cls: cls.ki
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[Callable[[type[Subject]], Subject]]:
+def make(tmp_path: Path) -> Iterator[Callable[..., Subject]]:
     made: list[Subject] = []
     with running(str(tmp_path)) as (reactor, fleet):
 
-        def start(cls: type[Subject]) -> Subject:
+        def start(cls: type[Subject], **how: Any) -> Subject:
             made.append(cls(reactor, fleet, tmp_path))
-            made[-1].start()
+            made[-1].start(**how)
             return made[-1]
 
         yield start
@@ -222,7 +226,7 @@ def cls(request: pytest.FixtureRequest) -> type[Subject]:
 
 
 @pytest.fixture
-def worker(make: Callable[[type[Subject]], Subject], cls: type[Subject]) -> Subject:
+def worker(make: Callable[..., Subject], cls: type[Subject]) -> Subject:
     return make(cls)
 
 
@@ -278,6 +282,25 @@ def test_nothing_is_touched_between_quiesce_and_resume(worker: Subject) -> None:
     assert worker.memory.read(0, worker.memory.size) == before
     with pytest.raises(BlockingIOError):
         os.eventfd_read(worker.driver.call_fd)
+    worker.call(Verb.RESUME)
+    worker.until(lambda: worker.finished() == 1)
+
+
+@with_rings
+@pytest.mark.parametrize("executed", [False, True], ids=["forked", "executed"])
+def test_worker_on_standby_touches_nothing_until_resume(
+    make: Callable[..., Subject], cls: type[Subject], tmp_path: Path, executed: bool
+) -> None:
+    """Also as a program of its own (docs/worker-upgrade.md)."""
+    worker = make(cls, standby=True, program=program(tmp_path) if executed else "")
+    assert worker.memory is not None and worker.process.name.endswith(".new")
+    worker.request()
+    before = worker.memory.read(0, worker.memory.size)
+    worker.call(Verb.STATS)
+    worker.call(Verb.STATS)
+    assert worker.memory.read(0, worker.memory.size) == before
+    bases = worker.call(Verb.QUIESCE)["bases"]
+    assert bases and set(bases.values()) == {0}
     worker.call(Verb.RESUME)
     worker.until(lambda: worker.finished() == 1)
 

@@ -23,6 +23,7 @@ from shared.chardev import open_host_end
 from shared.control import Channel, unlink_endpoint
 from shared.memory import GuestMemory
 from shared.reactor import Future, Reactor
+from shared.worker import CONTRACT
 from tests.virtqueue import Driver
 
 PROGRAM = """
@@ -165,7 +166,8 @@ def test_output_over_kills_is_in_order_and_never_twice(bench: Bench) -> None:
 
 
 def test_the_control_plane_serves_the_whole_contract(bench: Bench) -> None:
-    assert bench.call("hello") == {"kind": "console_worker", "version": 1, "pid": bench.workers[-1].pid}
+    who = {"kind": "console_worker", "version": 1, "pid": bench.workers[-1].pid, "contract": CONTRACT}
+    assert bench.call("hello") == who
     first, second = (bench.call("heartbeat")["epoch"] for _ in range(2))
     assert second == first + 1
     os.write(bench.user, b"typed")
