@@ -99,6 +99,7 @@ class Backend:
             raise HostError(f"{self.name}: {error.strerror}") from error
         for frontend in self._frontends.values():
             frontend.on_lost = self._hung_up
+        fleet.supervision.runs(spec.kind, spec.name, spec.program)
 
     @property
     def name(self) -> str:
@@ -178,8 +179,11 @@ class Backend:
     def _give_program_up(self) -> None:
         """What an upgrade brought in does not start any more: the guest is to have its device all the same."""
         log.error(f"{self.name}: {self.program} does not start: {self.reason}; going back to this release's worker")
-        self._spec, self.vet = replace(self._spec, program=""), lambda _process: None
-        self._fleet.supervision.account(self.kind, self.name).program = ""
+        self._run("", lambda _process: None)
+
+    def _run(self, program: str, vet: Callable[[Process], None]) -> None:
+        self._spec, self.vet = replace(self._spec, program=program), vet
+        self._fleet.supervision.runs(self.kind, self.name, program)
 
     async def _attempt(self) -> None:
         self._idle.clear()
@@ -275,7 +279,7 @@ class Backend:
             self._past = merge(self._past, before.stats)
         before.serving, before.aside, process.aside, self._standby = False, True, False, None
         self._fleet.exchange(process, before, self.name)
-        self._spec, self.vet = replace(self._spec, program=program), vet
+        self._run(program, vet)
         self._began, self.process = time.monotonic(), process
         self._serves()
 

@@ -78,9 +78,9 @@ class Account(Record, frozen=False):
     quarantine: str = ""  # why there is no worker
     quarantines: int = 0
     failed_requests: int = 0
+    program: str = ""  # what the worker is exec'd from; "": this release's own
     upgrades: int = 0
     failed_upgrades: int = 0
-    program: str = ""  # what the worker was exec'd from; "": this release's own
 
 
 Emit = Callable[[str, str, "dict[str, Any] | None"], None]
@@ -142,9 +142,14 @@ class Supervision:
         properties = {"name": name, "kind": kind, "requests": count, "reason": what}
         self._emit("vmm", "worker-request-failed", properties)
 
+    def runs(self, kind: str, name: str, program: str) -> None:
+        """What a worker is, from now on."""
+        if program or (kind, name) in self.accounts:
+            self.account(kind, name).program = program
+
     def upgraded(self, change: Change) -> None:
         account = self.account(change.kind, change.name)
-        account.upgrades, account.program = account.upgrades + 1, change.program
+        account.upgrades += 1
         by = change.program or "this release's worker"
         log.info(f"{change.kind} {change.name}: pid {change.new_pid}, {by}, has taken over from pid {change.old_pid} "
                  f"within {change.stall_ms:.1f} ms")  # fmt: skip

@@ -174,12 +174,16 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 # Straight on ----------------------------------------------------------------------------------------------------------
 
 
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
 def test_forked_process_takes_over_again_and_again(rig: Rig) -> None:
-    ops = 0
+    ops, open_files = 0, descriptors()
     for _ in range(20):
         rig.upgraded()
         before, ops = ops, rig.run(rig.backend.stats())["write_ops"]
-        assert ops > before
+        assert ops > before and descriptors() == open_files
     columns = rig.fleet.supervision.columns("blk", "_disk0")
     assert (columns["upgrades"], columns["program"], columns["last_cause"]) == (20, None, None)
 
@@ -229,6 +233,13 @@ def test_program_that_dies_half_way(rig: Rig, step: str) -> None:
     said = rig.refused(rig.handover(change.format(what="die")))
     assert f"_disk0: not upgraded, pid {before.pid} goes on serving it: {at}: " in said
     rig.kept(before)
+
+
+def test_failed_upgrades_leave_no_descriptor_open(rig: Rig) -> None:
+    open_files = descriptors()
+    for step in ("hello", "features", "load", "rings", "resume"):
+        rig.refused(rig.handover(STEPS[step][0].format(what="die")))
+        assert descriptors() == open_files, step
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -246,6 +246,32 @@ BODIES = {
     '{"id": "console", "exec": "/etc/passwd"}': "is not executable",
 }
 
+def test_rebooted_vm_has_this_releases_workers(tmp_path: Path) -> None:
+    with guest(tmp_path) as vmm:
+        upgraded(vmm, "_disk0", "--exec", program(tmp_path))
+        vmm.ask("reboot")
+        row = poll(lambda: (now := vmm.fleet().get("_disk0")) and now["state"] == "running" and now)
+        assert (row["program"], row["upgrades"]) == (None, 1)
+
+
+def test_upgrades_before_and_after_a_migration(tmp_path: Path) -> None:
+    from tests.probe.test_migration import hop
+
+    path = program(tmp_path)
+    with Vmm(tmp_path, name="two") as other, guest(tmp_path, name="one") as vmm:
+        for name in ("_disk0", "_net1", "console"):
+            upgraded(vmm, name, "--exec", path)
+        hop(vmm, other, tmp_path / "sock")
+        assert {row["program"] for row in other.fleet().values()} == {None}
+        other.more("blk ok ", PATIENCE)
+        for name in ("_disk0", "_net1", "console"):
+            upgraded(other, name)
+            upgraded(other, name, "--exec", path)
+        ping(GUEST)
+        vmm.more = other.more  # type: ignore[method-assign]  # what the guest says from here on, it says there
+    assert b"BAD" not in other.output
+
+
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 
