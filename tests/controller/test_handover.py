@@ -6,6 +6,7 @@ Every program that does wrong is this checkout's own worker, changed in one plac
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ SECTOR, LANES = 512, 8
 FEATURES = 1 << 32 | 1 << 9  # VERSION_1, FLUSH
 READ_REQUEST, WRITE_REQUEST = 0, 1
 SECONDS = 120.0
+KILLS = int(os.environ.get("FLOTILLA_KILLS", "20"))
 NEXT_AND = 1
 
 
@@ -345,6 +347,30 @@ def test_old_process_that_is_slow_to_finish_goes_on_when_the_time_is_over(rig: R
     assert "quiesce: no answer within 0.5 s" in rig.refused(rig.handover(done=0.5))
     rig.run(before.call("fault", None, what="clear"))
     rig.kept(before)
+
+
+@pytest.mark.timeout(60 + 4 * KILLS)
+def test_random_kills_of_old_or_new_at_any_moment_lose_nothing_and_one_serves(rig: Rig) -> None:
+    """Paced by the steps and by turns of the reactor, so that every moment of an upgrade is met."""
+    choice, outcomes = random.Random(KILLS), {True: 0, False: 0}
+    for _ in range(KILLS):
+        before, handover = rig.process, rig.handover()
+        task = rig.reactor.spawn(handover.run(), "upgrade")
+        task.add_done_callback(lambda _: None)
+        step, turns = choice.choice(list(Step)), choice.randrange(8)
+        rig.until(lambda handover=handover, step=step, task=task: task.done() or list(Step).index(handover.step)
+                  >= list(Step).index(step))  # fmt: skip
+        for _ in range(turns):
+            rig.run(sleep(rig.reactor, 0))
+        victim = choice.choice((before.pid, handover.change.new_pid))
+        if victim in {process.pid for process in rig.fleet.processes}:
+            os.kill(victim, signal.SIGKILL)
+        rig.until(task.done)
+        rig.until(lambda: rig.backend.state is BackendState.SERVING and len(rig.fleet.processes) == 1)
+        assert rig.fleet.processes == [rig.process]
+        outcomes[task.exception() is None] += 1
+        rig.goes_on()
+    assert all(outcomes.values()), outcomes
 
 
 @pytest.mark.parametrize("step", [Step.START, Step.LOAD, Step.RESUME])
