@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from controller import cgroups
+from tests.other_worker import program
 from tests.probe.test_sandbox import kept
 from tests.vmm import PROGRAM, Vmm, environment, poll
 
@@ -68,6 +69,24 @@ def test_each_process_has_its_own_and_a_clean_end_removes_them(tmp_path, base):
         vmm.ask("shutdown-vmm")
         assert vmm.wait() == 0
         assert not (base / f"flotilla-{vmm.process.pid}").exists()
+
+
+@needs_cgroups
+@pytest.mark.parametrize("seccomp", ["true", "false"])
+def test_worker_that_takes_over_is_where_the_last_one_was(tmp_path, base, seccomp):
+    """With what the user has set there; its own is gone, also that of one which failed."""
+    with Vmm.guest(tmp_path, "mode=rng", "--cgroup", str(base), "--seccomp", seccomp) as vmm:
+        vmm.expect("rng ok 1")
+        vmm.wait_api()
+        mine = base / f"flotilla-{vmm.process.pid}"
+        poll(lambda: (mine / "console").is_dir())
+        number = (mine / "console").stat().st_ino
+        for words in ((), ("--exec", program(tmp_path)), ("--exec", "/bin/false")):
+            assert vmm.remote("worker-upgrade", "console", *words).returncode == ("/bin/false" in words)
+            assert own(vmm.pid_of("console")).endswith(f"/{mine.name}/console")
+            assert (mine / "console").stat().st_ino == number
+            assert not {"console.new", "console.old"} & {entry.name for entry in mine.iterdir()}
+        vmm.more("rng ok ")
 
 
 @needs_cgroups
