@@ -69,6 +69,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     guest.add_argument("--debian", action="store_true", help="a Debian guest's iperf3 instead of the probe guest")
     guest.add_argument("--lab", action="store_true", help="--debian inside the lab (deploy/lab/README.md)")
     options = parser.parse_args(arguments)
+    if options.bench == "net" and options.cases and (options.debian or options.lab):
+        card.error("--cases are the probe guest's: leave out --debian and --lab")
     options.runs = options.runs or RUNS[options.bench]
     return options
 

@@ -27,13 +27,13 @@ from typing import Final
 
 from bench import processes, programs, report
 from bench.errors import BenchError
+from bench.net import GOALS
 from bench.wire import GUEST, GUEST_MAC, HEADERS, HOST, NAME, Wire, namespace
 
 WORKLOADS: Final = Path("~/workloads")
 MEMORY: Final = 512  # MiB
 SMALL: Final = 64 - HEADERS
 PINGS: Final = 50
-GOALS: Final = "goal: at least 1.0 x QEMU tap with vhost=off; for rtt, at most"
 PROMPT: Final = "root@"
 ADDRESS: Final = f"ip address add {GUEST}/24 dev eth0; ip link set eth0 up"
 CARD: Final = f"modprobe virtio_net; {ADDRESS}; iperf3 -s -D; echo card=$?"

@@ -79,10 +79,10 @@ in_vm 1 240 'until [ -S /tmp/sock1 ]; do sleep 0.3; done'
 began=$SECONDS
 window 1 send 'sudo ./ch-remote --api-socket=/tmp/api1 send-migration unix:/tmp/sock1'
 
-echo "send $(window_end 1 send 1500)"
-echo "source $(window_end 1 source 300)"
+echo "send $(window_end 1 send 900)"
+echo "source $(window_end 1 source 120)"
 echo "send to source exit: $((SECONDS - began)) s" >&2
-echo "receive $(window_end 2 receive 600)"
+echo "receive $(window_end 2 receive 120)"
 await_equals 2 destination 300
 grep -hE '(source|destination)\| not equal' "$OUT/vm-1" "$OUT/vm-2"
 
