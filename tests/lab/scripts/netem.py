@@ -1,7 +1,7 @@
 """Debian moves between two network namespaces while netem makes the cable bad: `python3 netem.py SEED COUNT`.
 
 A migration that arrives takes the guest to the other host; one that fails leaves it running where it is, and the same
-VMM receives the next try. A line of JSON for each on stdout: {"weather", "to", "send", "receive", "equal"}.
+VMM receives the next try. A line of JSON for each on stdout: weather, cut, to, exit codes, checksums.
 """
 
 from __future__ import annotations
