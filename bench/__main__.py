@@ -81,6 +81,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     names = [str(case) for case in faults.CASES]
     rehearsal.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE")
     options = parser.parse_args(arguments)
+    if options.bench == "net" and options.cases and (options.debian or options.lab):
+        card.error("--cases are the probe guest's: leave out --debian and --lab")
     options.runs = options.runs or RUNS[options.bench]
     return options
 

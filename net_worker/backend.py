@@ -63,6 +63,7 @@ class NetBackend:
         self._pulse = Pulse()
         self._commands = self._announcements = 0
         self._reported: dict[int, int] = {}
+        self._refusals = 0  # frames from the guest that were reported as dropped
         self._announcer = Announcer(reactor, self._send_rarp)
         self._taps = Taps(taps)
         self._fault = native.net_fault()
@@ -277,7 +278,17 @@ class NetBackend:
         data = self._running - {self.num_queues - 1}
         epoch = self._pulse.take({index: self._counters[index].epoch for index in data})
         self._native.net_nudge(self._device)
+        self._report_refusals()
         return epoch
+
+    def _report_refusals(self) -> None:
+        """Frames that the host did not take, each time that they have doubled: a guest may send any number."""
+        queues = self._counters[1:-1:2]
+        dropped, last = sum(counters.dropped for counters in queues), self._refusals
+        if dropped and dropped >= 2 * last:
+            self._refusals = dropped
+            reason = next((os.strerror(counters.tap_errno) for counters in queues if counters.tap_errno), "dropped")
+            log.warn(f"{self.name}: the TAP refuses frames ({reason}; is it up?): {dropped} dropped so far")
 
     def counters(self, index: int) -> native.net_counters:
         """The live counters of one queue, written by the native loop."""

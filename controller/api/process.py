@@ -13,7 +13,7 @@ import itertools
 import json
 import signal
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import uvicorn
@@ -22,6 +22,7 @@ import zmq.asyncio
 from fastapi import FastAPI
 
 from controller.api.app import build
+from controller.api.descriptors import Carrier, Listener, protocol
 from controller.api.endpoints import ENDPOINTS, ROOT
 from shared import messages, sandbox
 from shared.linux import die_with_parent, set_name
@@ -49,14 +50,14 @@ class Controller:
         self._socket.connect(endpoint)
         await self._socket.send(messages.encode({"event": "ready", "args": {}}))
 
-    async def handle(self, method: str, name: str, body: bytes) -> tuple[int, bytes]:
-        """One request; the controller's status and JSON."""
+    async def handle(self, method: str, name: str, body: bytes, fds: Sequence[int]) -> tuple[int, bytes]:
+        """One request; the controller's status and JSON. It fetches `fds` from us before it answers."""
         if self._socket is None:  # rehearse()
             return 204, b""
         number = next(self._numbers)
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._pending[number] = future
-        arguments = {"method": method, "path": name, "body": body}
+        arguments = {"method": method, "path": name, "body": body, "fds": list(fds)}
         await self._socket.send(messages.encode({"id": number, "verb": Verb.API, "args": arguments}))
         try:
             message = await future
@@ -105,22 +106,24 @@ async def rehearse(app: FastAPI) -> None:
     async def send(_: Any) -> None:
         pass
 
-    for path in (f"{ROOT}{ENDPOINTS[0].name}", "/"):
-        scope: dict[str, Any] = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
-            "path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"", "headers": [],
-            "client": None, "server": None,
-        }  # fmt: skip
-        await app(scope, receive, send)
+    nobody, peer = socket.socketpair()
+    with peer, Carrier(nobody.detach()) as carrier:
+        for path in (f"{ROOT}{ENDPOINTS[0].name}", "/"):
+            scope: dict[str, Any] = {
+                "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
+                "path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"", "headers": [],
+                "client": None, "server": None, "descriptors": carrier,
+            }  # fmt: skip
+            await app(scope, receive, send)
 
 
-async def serve(sock: socket.socket, endpoint: str, box: sandbox.Sandbox) -> None:
+async def serve(listener: Listener, endpoint: str, box: sandbox.Sandbox) -> None:
     """Until told to stop; requests under way are answered first."""
     controller = Controller()
     app = build(controller.handle)
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=protocol(listener),
         loop="asyncio",
         lifespan="off",
         log_config=None,
@@ -140,7 +143,7 @@ async def serve(sock: socket.socket, endpoint: str, box: sandbox.Sandbox) -> Non
 
     controller.on_shutdown = stop
     receiver = asyncio.create_task(controller.receive())
-    await server.serve(sockets=[sock])
+    await server.serve(sockets=[listener])
     receiver.cancel()
 
 
@@ -154,5 +157,5 @@ def main(listen_fd: int, endpoint: str, parent: int, seccomp: str) -> int:
     set_name("api")
     for number in (signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP):
         signal.signal(number, signal.SIG_IGN)
-    asyncio.run(serve(socket.socket(fileno=listen_fd), endpoint, box))
+    asyncio.run(serve(Listener(listen_fd), endpoint, box))
     return 0

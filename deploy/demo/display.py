@@ -17,6 +17,9 @@ from rich.text import Text
 
 CONSOLE_LINES = 14
 COMMAND_LINES = 7
+FAULT_COLUMNS = (
+    "process", "fault", "injected", "recovered", "median ms", "worst ms", "fio passes", "MiB echoed", "lost",
+)  # fmt: skip
 FLEET_COLUMNS = ("vmm", "pid", "process", "device", "state", "restarts", "PSS MiB")
 
 
@@ -81,7 +84,10 @@ def figures(event: dict[str, Any]) -> str:
 def summary(report: dict[str, Any]) -> list[str]:
     """The end of it, for people."""
     if not report["ok"]:
-        return [f"FAILED: {report['failure']}"]
+        return [*fault_lines(report), f"FAILED: {report['failure']}"]
+    if "runs" in report:
+        end = f"{report['lost']} lost, {report['guest_errors']} errors in the guest"
+        return ["Every process was killed and stopped; the guest went on.", *fault_lines(report), f"  {end}"]
     first, last = report["uptime_s"][0], report["uptime_s"][-1]
     source, destination = report["source_exit"], report["destination_exit"]
     hosts = report.get("hosts", [])
@@ -101,6 +107,20 @@ def summary(report: dict[str, Any]) -> list[str]:
             f"  until source end  {report['seconds']['send_to_source_exit']:.0f} s from send-migration",
         ]
     return lines
+
+
+def fault_lines(report: dict[str, Any]) -> list[str]:
+    """A table: per process kind and fault how often, how many came back, and how long they were gone."""
+    lines = []
+    for run in report.get("runs", []):
+        for strike in run.get("strikes", []):
+            stalls = [strike["median_stall_ms"], strike["worst_stall_ms"]]
+            cells = [run["process"], strike["fault"], str(strike["injected"]), str(strike["recovered"])]
+            lines.append([*cells, *("-" if stall is None else f"{stall:.0f}" for stall in stalls)])
+        if run.get("strikes"):
+            lines[-1] += [str(run["fio_passes"]), f"{run['net_bytes'] / (1 << 20):.1f}", str(run["lost"])]
+    return ["  " + "  ".join(f"{cell:>{len(head)}}" for head, cell in zip(FAULT_COLUMNS, cells, strict=False))
+            for cells in [FAULT_COLUMNS, *lines]] if lines else []  # fmt: skip
 
 
 class Lines:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from deploy.demo import example, vmm
 from deploy.demo.example import Example, Way
-from deploy.demo.play import BOOT_PATTERN, WHICH_BOOT, Play, perform
+from deploy.demo.play import Play, perform
 from deploy.demo.report import DemoError, Events, Hop, Report
 from deploy.demo.terminal import Terminal
 
@@ -42,7 +42,7 @@ class Local(Play):
 
     def play(self) -> None:
         guest = self._boot()
-        self._which_boot(guest)
+        self.which_boot(guest, ANSWER)
         if self._hops > 1:  # before the guest's load makes every start slow where the CPU is emulated
             self.step("all destinations start")
             self._targets = [self._destination(number + 1) for number in range(1, self._hops + 1)]
@@ -61,12 +61,6 @@ class Local(Play):
         guest = self.type("vmm1", self._setting.source())
         guest.await_match(r"root@focal:", BOOT, "shell prompt of the guest")
         return guest
-
-    def _which_boot(self, guest: Terminal) -> None:
-        since = guest.mark()
-        guest.type(WHICH_BOOT)
-        match = guest.await_match(BOOT_PATTERN, ANSWER, "answer to the typed command", since)
-        self.booted(match[1], match[2])
 
     def _start_load(self, guest: Terminal) -> None:
         self.step("the guest checksums its second disk in a loop")
@@ -149,7 +143,7 @@ class Local(Play):
         if self._setting.disks > 2:
             guest.await_match(r"verify: ok \d", ANSWER, "verified block at the destination")
         guest.type("\x03")
-        self._which_boot(guest)
+        self.which_boot(guest, ANSWER)
         self.count()
         if self.report.not_equal:
             raise DemoError(f"a disk says something else than before:\n{guest.tail()}")

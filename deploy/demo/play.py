@@ -29,7 +29,7 @@ BOOT_PATTERN = r"boot=([0-9a-f-]{36}) up=([0-9]+\.[0-9]{2})"  # whole, also when
 class Play(ABC):
     """One example; a subclass says in `play` what is done. `consoles`: whose lines are shown, by how names begin."""
 
-    def __init__(self, folder: Path, events: Events, report: Report, consoles: str) -> None:
+    def __init__(self, folder: Path, events: Events, report: Report, consoles: str | tuple[str, ...]) -> None:
         self._folder = folder
         self._consoles = consoles
         self._terminals: list[Terminal] = []
@@ -77,6 +77,13 @@ class Play(ABC):
             return Path(path).is_socket()
 
         vmm.await_true(f"socket {path} of {owner.name}", seconds, there)
+
+    def which_boot(self, guest: Terminal, seconds: float) -> None:
+        """Ask at the guest's own console. Raises DemoError, as booted() does."""
+        since = guest.mark()
+        guest.type(WHICH_BOOT)
+        match = guest.await_match(BOOT_PATTERN, seconds, "answer to the typed command", since)
+        self.booted(match[1], match[2])
 
     def booted(self, boot_id: str, uptime: str) -> None:
         """Note an answer to WHICH_BOOT. Raises DemoError when the guest is not the one that it was before."""

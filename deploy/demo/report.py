@@ -101,3 +101,31 @@ class NestedReport(Report):
 
     hosts: list[int] = field(default_factory=list)
     ping: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Strike:
+    """What `flotilla chaos` has counted of one fault. Times in milliseconds."""
+
+    fault: str
+    injected: int
+    recovered: int
+    median_stall_ms: float | None
+    worst_stall_ms: float | None
+
+
+@dataclass(slots=True)
+class FaultsReport(Report):
+    """One run of the fault example. `lost`: 0, or more where fio or the echo found anything that is not what it was.
+
+    fio_passes   verified passes over the loaded disk; net_bytes: bytes that came back as they went
+    guest_errors lines of the guest's kernel log that are errors and were not there before the load
+    """
+
+    process: str = ""
+    strikes: list[Strike] = field(default_factory=list)
+    fio_passes: int = 0
+    net_bytes: int = 0
+    guest_errors: int = 0
+    lost: int = 0
+    vmm_exit: int | None = None

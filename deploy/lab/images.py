@@ -33,14 +33,14 @@ MACHINE_PACKAGES = [
     *("python3", "kmod", "iproute2", "iputils-ping", "procps", "psmisc", "socat", "strace", "fio", "curl", "jq"),
     *("iperf3", "less", "tmux", "qemu-system-x86", "qemu-utils"),
 ]
-GUEST_PACKAGES = ["kmod", "iproute2", "iputils-ping", "procps", "socat", "iperf3"]
+GUEST_PACKAGES = ["kmod", "iproute2", "iputils-ping", "procps", "socat", "iperf3", "fio"]
 
 # Modules of an initramfs; what they depend on is added, in order.
 BOOT_MODULES = ["virtio_pci", "virtio_blk", "virtio_net", "virtio_console"]
 BUSYBOX_APPLETS = ["sh", "mount", "insmod", "usleep", "cp", "ls", "poweroff", "switch_root"]
 
 MACHINE_BYTES = 3 << 30
-GUEST_BYTES = 704 * MIB
+GUEST_BYTES = 896 * MIB
 PARTITION_START = MIB
 
 GUEST_CMDLINE = "root=/dev/vda1 console=ttyS0"
@@ -216,7 +216,8 @@ def make_guest_disk(disk: Path, tree: Path) -> None:
         install_program(HERE / "init" / "guest-off", tree / "usr/local/sbin" / name)
     install_program(result("kernel", key_kernel()) / "busybox", tree / "bin/busybox")
     install_program(HERE / "init" / "guest-power-button", tree / "etc/acpi/PWRF/00000080")
-    install_program(HERE / "guest" / "equal.sh", tree / "root/equal.sh")
+    for name in ("equal.sh", "fio.sh"):
+        install_program(HERE / "guest" / name, tree / "root" / name)
     verify = tree / "usr/local/bin/verify"
     debian.run(["gcc", "-std=gnu11", "-O2", "-static", "-o", verify, HERE / "guest" / "verify.c"], "gcc on verify.c")
     filesystem(disk, tree, GUEST_BYTES - PARTITION_START, offset=PARTITION_START)

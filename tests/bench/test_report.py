@@ -38,11 +38,21 @@ def test_table_names_a_missing_peer_with_its_reason(capsys):
     assert "flotilla / qemu 512M: 0.50" in lines
 
 
-@pytest.mark.parametrize("words", ["boot --runs 0", "migrate-local --sizes 1T", "net --lab --debian", ""])
+WRONG = ["boot --runs 0", "migrate-local --sizes 1T", "boot --runs x", "net --lab --debian", ""]
+
+
+@pytest.mark.parametrize("words", WRONG)
 def test_wrong_words_are_refused(words, capsys):
     with pytest.raises(SystemExit) as end:
         parse(words.split())
     assert end.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["--debian", "--lab"])
+def test_cases_of_the_probe_guest_are_refused_for_debian(where, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["net", where, "--cases", "rtt 98 x1"])
+    assert end.value.code == 2 and "--cases are the probe guest's" in capsys.readouterr().err
 
 
 def test_lab_machine_holds_the_largest_guest():

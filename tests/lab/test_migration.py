@@ -121,12 +121,12 @@ def test_iperf3_and_ping_go_on_while_debian_moves_between_hosts(lab: Lab) -> Non
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(4 * LIMIT + 60 * TRIES)
+@pytest.mark.timeout(4 * LIMIT + 100 * TRIES)
 def test_debian_moves_between_hosts_over_a_cable_that_netem_makes_bad(lab: Lab) -> None:
     """Each of the tries arrives or leaves the guest running at the source; the seed is printed."""
     seed = int(os.environ.get("FLOTILLA_SEED", "1"))
     script = f"exec python3 /lab/netem.py {seed} {TRIES}"
-    done = lab.run(script, limit=LIMIT + 60 * TRIES, puts={"netem.py": NETEM}).must_succeed()
+    done = lab.run(script, limit=LIMIT + 100 * TRIES, puts={"netem.py": NETEM}).must_succeed()
     print(done.stdout)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == TRIES

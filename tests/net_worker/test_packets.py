@@ -342,12 +342,17 @@ def test_full_tap_is_waited_for_and_receiving_goes_on(network: Network) -> None:
     wire.close()
 
 
-def test_interface_that_is_down_drops_and_comes_back(network: Network) -> None:
+def test_interface_that_is_down_drops_says_so_and_comes_back(
+    network: Network, capfd: pytest.CaptureFixture[str]
+) -> None:
     with Rig(network).start() as rig:
         with network.inside():
             network.ip("link", "set", network.NAME, "down")
         rig.tx[0].send(frame(1))
         assert rig.backend.stats()["tx_dropped"] == 1
+        rig.backend.epoch()
+        rig.backend.epoch()
+        assert capfd.readouterr().err.count("the TAP refuses frames (Input/output error; is it up?): 1 dropped") == 1
         with network.inside():
             network.ip("link", "set", network.NAME, "up")
         wire = network.wire()

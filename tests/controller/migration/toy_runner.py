@@ -12,7 +12,7 @@ import ctypes
 import os
 from typing import Any
 
-from shared.atomics import cas32, load32, store32
+from shared.atomics import cas32, load32, preload, store32
 from shared.linux import mmap_fd
 from shared.reactor import Reactor, Timer
 from shared.state_versions import StateKind
@@ -143,6 +143,7 @@ class Runner:
 
 
 def main(start: Start) -> int:
+    preload()
     reactor = Reactor()
     guest = GuestRam(start.fds["guest"]) if "guest" in start.fds else None
     return serve(start, Runner(reactor, Ram(start.fds["ram"]), start.fds["pulse"], guest), reactor)

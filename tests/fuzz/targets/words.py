@@ -13,9 +13,11 @@ from controller.config import cli, options
 from controller.config.codec import from_json, net_from_json, to_json
 from controller.config.model import VmConfig
 from controller.config.validate import validate
+from controller.faults.fault import parse as parse_fault
 from controller.migration.arguments import parse_receive, parse_resolve, parse_send, parse_url, unix_path
 from controller.requests import answer
 from shared.errors import FlotillaError
+from shared.faults import Process
 from tests.fuzz.choices import Choices
 from tests.fuzz.engine import Target
 from tests.fuzz.targets.peers import CONFIG
@@ -112,6 +114,10 @@ async def _resolve(body: Any) -> None:
     parse_resolve(body)
 
 
+async def _inject(body: Any) -> None:
+    parse_fault(body, {"_disk0": Process.BLK, "_net1": Process.NET, "vcpu0": Process.VCPU})
+
+
 async def _nothing(_: Any) -> None:
     return None
 
@@ -127,6 +133,8 @@ BODY_VERBS: dict[str, tuple[Callable[[Any], Awaitable[None]], Any]] = {
                                   "timeout_strategy": "Cancel", "net_fds": []}),
     "vm.receive-migration": (_receive, {"receiver_url": "tcp:127.0.0.1:9000"}),
     "vm.migration-resolve": (_resolve, {"guest": "here"}),
+    "vmm.fault-inject": (_inject, {"process": "_disk0", "fault": "slow", "value": 20, "spread": 3, "shape": "normal",
+                                   "seed": 1, "count": 3, "duration_ms": 5, "at": {"request": 100}}),
 }  # fmt: skip
 VERBS = {endpoint.name: BODY_VERBS[endpoint.name][0] if endpoint.body else _nothing for endpoint in ENDPOINTS}
 

@@ -1,7 +1,7 @@
 """Debian moves between two network namespaces while netem makes the cable bad: `python3 netem.py SEED COUNT`.
 
 A migration that arrives takes the guest to the other host; one that fails leaves it running where it is, and the same
-VMM receives the next try. A line of JSON for each on stdout: {"weather", "to", "send", "receive", "equal"}.
+VMM receives the next try. A line of JSON for each on stdout: weather, cut, to, exit codes, checksums.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from deploy.demo import vmm
 from deploy.demo.example import Example
-from deploy.demo.play import BOOT_PATTERN, WHICH_BOOT, Play, perform
+from deploy.demo.play import Play, perform
 from deploy.demo.report import DemoError, Events, Report
 from deploy.demo.terminal import Terminal
 
@@ -100,7 +100,7 @@ class Wanderer(Play):
         os.truncate(os.open(Path.home() / "workloads/written.img", os.O_CREAT | os.O_WRONLY, 0o644), WRITTEN_BYTES)
         guest = self._vmm(self._at, GUEST.source().partition("--api-socket")[0])
         guest.await_match(r"root@focal:", BOOT, "shell prompt of the guest")
-        self._which_boot(guest)
+        self.which_boot(guest, ANSWER)
         guest.type("verify /dev/vdc &\n")
         guest.await_match(r"verify: ok \d", ANSWER, "verified block of the third disk")
         guest.type("./equal.sh /dev/vdb\n")
@@ -112,7 +112,7 @@ class Wanderer(Play):
                 self._at, self._elsewhere = self._elsewhere, self._at
                 target = self._vmm(self._elsewhere)
         guest.type("\x03")
-        self._which_boot(guest)
+        self.which_boot(guest, ANSWER)
         guest.type("poweroff\n")
         self.report.destination_exit = guest.expect_end(ANSWER)
 
@@ -122,12 +122,6 @@ class Wanderer(Play):
         terminal = self.type(f"vmm{self._vmms}", f"ip netns exec {host} {command}--api-socket={api}")
         self.await_socket(api, terminal, ANSWER)
         return terminal
-
-    def _which_boot(self, guest: Terminal) -> None:
-        since = guest.mark()
-        guest.type(WHICH_BOOT)
-        match = guest.await_match(BOOT_PATTERN, ANSWER, "answer to the typed command", since)
-        self.booted(match[1], match[2])
 
     def _migrate(self, number: int, guest: Terminal, target: Terminal) -> bool:
         """Whether the guest is at the target now. Raises DemoError when it is not whole at exactly one of the two."""
