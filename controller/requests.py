@@ -40,7 +40,7 @@ def status_of(error: BaseException) -> int:
 
 def failure(error: BaseException) -> dict[str, Any]:
     body = json.dumps(["Error from API", *chain(error)], separators=(",", ":"), ensure_ascii=False)
-    return {"status": status_of(error), "body": body.encode()}
+    return {"status": status_of(error), "body": body.encode(errors="replace")}
 
 
 async def answer(

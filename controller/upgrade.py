@@ -75,6 +75,8 @@ def _program(path: Any) -> str:
         mode = os.stat(path).st_mode
     except OSError as error:
         raise ConfigError(f"{what}: {error.strerror}") from error
+    except ValueError as error:  # half of a surrogate pair
+        raise ConfigError(f"{REQUEST}: exec: {path!r} is no file name") from error
     if not stat.S_ISREG(mode):
         raise ConfigError(f"{what} is no file")
     if not os.access(path, os.X_OK, effective_ids=True):

@@ -95,3 +95,10 @@ def test_malformed_json_is_400(body):
 
 def test_missing_body_is_400():
     assert ask(giving(None), "PUT", "vm.create")[0] == 400
+
+
+def test_error_that_repeats_half_of_a_surrogate_pair_is_told():
+    """JSON has such strings, UTF-8 has not."""
+    assert ask(raising(ConfigError("there is no \ud800")), "GET", "vm.info") == (
+        400, ["Error from API", "there is no ?"]
+    )  # fmt: skip

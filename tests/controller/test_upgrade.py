@@ -46,6 +46,10 @@ def test_path_that_is_not_absolute(path: Any) -> None:
     assert "is no absolute path" in refusal({"id": "_disk0", "exec": path})
 
 
+def test_path_that_no_file_can_have() -> None:
+    assert "is no file name" in refusal({"id": "_disk0", "exec": "/a\ud800"})
+
+
 def test_path_that_is_missing() -> None:
     assert "exec: /nobody/there: No such file or directory" in refusal({"id": "_disk0", "exec": "/nobody/there"})
 

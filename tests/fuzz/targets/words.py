@@ -16,6 +16,7 @@ from controller.config.validate import validate
 from controller.faults.fault import parse as parse_fault
 from controller.migration.arguments import parse_receive, parse_resolve, parse_send, parse_url, unix_path
 from controller.requests import answer
+from controller.upgrade import parse as parse_upgrade
 from shared.errors import FlotillaError
 from shared.faults import Process
 from tests.fuzz.choices import Choices
@@ -118,6 +119,10 @@ async def _inject(body: Any) -> None:
     parse_fault(body, {"_disk0": Process.BLK, "_net1": Process.NET, "vcpu0": Process.VCPU})
 
 
+async def _upgrade(body: Any) -> None:
+    parse_upgrade(body)
+
+
 async def _nothing(_: Any) -> None:
     return None
 
@@ -133,6 +138,7 @@ BODY_VERBS: dict[str, tuple[Callable[[Any], Awaitable[None]], Any]] = {
                                   "timeout_strategy": "Cancel", "net_fds": []}),
     "vm.receive-migration": (_receive, {"receiver_url": "tcp:127.0.0.1:9000"}),
     "vm.migration-resolve": (_resolve, {"guest": "here"}),
+    "vm.worker-upgrade": (_upgrade, {"id": "_disk0", "exec": "/bin/true", "timeout_ms": 1000}),
     "vmm.fault-inject": (_inject, {"process": "_disk0", "fault": "slow", "value": 20, "spread": 3, "shape": "normal",
                                    "seed": 1, "count": 3, "duration_ms": 5, "at": {"request": 100}}),
 }  # fmt: skip
