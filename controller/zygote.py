@@ -110,7 +110,9 @@ def _worker(request: dict[str, Any], named: dict[str, int], last_words: int, con
         _exec(request, named, last_words, box.own_mounts)
     module = import_module(request["module"])
     standby = bool(request["standby"])
-    start = Start(request["kind"], request["name"], request["spec"], named, request["endpoint"], box, standby)
+    start = Start(
+        request["kind"], request["name"], request["spec"], named, request["endpoint"], box, standby=standby
+    )
     code: int = module.main(start)
     return code
 

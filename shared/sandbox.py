@@ -129,8 +129,8 @@ class Sandbox:
             seccomp.install(self._rules, self._forbidden)
 
     def confine(self, *, execs: bool = False) -> None:
-        """`execs`: another program follows in this process. It finds this much done, and the one capability with
-        which it takes the next step."""
+        """`execs`: another program follows in this process. It finds this much done, and the capabilities with which
+        it takes the next step."""
         profile = self._profile
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold guest RAM
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -142,10 +142,10 @@ class Sandbox:
                 check(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "mount / private")
                 self.own_mounts = True
         prctl(PR_SET_NO_NEW_PRIVS, 1)
-        carried = (CAP_SYS_ADMIN,) if execs and self.own_mounts else ()
-        _make_inheritable(carried)  # while the bounding set still has it
-        drop_bounding_set(profile.capabilities)  # while CAP_SETPCAP is there
         left = (*profile.capabilities, CAP_SYS_ADMIN) if self.own_mounts else profile.capabilities
+        carried = left if execs else ()
+        _make_inheritable(carried)  # while the bounding set still has them
+        drop_bounding_set(profile.capabilities)  # while CAP_SETPCAP is there
         drop_capabilities(left, carried)
 
 
