@@ -32,7 +32,7 @@ from shared.linux import libc
 from shared.sandbox import CLONE_NEWNET
 
 BAD_FD: Final = 0x7FFF_0000
-VM_KINDS: Final = ("blk", "net", "console", "vcpu", "api", "janitor")
+VM_KINDS: Final = ("blk", "net", "console", "vcpu", "api", "metrics", "janitor")
 KINDS: Final = (*VM_KINDS, "migration_agent")
 REFUSALS: Final = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 CONTROLLER: Final = "controller"  # stands for its pid among a call's arguments
@@ -169,6 +169,7 @@ class Trial:
             "size=128M",
         ]
         words += ["--disk", f"path={disk}", "--serial", "tty", "--console", f"file={folder}/console"]
+        words += ["--metrics-socket", f"{folder}/metrics"]
         self.no_net = ""
         if libc.unshare(CLONE_NEWNET) == 0:
             words += ["--net", "mac=12:34:56:78:90:ab"]
@@ -223,7 +224,7 @@ def run(folder: Path) -> tuple[dict[str, dict[str, Verdict]], dict[str, dict[str
         inner.mkdir()
         with ExitStack() as cleanup:
             trial = Trial(inner, mode, cleanup)
-            # The janitor last, and the API process before it: who is asked may not be dead.
+            # The janitor last, the API process and the exporter before it: who is asked may not be dead.
             for kind, (pid, controller) in trial.processes().items():
                 if mode == "errno":
                     facts[kind] = look(pid)
