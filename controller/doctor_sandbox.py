@@ -32,6 +32,7 @@ from shared.linux import libc
 from shared.sandbox import CLONE_NEWNET
 
 BAD_FD: Final = 0x7FFF_0000
+WIDTH: Final = 20  # of a column
 VM_KINDS: Final = ("blk", "net", "console", "vcpu", "api", "metrics", "janitor")
 KINDS: Final = (*VM_KINDS, "migration_agent")
 REFUSALS: Final = (errno.EPERM, errno.EACCES, errno.ENOSYS)
@@ -237,14 +238,14 @@ def run(folder: Path) -> tuple[dict[str, dict[str, Verdict]], dict[str, dict[str
 
 def show(table: dict[str, dict[str, Verdict]], facts: dict[str, dict[str, Any]], no_net: str) -> None:
     kinds = [kind for kind in KINDS if kind in table]
-    print("".join([f"{'':24}", *(f"{kind:16}" for kind in kinds)]).rstrip())
+    print("".join([f"{'':24}", *(f"{kind:{WIDTH}}" for kind in kinds)]).rstrip())
     for what in (*(trial.what for trial in ATTEMPTS), "a call of death"):
         cells = [table[kind][what].how if what in table[kind] else "its work" for kind in kinds]
-        print("".join([f"{what:24}", *(f"{cell:16}" for cell in cells)]).rstrip())
+        print("".join([f"{what:24}", *(f"{cell:{WIDTH}}" for cell in cells)]).rstrip())
     print()
     for name in ("root", "capabilities", "namespaces", "descriptors"):
         cells = [_cell(facts[kind].get(name, "?")) for kind in kinds]
-        print("".join([f"{name:24}", *(f"{cell:16}" for cell in cells)]).rstrip())
+        print("".join([f"{name:24}", *(f"{cell:{WIDTH}}" for cell in cells)]).rstrip())
     if no_net:
         print(f"\nnet: not tried, a TAP needs a network namespace or CAP_NET_ADMIN: {no_net}")
 
