@@ -16,6 +16,7 @@ from enum import StrEnum
 from controller.cgroups import Cgroups
 from controller.spawn import LAST_WORDS, LAST_WORDS_BYTES, Zygote
 from controller.supervision import Cause, Supervision, process_state
+from controller.users import Users
 from shared import log
 from shared.errors import FlotillaError, WorkerError, WorkerLost
 from shared.reactor import Event, Reactor, describe
@@ -185,10 +186,11 @@ class Fleet:
         self.processes: list[Process] = []
         self.seccomp = seccomp
         self.cgroups = Cgroups()
+        self.users = Users()
 
-    def use(self, cgroups: Cgroups) -> None:
-        """Every process from now on has a cgroup of its own there."""
-        self.cgroups = cgroups
+    def use(self, cgroups: Cgroups, users: Users) -> None:
+        """Every process from now on has a cgroup of its own there, and runs as one of these users."""
+        self.cgroups, self.users = cgroups, users
         self.zygote.on_start = lambda pid: cgroups.enter("zygote", pid)
 
     def adopt(self, kind: str, name: str, pid: int, on_end: Callable[[Process], None], restarts: int = 0) -> Process:
@@ -222,6 +224,7 @@ class Fleet:
             "endpoint": endpoint,
             "orphan": spec.orphan,
             "seccomp": self.seccomp,
+            "user": self.users.of(spec.name, {process.name for process in self.processes}),
         }
         try:
             last_words, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)

@@ -4,7 +4,8 @@ It is exec'd first, from the controller's main thread, while the controller stil
 SOCK_SEQPACKET datagram (msgpack) with the worker's file descriptors; the answer is the new pid.
 
 A worker is forked with CLONE_PARENT, which makes it the *controller's* child: it outlives the zygote, the
-controller can wait for it, and PDEATHSIG ties it to the controller's main thread. No zmq context and no thread
+controller can wait for it, and PDEATHSIG ties it to the controller's main thread. With CLONE_NEWPID, where the host
+allows it, it is pid 1 of a namespace of its own and can't name another process. No zmq context and no thread
 may exist here before a fork: neither survives one.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 from controller.spawn import LAST_WORDS, LAST_WORDS_BYTES
 from shared import log
+from shared.ancestry import Ancestry, parent_in_proc
 from shared.errors import FlotillaError
 from shared.linux import die_with_parent, recv_fds, set_name
 from shared.reactor import describe
@@ -40,6 +42,7 @@ def main(request_fd: int, controller: int) -> int:
     for number in TERMINAL_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     requests = socket.socket(fileno=request_fd)
+    in_proc = parent_in_proc()
     import msgpack
 
     import shared.control
@@ -56,10 +59,10 @@ def main(request_fd: int, controller: int) -> int:
         if not data:
             return 0
         request = msgpack.unpackb(data)
-        pid = _fork_for_parent()
+        pid = _fork_for_parent(shared.sandbox.PROFILES[request["sandbox"]].namespaces & shared.sandbox.CLONE_NEWPID)
         if pid == 0:
             requests.close()
-            _become(request, fds, controller)
+            _become(request, fds, controller, in_proc)
         for fd in fds:
             os.close(fd)
         try:
@@ -68,12 +71,17 @@ def main(request_fd: int, controller: int) -> int:
             return 0  # the controller is ending; PDEATHSIG takes the worker with it
 
 
-def _fork_for_parent() -> int:
-    """fork() with CLONE_PARENT. os.fork() can't pass flags; the interpreter is told by hand what os.fork() tells it."""
+def _fork_for_parent(namespaces: int) -> int:
+    """fork() with CLONE_PARENT. os.fork() can't pass flags; the interpreter is told by hand what os.fork() tells it.
+
+    `namespaces`: CLONE_NEWPID or 0; a host that refuses it gets a worker without.
+    """
     python = ctypes.PyDLL(None)  # PyDLL: the GIL stays held across the call, as it is across os.fork()
     python.syscall.restype = ctypes.c_long
     python.PyOS_BeforeFork()
-    pid: int = python.syscall(SYS_CLONE, CLONE_PARENT | signal.SIGCHLD, 0, 0, 0, 0)
+    pid: int = python.syscall(SYS_CLONE, CLONE_PARENT | namespaces | signal.SIGCHLD, 0, 0, 0, 0)
+    if pid < 0 and namespaces:
+        pid = python.syscall(SYS_CLONE, CLONE_PARENT | signal.SIGCHLD, 0, 0, 0, 0)
     if pid == 0:
         python.PyOS_AfterFork_Child()
     else:
@@ -81,8 +89,8 @@ def _fork_for_parent() -> int:
     return pid
 
 
-def _become(request: dict[str, Any], fds: list[int], controller: int) -> None:
-    """In the child: run the worker and exit with its code. Never returns."""
+def _become(request: dict[str, Any], fds: list[int], controller: int, in_proc: int) -> None:
+    """In the child: run the worker and exit with its code. Never returns. The controller's pid, and as /proc has it."""
     code, last_words = 70, -1
     try:
         named = dict(zip(request["fds"], fds, strict=True))
@@ -92,20 +100,29 @@ def _become(request: dict[str, Any], fds: list[int], controller: int) -> None:
         from shared import sandbox
         from shared.worker import Start
 
-        orphan = bool(request["orphan"])
-        if not orphan:
-            die_with_parent(controller)
         set_name(request["name"].lstrip("_") or request["kind"])
         settings = request["log"]
         sandbox.keep_descriptors([*fds, settings["fd"]])
+        ancestry = Ancestry(controller, in_proc)
+
+        def tie() -> None:
+            """Whatever changes credentials has the kernel forget PDEATHSIG."""
+            if not request["orphan"]:
+                ancestry.die_with_parent()
+
+        def final() -> None:
+            tie()
+            ancestry.close()
+
+        tie()
         log.configure(log.Level(settings["level"]), settings["fd"], request["name"], settings["began"])
         calls = sandbox.list_for(request["module"])
-        box = sandbox.confine(request["sandbox"], calls, request["seccomp"])
-        if not orphan:
-            # Confining may change credentials, and that clears PDEATHSIG.
-            die_with_parent(controller)
+        box = sandbox.confine(request["sandbox"], calls, request["seccomp"], request["user"], final)
+        tie()
         module = import_module(request["module"])
-        start = Start(request["kind"], request["name"], request["spec"], named, request["endpoint"], box)
+        start = Start(
+            request["kind"], request["name"], request["spec"], named, request["endpoint"], box, ancestry.pid
+        )
         code = module.main(start)
     except BaseException as error:
         code = 1

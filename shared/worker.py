@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shared import log
@@ -46,6 +46,7 @@ class Start:
     fds: Mapping[str, int]  # named descriptors that came with the request; now this process's own
     endpoint: str  # zmq endpoint to bind for the control plane
     sandbox: Sandbox = NONE
+    pid: int = field(default_factory=os.getpid)  # as the controller knows it
 
 
 class Worker(Protocol):
@@ -85,7 +86,7 @@ def serve(start: Start, worker: Worker, reactor: Reactor, more: Mapping[str, Han
     def hello(_: dict[str, Any]) -> dict[str, Any]:
         # zmq has accepted the only connection that it ever will.
         start.sandbox.seal()
-        return {**identity, "pid": os.getpid()}
+        return {**identity, "pid": start.pid}
 
     def do(action: Callable[[dict[str, Any]], None]) -> Handler:
         def handler(arguments: dict[str, Any]) -> dict[str, Any]:
