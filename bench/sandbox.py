@@ -1,7 +1,8 @@
-"""What the sandbox costs: block I/O and the way to the first of it, with `--seccomp true` beside `--seccomp false`.
+"""What the sandbox costs: block I/O and the way to the first of it, beside ours with `--seccomp false` (the other walls
+stand) and ours without any (bench/unconfined.py).
 
-Both are ours and take turns (A B B A …) after one start of each that does not count; a ratio is the median over the
-pairs of neighbours, which the machine's other work changes least. `first_io_ms` is from exec to the first verified
+They take turns (A B C C B A …) after one start of each that does not count; a ratio is the median over the runs of
+neighbours, which the machine's other work changes least. `first_io_ms` is from exec to the first verified
 pass of the disk's load: the disk's worker, which is what the filter holds up, comes up on the way.
 """
 
@@ -12,14 +13,15 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
-from bench import processes, programs, report
+from bench import processes, programs, report, unconfined
 from bench.errors import BenchError
 from bench.recorder import Recorder
 from guest.lines import BlkOk
 
+UNCONFINED: Final = "flotilla-unconfined"
 DISK_BYTES: Final = 64 << 20
 CMDLINE: Final = "mode=blkload depth=8 span=32m trim=0 report_ms=50"
-MODES: Final = {"flotilla": "true", "flotilla-unfiltered": "false"}
+MODES: Final = {"flotilla": "true", "flotilla-unfiltered": "false", UNCONFINED: "false"}
 
 
 def run(kernel: str, runs: int, patience: float, seconds: float) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def run(kernel: str, runs: int, patience: float, seconds: float) -> dict[str, An
         folder = Path(name)
         disk = folder / "disk.raw"
         disk.write_bytes(bytes(DISK_BYTES))
-        rows = [report.Row(peer, "4k depth 8", command(kernel, disk, mode)) for peer, mode in MODES.items()]
+        rows = [report.Row(peer, "4k depth 8", command(peer, kernel, disk, mode)) for peer, mode in MODES.items()]
         for row in rows:
             row.missing = report.kvm_missing()
         for number in range(runs + 1):
@@ -44,14 +46,16 @@ def run(kernel: str, runs: int, patience: float, seconds: float) -> dict[str, An
                     row.add(**figures)
     answer = report.result("sandbox", "block requests a second; ms from exec to the first I/O", rows, "iops")
     answer["ratios"] = {
-        f"{rows[1].peer} {name}": paired(rows[0], rows[1], name) for name in ("iops", "first_io_ms")
+        f"{row.peer} {name}": paired(rows[0], row, name) for row in rows[1:] for name in ("iops", "first_io_ms")
     }
     return answer
 
 
-def command(kernel: str, disk: Path, mode: str) -> list[str]:
+def command(peer: str, kernel: str, disk: Path, mode: str) -> list[str]:
+    ours = programs.ours("flotilla")
     return [
-        *programs.ours("flotilla"), "--kernel", kernel, "--cmdline", CMDLINE, "--cpus", "boot=1", "--memory",
+        *(unconfined.argv(ours) if peer == UNCONFINED else ours),
+        "--kernel", kernel, "--cmdline", CMDLINE, "--cpus", "boot=1", "--memory",
         "size=128M", "--disk", f"path={disk}", "--serial", "tty", "--console", "off", "--seccomp", mode,
     ]  # fmt: skip
 

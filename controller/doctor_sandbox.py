@@ -32,7 +32,8 @@ from shared.linux import libc
 from shared.sandbox import CLONE_NEWNET
 
 BAD_FD: Final = 0x7FFF_0000
-VM_KINDS: Final = ("blk", "net", "console", "vcpu", "api", "janitor")
+WIDTH: Final = 20  # of a column
+VM_KINDS: Final = ("blk", "net", "console", "vcpu", "api", "metrics", "janitor")
 KINDS: Final = (*VM_KINDS, "migration_agent")
 REFUSALS: Final = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 CONTROLLER: Final = "controller"  # stands for its pid among a call's arguments
@@ -169,6 +170,7 @@ class Trial:
             "size=128M",
         ]
         words += ["--disk", f"path={disk}", "--serial", "tty", "--console", f"file={folder}/console"]
+        words += ["--metrics-socket", f"{folder}/metrics"]
         self.no_net = ""
         if libc.unshare(CLONE_NEWNET) == 0:
             words += ["--net", "mac=12:34:56:78:90:ab"]
@@ -223,7 +225,7 @@ def run(folder: Path) -> tuple[dict[str, dict[str, Verdict]], dict[str, dict[str
         inner.mkdir()
         with ExitStack() as cleanup:
             trial = Trial(inner, mode, cleanup)
-            # The janitor last, and the API process before it: who is asked may not be dead.
+            # The janitor last, the API process and the exporter before it: who is asked may not be dead.
             for kind, (pid, controller) in trial.processes().items():
                 if mode == "errno":
                     facts[kind] = look(pid)
@@ -236,14 +238,14 @@ def run(folder: Path) -> tuple[dict[str, dict[str, Verdict]], dict[str, dict[str
 
 def show(table: dict[str, dict[str, Verdict]], facts: dict[str, dict[str, Any]], no_net: str) -> None:
     kinds = [kind for kind in KINDS if kind in table]
-    print("".join([f"{'':24}", *(f"{kind:16}" for kind in kinds)]).rstrip())
+    print("".join([f"{'':24}", *(f"{kind:{WIDTH}}" for kind in kinds)]).rstrip())
     for what in (*(trial.what for trial in ATTEMPTS), "a call of death"):
         cells = [table[kind][what].how if what in table[kind] else "its work" for kind in kinds]
-        print("".join([f"{what:24}", *(f"{cell:16}" for cell in cells)]).rstrip())
+        print("".join([f"{what:24}", *(f"{cell:{WIDTH}}" for cell in cells)]).rstrip())
     print()
     for name in ("root", "capabilities", "namespaces", "descriptors"):
         cells = [_cell(facts[kind].get(name, "?")) for kind in kinds]
-        print("".join([f"{name:24}", *(f"{cell:16}" for cell in cells)]).rstrip())
+        print("".join([f"{name:24}", *(f"{cell:{WIDTH}}" for cell in cells)]).rstrip())
     if no_net:
         print(f"\nnet: not tried, a TAP needs a network namespace or CAP_NET_ADMIN: {no_net}")
 

@@ -1,25 +1,23 @@
 """The metrics exporter, seen from the controller: a process of its own, started again whenever it dies.
 
-It gets the listening socket, a control endpoint that serves one verb, and one end of a socket pair for descriptors. So
-whoever takes it over learns figures and can ask for nothing else.
+It gets the listening socket, dials a control endpoint that serves one verb, and has one end of a socket pair for
+descriptors. So whoever takes it over learns figures and can ask for nothing else.
 
     start ─▶ running ──(killed, crashed)──▶ waits ──▶ running        stop() at any time: killed, it holds nothing
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
-from controller.fleet import Fleet, Process, ProcessState
+from controller.fleet import Fleet, Process, ProcessState, WorkerSpec
 from controller.leavings import Leavings
-from controller.spawn import exec_python
 from shared import log
 from shared.errors import FlotillaError
 from shared.messages import Verb
-from shared.reactor import Reactor, describe
+from shared.reactor import Lock, Reactor, describe
 from shared.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,10 +27,6 @@ if TYPE_CHECKING:
     from shared.control import Channel
 
 STEADY_SECONDS, FIRST_DELAY, LAST_DELAY = 10.0, 0.1, 5.0
-CODE = (
-    "import gc, sys; gc.disable(); from metrics_exporter.__main__ import main; "
-    "sys.exit(main(3, 4, sys.argv[1], int(sys.argv[2])))"
-)
 NAME = "metrics"
 FDS_PER_MESSAGE = 60  # below shared.linux.SCM_MAX_FDS
 
@@ -65,23 +59,27 @@ class Exporter:
         self._began = 0.0
         self._delay = FIRST_DELAY
         self._stopping = False
+        self._launching = Lock()
         for path in listening.paths:
             leavings.path(path, True)
 
     def start(self) -> None:
         """A failure is logged and tried again: nothing depends on it."""
+        self._reactor.spawn(self._try(), "metrics exporter")
+
+    async def _try(self) -> None:
         import zmq
 
-        if self._stopping:
-            return
         try:
-            self._launch()
+            async with self._launching:
+                if not self._stopping:
+                    await self._launch()
         except (FlotillaError, OSError, zmq.ZMQError) as error:
             self._hang_up()
             log.warn(f"no metrics exporter: {describe(error)}; trying again")
             self._reactor.call_later(LAST_DELAY, self.start)
 
-    def _launch(self) -> None:
+    async def _launch(self) -> None:
         import socket
 
         from shared.control import Channel
@@ -94,24 +92,24 @@ class Exporter:
         self._channel.on_event = lambda name, _: self._ready(endpoint) if name == "ready" else None
         self._sidecar, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sidecar.setblocking(False)
+        spec = WorkerSpec(
+            NAME, NAME, "metrics_exporter.__main__", "exporter", {"controller": endpoint}, control=False
+        )
         with theirs:
-            # Their numbers there are 3 and 4; ours must be others, or one would be put over the other.
-            listening = fcntl.fcntl(self._listening.sock.fileno(), fcntl.F_DUPFD_CLOEXEC, 10)
-            sidecar = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD_CLOEXEC, 10)
-            try:
-                pid = exec_python(CODE, [endpoint, str(os.getpid())], {3: listening, 4: sidecar})
-            finally:
-                os.close(listening)
-                os.close(sidecar)
-        self._process = self._fleet.adopt(NAME, NAME, pid, self._ended, self._incarnation - 1)
+            fds = {"listening": self._listening.sock.fileno(), "sidecar": theirs.fileno()}
+            self._process = await self._fleet.fork(spec, fds, self._ended, self._incarnation - 1)
         self._process.state = ProcessState.RUNNING
 
     def _ready(self, endpoint: str) -> None:
         from shared.control import unlink_endpoint
 
         unlink_endpoint(endpoint)
-        if self._process is not None:
-            self._fleet.supervision.restored(NAME, NAME, self._process.pid)
+        self._reactor.spawn(self._restored(), "metrics exporter")
+
+    async def _restored(self) -> None:
+        async with self._launching:  # the zygote's answer may come after its child's word
+            if self._process is not None:
+                self._fleet.supervision.restored(NAME, NAME, self._process.pid)
 
     async def _answer(self) -> dict[str, Any]:
         figures, files = await self._collect()
@@ -163,7 +161,8 @@ class Exporter:
     async def stop(self) -> None:
         """Remove the socket and end the process, whatever it is at."""
         self._stopping = True
-        self._listening.close()
+        async with self._launching:
+            self._listening.close()
         if self._process is not None:
             ended = self._process.ended
             self._fleet.kill(self._process)

@@ -10,12 +10,14 @@ threads hold a process's exit until their I/O is done (docs/adr/0002-block-io-th
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 
 from controller.cgroups import Cgroups
 from controller.spawn import LAST_WORDS, LAST_WORDS_BYTES, Zygote
 from controller.supervision import Cause, Supervision, process_state
+from controller.users import Users
 from shared import log
 from shared.errors import FlotillaError, WorkerError, WorkerLost
 from shared.reactor import Event, Reactor, describe
@@ -108,8 +110,6 @@ class Process:
     @property
     def blameable(self) -> bool:
         """Whether its own work may have ended it: not if it was killed (137 is a shell's SIGKILL) or stopped."""
-        import signal
-
         if self.verdict is not None:
             return self.verdict.cause is Cause.HUNG and self.verdict.since is not None
         return self.killed_by != signal.SIGKILL and self.exit_status != 128 + signal.SIGKILL
@@ -141,8 +141,6 @@ def _read_words(fd: int) -> str:
 
 def _violation(result: os.waitid_result | None) -> str:
     """A process that its seccomp filter has killed could say nothing itself."""
-    import signal
-
     if result is None or result.si_code not in (os.CLD_KILLED, os.CLD_DUMPED) or result.si_status != signal.SIGSYS:
         return ""
     return "ended by SIGSYS: a forbidden system call"
@@ -194,10 +192,11 @@ class Fleet:
         self.processes: list[Process] = []
         self.seccomp = seccomp
         self.cgroups = Cgroups()
+        self.users = Users()
 
-    def use(self, cgroups: Cgroups) -> None:
-        """Every process from now on has a cgroup of its own there."""
-        self.cgroups = cgroups
+    def use(self, cgroups: Cgroups, users: Users) -> None:
+        """Every process from now on has a cgroup of its own there, and runs as one of these users."""
+        self.cgroups, self.users = cgroups, users
         self.zygote.on_start = lambda pid: cgroups.enter("zygote", pid)
 
     def adopt(self, kind: str, name: str, pid: int, on_end: Callable[[Process], None], restarts: int = 0) -> Process:
@@ -231,6 +230,7 @@ class Fleet:
             "endpoint": endpoint,
             "orphan": spec.orphan,
             "seccomp": self.seccomp,
+            "user": self.users.of(spec.name, {process.name for process in self.processes}),
             "program": spec.program,
             "standby": spec.standby,
         }
@@ -311,7 +311,9 @@ class Fleet:
         if process.last_words >= 0:
             process.reason = _read_words(process.last_words) or violation
             os.close(process.last_words)
-        process.wanted = process.state is ProcessState.STOPPING and process.verdict is None
+        # What crashes while it is being ended (its connection broke, say, which is noticed first) has crashed.
+        ours = process.killed_by in (0, signal.SIGKILL, signal.SIGTERM)
+        process.wanted = process.state is ProcessState.STOPPING and process.verdict is None and ours
         process.state = ProcessState.ENDED
         self.processes.remove(process)
         self.cgroups.leave(process.name)
@@ -343,8 +345,6 @@ class Fleet:
     def kill(self, process: Process) -> None:
         """SIGKILL, by pidfd: never a stranger who got the same pid."""
         if process.state is not ProcessState.ENDED:
-            import signal
-
             process.state = ProcessState.STOPPING
             signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
 

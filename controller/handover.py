@@ -302,6 +302,8 @@ def less_confined(row: Row, like: Row) -> str:
         ("capabilities", not int(row["capabilities"], 16) & ~int(like["capabilities"], 16)),
         ("bounding", not int(row["bounding"], 16) & ~int(like["bounding"], 16)),
         ("uid", row["uid"] == like["uid"]),
+        ("gid", row["gid"] == like["gid"]),
+        ("groups", set(row["groups"]) <= set(like["groups"])),
         ("namespaces", set(like["namespaces"]) <= set(row["namespaces"])),
         ("root", like["root"] in ("shared", row["root"])),
         ("open_files", _limit(row["open_files"]) <= _limit(like["open_files"])),

@@ -68,8 +68,10 @@ def _configure_log(options: Options, began: float) -> None:
 
 def _run(options: Options, began: float) -> int:
     from controller.cgroups import Cgroups
+    from controller.users import Users
     from controller.vmm import Vmm
 
+    users = Users(options.worker_uid)
     target = options.api_socket
     api_socket = metrics_socket = None
     cgroups = Cgroups(options.cgroup)
@@ -84,7 +86,7 @@ def _run(options: Options, began: float) -> int:
 
             metrics_socket = listen(options.metrics)
         vmm = Vmm(options, began)
-        vmm.fleet.use(cgroups)
+        vmm.fleet.use(cgroups, users)
         if options.event_monitor is not None:
             vmm.events.open(options.event_monitor.path, options.event_monitor.fd)
         return vmm.run(api_socket, metrics_socket)

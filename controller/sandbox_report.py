@@ -1,6 +1,7 @@
 """`vmm.sandbox`: what holds for each process of the fleet, read from the kernel and not from what was intended.
 
-A row, of plain values: kind, device, pid, uid, seccomp ("none", "strict", "filter"), filters (how many),
+A row, of plain values: kind, device, pid, uid and gid (those that hold for what it does), groups (beside its gid),
+seccomp ("none", "strict", "filter"), filters (how many),
 no_new_privs, capabilities (hexadecimal: what it could still use, all sets but the bounding one), bounding, namespaces
 (those that are not the controller's), root ("shared", "empty", "own"), descriptors (how many are open), open_files and
 core (limits), cgroup. What can't be read, because the process has ended, is left out.
@@ -65,6 +66,8 @@ def _status(proc: str) -> dict[str, Any]:
         left |= int(status[name], 16)
     return {
         "uid": int(status["Uid"].split()[1]),
+        "gid": int(status["Gid"].split()[1]),
+        "groups": [int(group) for group in status["Groups"].split()],
         "seccomp": SECCOMP[status["Seccomp"]],
         "filters": int(status.get("Seccomp_filters", 0)),
         "no_new_privs": status["NoNewPrivs"] == "1",

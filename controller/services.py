@@ -15,14 +15,13 @@ from controller import requests
 from controller.api_socket import ApiSocket
 from controller.fleet import Fleet, Process, ProcessState, WorkerSpec
 from controller.leavings import Leavings
-from controller.spawn import exec_python
 from controller.watchdog import Watchdog
 from shared import log
 from shared.control import Channel, unlink_endpoint
 from shared.errors import FlotillaError, Timeout
 from shared.linux import pidfd_getfd
 from shared.messages import Verb
-from shared.reactor import Reactor, describe, within
+from shared.reactor import Lock, Reactor, describe, within
 from shared.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,11 +30,6 @@ if TYPE_CHECKING:
 GOODBYE_SECONDS = 3.0
 # A process that dies again and again is started again and again, but not in a busy loop.
 STEADY_SECONDS, LAST_DELAY = 10.0, 5.0
-# Half a second of imports, 10 % less of it without a garbage collector and without a search for plugins of pydantic.
-API_CODE = (
-    "import gc, os, sys; gc.disable(); os.environ['PYDANTIC_DISABLE_PLUGINS'] = '__all__'; "
-    "from controller.api.process import main; sys.exit(main(3, sys.argv[1], int(sys.argv[2]), sys.argv[3]))"
-)
 
 
 class Services:
@@ -57,9 +51,11 @@ class Services:
         self._verbs = verbs
         self._api: Process | None = None
         self._channel: Channel | None = None
+        self._api_endpoint = ""
         self._incarnation = 0
         self._api_began = 0.0
         self._api_delay = 0.1
+        self._launching = Lock()  # of an API process
         self._stopping = False
         self._janitor: Process | None = None
         self._janitors = 0  # so many have been started
@@ -83,13 +79,18 @@ class Services:
     # The API process ---------------------------------------------------------------------------------------------
 
     def _start_api(self) -> None:
+        self._reactor.spawn(self._try_api(), "API process")
+
+    async def _try_api(self) -> None:
         try:
-            self._launch_api()
+            async with self._launching:
+                await self._launch_api()
         except (FlotillaError, OSError) as error:
+            self._hang_up_api()
             log.warn(f"no API process: {describe(error)}; trying again")
             self._reactor.call_later(LAST_DELAY, self._start_api)
 
-    def _launch_api(self) -> None:
+    async def _launch_api(self) -> None:
         if self._api_socket is None or self._stopping:
             return
         self._incarnation += 1
@@ -98,16 +99,15 @@ class Services:
         channel = Channel(self._reactor, endpoint, bind=True, router=True)
         channel.handlers[Verb.API] = self._answer
         channel.on_event = lambda name, _: self._api_ready(endpoint) if name == "ready" else None
-        self._channel = channel
-        arguments = [endpoint, str(os.getpid()), self._fleet.seccomp]
-        pid = exec_python(API_CODE, arguments, {3: self._api_socket.sock.fileno()})
-        self._api = self._fleet.adopt("api", "api", pid, self._api_ended, self._incarnation - 1)
+        self._channel, self._api_endpoint = channel, endpoint
+        spec = WorkerSpec("api", "api", "controller.api.entry", "api", {"controller": endpoint}, control=False)
+        fds = {"listening": self._api_socket.sock.fileno()}
+        self._api = await self._fleet.fork(spec, fds, self._api_ended, self._incarnation - 1)
         self._api.state = ProcessState.RUNNING
 
     def _api_ready(self, endpoint: str) -> None:
         unlink_endpoint(endpoint)
-        if self._api is not None:
-            self._fleet.supervision.restored("api", "api", self._api.pid)
+        self._reactor.spawn(self._api_restored(), "API process")
 
     def _answer(self, request: dict[str, Any]) -> Awaitable[dict[str, Any]]:
         api, numbers = self._api, request.get("fds") or []
@@ -118,10 +118,19 @@ class Services:
 
         return requests.answer(self._verbs, request["method"], request["path"], request.get("body") or b"", fetch)
 
-    def _api_ended(self, process: Process) -> None:
+    async def _api_restored(self) -> None:
+        async with self._launching:  # the zygote's answer may come after its child's word
+            if self._api is not None:
+                self._fleet.supervision.restored("api", "api", self._api.pid)
+
+    def _hang_up_api(self) -> None:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
+            unlink_endpoint(self._api_endpoint)  # it may have died before it was ready
+
+    def _api_ended(self, process: Process) -> None:
+        self._hang_up_api()
         self._api = None
         if not self._stopping:
             self._lost(process)
@@ -208,6 +217,8 @@ class Services:
             self._api_socket.close()
         if self.exporter is not None:
             await self.exporter.stop()
+        async with self._launching:
+            pass  # nobody is on its way up behind our back
         if self._api is not None and self._channel is not None:
             self._api.state = ProcessState.STOPPING
             self._channel.broadcast("goodbye")

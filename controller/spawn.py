@@ -1,4 +1,4 @@
-"""Starting processes: the zygote itself, workers through it, and fresh interpreters for the rest."""
+"""Starting processes: the zygote, a fresh interpreter, and everything else through it."""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ It is exec'd first, from the controller's main thread, while the controller stil
 SOCK_SEQPACKET datagram (msgpack) with the worker's file descriptors; the answer is the new pid.
 
 A worker is forked with CLONE_PARENT, which makes it the *controller's* child: it outlives the zygote, the
-controller can wait for it, and PDEATHSIG ties it to the controller's main thread. No zmq context and no thread
+controller can wait for it, and PDEATHSIG ties it to the controller's main thread. With CLONE_NEWPID, where the host
+allows it, it is pid 1 of a namespace of its own and can't name another process. No zmq context and no thread
 may exist here before a fork: neither survives one.
 """
 
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 
 from controller.spawn import LAST_WORDS
 from shared import log
+from shared.ancestry import Ancestry, parent_in_proc
 from shared.errors import HostError
 from shared.linux import die_with_parent, recv_fds, set_name
 from shared.worker_program import become, carry_out
@@ -40,6 +42,7 @@ def main(request_fd: int, controller: int) -> int:
     for number in TERMINAL_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     requests = socket.socket(fileno=request_fd)
+    in_proc = parent_in_proc()
     import msgpack
 
     import shared.control
@@ -56,10 +59,10 @@ def main(request_fd: int, controller: int) -> int:
         if not data:
             return 0
         request = msgpack.unpackb(data)
-        pid = _fork_for_parent()
+        pid = _fork_for_parent(shared.sandbox.PROFILES[request["sandbox"]].namespaces & shared.sandbox.CLONE_NEWPID)
         if pid == 0:
             requests.close()
-            _become(request, fds, controller)
+            _become(request, fds, controller, in_proc)
         for fd in fds:
             os.close(fd)
         try:
@@ -68,12 +71,17 @@ def main(request_fd: int, controller: int) -> int:
             return 0  # the controller is ending; PDEATHSIG takes the worker with it
 
 
-def _fork_for_parent() -> int:
-    """fork() with CLONE_PARENT. os.fork() can't pass flags; the interpreter is told by hand what os.fork() tells it."""
+def _fork_for_parent(namespaces: int) -> int:
+    """fork() with CLONE_PARENT. os.fork() can't pass flags; the interpreter is told by hand what os.fork() tells it.
+
+    `namespaces`: CLONE_NEWPID or 0; a host that refuses it gets a worker without.
+    """
     python = ctypes.PyDLL(None)  # PyDLL: the GIL stays held across the call, as it is across os.fork()
     python.syscall.restype = ctypes.c_long
     python.PyOS_BeforeFork()
-    pid: int = python.syscall(SYS_CLONE, CLONE_PARENT | signal.SIGCHLD, 0, 0, 0, 0)
+    pid: int = python.syscall(SYS_CLONE, CLONE_PARENT | namespaces | signal.SIGCHLD, 0, 0, 0, 0)
+    if pid < 0 and namespaces:
+        pid = python.syscall(SYS_CLONE, CLONE_PARENT | signal.SIGCHLD, 0, 0, 0, 0)
     if pid == 0:
         python.PyOS_AfterFork_Child()
     else:
@@ -81,48 +89,52 @@ def _fork_for_parent() -> int:
     return pid
 
 
-def _become(request: dict[str, Any], fds: list[int], controller: int) -> None:
-    """In the child: run the worker and exit with its code. Never returns."""
+def _become(request: dict[str, Any], fds: list[int], controller: int, in_proc: int) -> None:
+    """In the child: run the worker and exit with its code. Never returns. The controller's pid, and as /proc has it."""
     named = dict(zip(request["fds"], fds, strict=True))
     last_words = named.pop(LAST_WORDS)
-    carry_out(lambda: _worker(request, named, last_words, controller), last_words)
+    carry_out(lambda: _worker(request, named, last_words, (controller, in_proc)), last_words)
 
 
-def _worker(request: dict[str, Any], named: dict[str, int], last_words: int, controller: int) -> int:
+def _worker(request: dict[str, Any], named: dict[str, int], last_words: int, parent: tuple[int, int]) -> int:
     from importlib import import_module
 
     from shared import sandbox
     from shared.worker import Start
 
-    orphan, program = bool(request["orphan"]), request["program"]
-    if not orphan:
-        die_with_parent(controller)
     set_name(request["name"].lstrip("_") or request["kind"])
-    settings = request["log"]
+    settings, program = request["log"], request["program"]
     sandbox.keep_descriptors([*named.values(), last_words, settings["fd"]])
+    ancestry = Ancestry(*parent, orphan=request["orphan"])
+    ancestry.die_with_parent()
     log.configure(log.Level(settings["level"]), settings["fd"], request["name"], settings["began"])
     calls = sandbox.list_for(request["module"])
-    box = sandbox.confine(request["sandbox"], calls, request["seccomp"], execs=bool(program))
-    if not orphan:
-        # Confining may change credentials, and that clears PDEATHSIG.
-        die_with_parent(controller)
+    box = sandbox.confine(
+        request["sandbox"], calls, request["seccomp"], request["user"], ancestry.settle, execs=bool(program)
+    )
+    ancestry.die_with_parent()
     if program:
-        _exec(request, named, last_words, box.own_mounts)
+        _exec(request, {"fds": named, "last_words": last_words, "own_mounts": box.own_mounts, "parent": parent})
     module = import_module(request["module"])
-    standby = bool(request["standby"])
     start = Start(
-        request["kind"], request["name"], request["spec"], named, request["endpoint"], box, standby=standby
+        request["kind"],
+        request["name"],
+        request["spec"],
+        named,
+        request["endpoint"],
+        box,
+        ancestry.pid,
+        request["standby"],
     )
     code: int = module.main(start)
     return code
 
 
-def _exec(request: dict[str, Any], named: dict[str, int], last_words: int, own_mounts: bool) -> NoReturn:
+def _exec(request: dict[str, Any], more: dict[str, Any]) -> NoReturn:
     """Raises HostError."""
-    fields = ("kind", "name", "module", "spec", "endpoint", "sandbox", "seccomp", "standby", "log")
-    task = {field: request[field] for field in fields}
+    fields = ("kind", "name", "module", "spec", "endpoint", "sandbox", "seccomp", "user", "standby", "log")
     try:
-        become(request["program"], {**task, "fds": named, "last_words": last_words, "own_mounts": own_mounts})
+        become(request["program"], {**{field: request[field] for field in fields}, **more})
     except OSError as error:
         raise HostError(f"{request['program']} can't be executed: {error.strerror}") from error
 

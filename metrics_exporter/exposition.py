@@ -16,8 +16,18 @@ from metrics_exporter import kvm_stats
 from metrics_exporter.catalogue import CATALOGUE, Kind
 from metrics_exporter.source import Measured
 from shared import latency
-from shared.figures import VM, ExitFigures, KvmFigures, MigrationFigures, ProcessFigures, WorkerFigures
+from shared.figures import (
+    VM,
+    ExitFigures,
+    Figures,
+    KvmFigures,
+    MigrationFigures,
+    ProcessFigures,
+    WorkerFigures,
+)
 
+# Accept headers that lead to each encoder of prometheus_client.
+FORMATS: Final = ("text/plain", *(f"application/openmetrics-text; version={version}" for version in ("0.0.1", "1.0.0")))
 TICKS_PER_SECOND: Final = os.sysconf("SC_CLK_TCK")
 # include/uapi/linux/kvm.h, KVM_EXIT_*. Others are told by their number, those beyond the count as "other".
 EXIT_REASONS: Final = {
@@ -160,3 +170,10 @@ def encode(measured: Measured, accept: str) -> tuple[bytes, str]:
     """The text and its content type, as an Accept header wishes."""
     encoder, content_type = choose_encoder(accept)
     return encoder(Snapshot(measured)), content_type
+
+
+def rehearse() -> None:
+    """Every format once, of nothing: what they import must be there before the file system goes."""
+    nothing = Measured(Figures(version="", processes=()), {}, 0.0)
+    for accept in FORMATS:
+        encode(nothing, accept)

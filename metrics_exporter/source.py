@@ -18,6 +18,7 @@ from shared.messages import Verb
 from shared.reactor import Future, Reactor, sleep
 
 ANSWER_SECONDS: Final = 10.0
+CONNECT_SECONDS: Final = 20.0
 # Figures that are younger are given out again: a flood of requests must not become one on the guest's controller.
 FRESH_SECONDS: Final = 0.5
 MAX_NOTE: Final = 4096
@@ -38,12 +39,16 @@ class Source:
 
     def __init__(self, reactor: Reactor, endpoint: str, sidecar: socket.socket) -> None:
         self._reactor = reactor
-        self._channel = Channel(reactor, endpoint, bind=False)
+        self._channel = Channel(reactor, endpoint, bind=False, once=True)
         self._sidecar = sidecar
         sidecar.setblocking(False)
         self._pending: Future[Measured] | None = None
         self._last: Measured | None = None
         self._taken = 0.0
+
+    async def connected(self) -> None:
+        """The endpoint's name is needed no more. Raises Timeout."""
+        await self._channel.connected(CONNECT_SECONDS)
         self._channel.emit("ready")
 
     async def measure(self) -> Measured:

@@ -5,8 +5,6 @@ It owns no part of a VM, so of the workers' contract quiesce, save, load and res
 
 from __future__ import annotations
 
-import os
-
 from migration_agent.agent import Agent
 from shared import log, pages
 from shared.control import Channel
@@ -38,7 +36,7 @@ def main(start: Start) -> int:
         return {}
 
     channel.handlers = {
-        Verb.HELLO: lambda _: {"kind": KIND, "version": VERSION, "pid": os.getpid()},
+        Verb.HELLO: lambda _: {"kind": KIND, "version": VERSION, "pid": start.pid},
         Verb.HEARTBEAT: lambda _: {"epoch": agent.epoch()},
         Verb.STATS: lambda _: dict(agent.stats()),
         Verb.FAULT: lambda arguments: fault(arguments["what"]),

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import time
 from collections.abc import Callable
@@ -41,6 +40,7 @@ from shared.linux import recv_fds, send_fds
 from shared.messages import error_to_wire
 from shared.pages import Bitmap, Regions
 from shared.reactor import Future, Reactor, Timer, describe, readable, within
+from shared.rehearsal import KILLED, stand_still
 from shared.wire import VERSION, Frame, Hello, Item, PageList, encode, encode_hello
 from shared.worker import Start
 
@@ -60,7 +60,7 @@ class Agent:
         self._listener = socket.socket(fileno=start.fds["listen"]) if "listen" in start.fds else None
         self._hello_seconds = float(start.spec.get("hello_seconds", HELLO_SECONDS))
         self._idle_seconds = float(start.spec.get("idle_seconds", IDLE_SECONDS))
-        self._fault: tuple[int, str] | None = None
+        self._fault: tuple[Callable[[], None], str] | None = None
         if what := start.spec.get("fault"):
             self.fault(what)
         self._machine = Machine(self._changed)
@@ -92,9 +92,10 @@ class Agent:
         return self._beats
 
     def fault(self, what: str) -> None:
-        """Fault injection: "KILL@offered" sends this process SIGKILL the moment it enters that state."""
+        """Fault injection: "kill@offered" ends this process the moment it enters that state, "hang@offered" has it do
+        nothing any more."""
         name, _, state = what.partition("@")
-        self._fault = (signal.Signals[f"SIG{name}"], str(State(state)))
+        self._fault = ({"kill": lambda: os._exit(KILLED), "hang": lambda: stand_still(0)}[name], str(State(state)))
 
     def close(self) -> None:
         if self._pulse is not None:
@@ -380,7 +381,7 @@ class Agent:
 
     def _changed(self, before: State, event: Event, after: State) -> None:
         if self._fault is not None and self._fault[1] == after:
-            os.kill(os.getpid(), self._fault[0])
+            self._fault[0]()
         self.emit("state", before=str(before), why=str(event), after=str(after))
 
     def _count(self, data: bytes, fds: list[int]) -> None:

@@ -15,11 +15,12 @@ import zmq
 
 from shared import log, messages
 from shared.errors import FlotillaError, HostError, ProtocolError, WorkerLost
-from shared.reactor import Future, Reactor, within
+from shared.reactor import Future, Reactor, sleep, within
 from shared.typed import Any
 
 # A handler returns the answer's fields, at once or as an awaitable.
 Handler = Callable[[dict[str, Any]], "dict[str, Any] | Awaitable[dict[str, Any]]"]
+CONNECTING_SECONDS = 0.002  # its descriptor is our reader's, and edge-triggered
 Peer = bytes  # routing id of a ROUTER's client; b"" on a DEALER
 _context: zmq.Context[Any] | None = None
 
@@ -43,7 +44,10 @@ class Channel:
     Raises HostError without a descriptor for the socket.
     """
 
-    def __init__(self, reactor: Reactor, endpoint: str, *, bind: bool, router: bool = False) -> None:
+    def __init__(
+        self, reactor: Reactor, endpoint: str, *, bind: bool, router: bool = False, once: bool = False
+    ) -> None:
+        """`once`: connect a single time and never again; connected() says when."""
         self._reactor = reactor
         self._router = router
         try:
@@ -53,6 +57,9 @@ class Channel:
         self._socket.set(zmq.LINGER, 200)
         self._socket.set(zmq.SNDHWM, 0)
         self._socket.set(zmq.MAXMSGSIZE, messages.MAX_MESSAGE)
+        if once:
+            self._socket.set(zmq.RECONNECT_IVL, -1)
+            self._socket.set(zmq.IMMEDIATE, 1)  # writable means connected
         self._fd: int = self._socket.get(zmq.FD)
         self._pending: dict[int, Future[dict[str, Any]]] = {}
         self._next_id = 0
@@ -66,6 +73,15 @@ class Channel:
         else:
             self._socket.connect(endpoint)
         reactor.add_reader(self._fd, self._drain)
+
+    async def connected(self, timeout: float) -> None:
+        """Of a channel that connects `once`. Raises Timeout."""
+
+        async def there() -> None:
+            while not self._socket.get(zmq.EVENTS) & zmq.POLLOUT:
+                await sleep(self._reactor, CONNECTING_SECONDS)
+
+        await within(self._reactor, timeout, there(), "the control channel")
 
     def close(self, reason: str = "closed") -> None:
         """Fail what waits for an answer and let go of the socket. Idempotent."""

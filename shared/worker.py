@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from shared import log
@@ -51,6 +51,7 @@ class Start:
     fds: Mapping[str, int]  # named descriptors that came with the request; now this process's own
     endpoint: str  # zmq endpoint to bind for the control plane
     sandbox: Sandbox = NONE
+    pid: int = field(default_factory=os.getpid)  # as the controller knows it
     standby: bool = False  # do nothing until `resume`: another process serves the device
 
 
@@ -93,7 +94,7 @@ def serve(start: Start, worker: Worker, reactor: Reactor, more: Mapping[str, Han
     def hello(_: dict[str, Any]) -> dict[str, Any]:
         # zmq has accepted the only connection that it ever will.
         start.sandbox.seal()
-        return {**identity, "pid": os.getpid(), "contract": CONTRACT}
+        return {**identity, "pid": start.pid, "contract": CONTRACT}
 
     def do(action: Callable[[dict[str, Any]], None]) -> Handler:
         def handler(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -109,6 +109,7 @@ def _worker(task: Mapping[str, Any]) -> int:
     from importlib import import_module
 
     from shared import sandbox
+    from shared.ancestry import Ancestry
     from shared.worker import Start
 
     set_name(task["name"].lstrip("_") or task["kind"])
@@ -116,15 +117,26 @@ def _worker(task: Mapping[str, Any]) -> int:
     log.configure(log.Level(settings["level"]), settings["fd"], task["name"], settings["began"])
     for fd in (*task["fds"].values(), task["last_words"], settings["fd"]):
         os.set_inheritable(fd, False)
+    ancestry = Ancestry(*task["parent"])
+    ancestry.die_with_parent()
     calls = sandbox.list_for(task["module"])
-    box = sandbox.confined(task["sandbox"], calls, task["seccomp"], own_mounts=task["own_mounts"])
+    box = sandbox.confined(
+        task["sandbox"], calls, task["seccomp"], task["user"], ancestry.settle, own_mounts=task["own_mounts"]
+    )
     for name in PRELOADED:
         import_module(name)
     module = import_module(task["module"])
     gc.freeze()
     gc.enable()
     start = Start(
-        task["kind"], task["name"], task["spec"], task["fds"], task["endpoint"], box, standby=task["standby"]
+        task["kind"],
+        task["name"],
+        task["spec"],
+        task["fds"],
+        task["endpoint"],
+        box,
+        ancestry.pid,
+        task["standby"],
     )
     code: int = module.main(start)
     return code

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from shared.errors import HostError
 from shared.reactor import Reactor
-from shared.rehearsal import NOTHING
+from shared.rehearsal import NOTHING, stand_still
 from shared.state_versions import State, StateKind
 from shared.worker import Start, serve
 
@@ -74,5 +72,5 @@ def main(start: Start) -> int:
     if start.spec.get("lacks"):
         raise HostError(f"this host has no {start.spec['lacks']}")
     if start.spec.get("hang"):
-        os.kill(os.getpid(), signal.SIGSTOP)
+        stand_still(0)
     return serve(start, Toy(start.spec.get("count", 0)), Reactor())

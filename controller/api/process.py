@@ -25,8 +25,8 @@ from controller.api.app import build
 from controller.api.descriptors import Carrier, Listener, protocol
 from controller.api.endpoints import ENDPOINTS, ROOT
 from shared import messages, sandbox
-from shared.linux import die_with_parent, set_name
 from shared.messages import Verb
+from shared.worker import Start
 
 CONNECT_SECONDS = 20.0
 
@@ -147,15 +147,10 @@ async def serve(listener: Listener, endpoint: str, box: sandbox.Sandbox) -> None
     receiver.cancel()
 
 
-def main(listen_fd: int, endpoint: str, parent: int, seccomp: str) -> int:
-    die_with_parent(parent)
-    sandbox.keep_descriptors([listen_fd])
-    box = sandbox.confine("api", "api", seccomp)
-    die_with_parent(parent)
+def run(start: Start) -> int:
+    """Until told to stop; the exit code."""
     gc.freeze()  # what has been imported stays
     gc.enable()
-    set_name("api")
-    for number in (signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP):
-        signal.signal(number, signal.SIG_IGN)
-    asyncio.run(serve(Listener(listen_fd), endpoint, box))
+    listener = Listener(start.fds["listening"])
+    asyncio.run(serve(listener, start.spec["controller"], start.sandbox))
     return 0

@@ -30,6 +30,7 @@ from shared.typed import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from controller.config.metrics import MetricsTarget
+    from controller.config.worker_uid import WorkerUid
 
 T = TypeVar("T")
 
@@ -63,6 +64,7 @@ class Options(Record):
     cgroup: str = ""
     allow_fault_injection: bool = False
     metrics: MetricsTarget | None = None
+    worker_uid: WorkerUid | None = None
 
 
 def parse_argv(argv: Sequence[str]) -> Options:
@@ -95,6 +97,7 @@ def parse_argv(argv: Sequence[str]) -> Options:
         cgroup=_single(given, "--cgroup", expand_home) or "",
         allow_fault_injection="--allow-fault-injection" in given,
         metrics=_metrics(given),
+        worker_uid=_single(given, "--worker-uid", _worker_uid),
     )
 
 
@@ -202,6 +205,12 @@ def _seccomp(text: str) -> Seccomp:
     except ValueError:
         words = ", ".join(mode.value for mode in Seccomp)
         usage_error(f"invalid value '{text}' for '--seccomp <MODE>'\n  [possible values: {words}]")
+
+
+def _worker_uid(text: str) -> WorkerUid:
+    from controller.config.worker_uid import parse
+
+    return parse(text)
 
 
 def _target(given: dict[str, list[str]], name: str, bare_path: bool = False) -> Target | None:

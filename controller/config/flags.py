@@ -46,6 +46,7 @@ _TABLE = (
     Flag("--rng", "RNG", options.RNG_SYNTAX, "Entropy source [default: src=/dev/urandom]", vm=True),
     Flag("--seccomp", "MODE", "true|false|log|errno", "Seccomp filters of all processes that have one [default: true]"),
     Flag("--serial", "SERIAL", options.SERIAL_SYNTAX, "First serial port, ttyS0 [default: null]", vm=True),
+    Flag("--worker-uid", "UID", "<uid>|base=<uid>", "Run workers as this user, or each as its own from there on"),
 )
 FLAGS = {flag.name: flag for flag in _TABLE}
 

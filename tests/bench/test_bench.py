@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from bench import unconfined
+from tests.vmm import Vmm
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 240
 HAS_QEMU = shutil.which("qemu-system-x86_64") is not None
@@ -101,7 +104,19 @@ def test_peer_that_cannot_run_is_reported_with_the_reason(tmp_path):
 def test_sandbox():
     code, answer, rows = bench("sandbox", "--runs", "1", "--seconds", "0.2")
     assert (code, answer["bench"]) == (0, "sandbox")
-    for peer, mode in (("flotilla", "true"), ("flotilla-unfiltered", "false")):
+    for peer, mode in (("flotilla", "true"), ("flotilla-unfiltered", "false"), ("flotilla-unconfined", "false")):
         has_figures(rows[peer], "iops", "first_io_ms")
         assert rows[peer]["command"][-2:] == ["--seccomp", mode]
-    assert set(answer["ratios"]) == {"flotilla-unfiltered iops", "flotilla-unfiltered first_io_ms"}
+    others = ("flotilla-unfiltered", "flotilla-unconfined")
+    assert set(answer["ratios"]) == {f"{peer} {name}" for peer in others for name in ("iops", "first_io_ms")}
+
+
+def test_the_bench_of_the_sandbox_can_take_it_away(tmp_path):
+    """Read from the kernel: a worker of the one to compare with has nothing that the sandbox would have given it."""
+    code = unconfined.argv([sys.executable, "-c", "import sys; from controller.main import main; sys.exit(main())"])[-1]
+    with Vmm.guest(tmp_path, "mode=rng", "--seccomp", "false", program=code) as vmm:
+        vmm.expect("rng ok 1")
+        vmm.wait_api()
+        row = next(row for row in vmm.ask("sandbox") if row["kind"] == "console")
+        assert (row["namespaces"], row["root"], row["seccomp"]) == ([], "shared", "none")
+        assert (row["capabilities"] != "0") is (os.geteuid() == 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from controller.api_socket import ApiSocket
+from controller.doctor_sandbox import fatal
 from controller.exporter import Exporter
 from controller.leavings import Leavings
 from shared.control import Channel
@@ -54,10 +55,11 @@ class Rig:
     def run(self, awaitable):
         return self.reactor.run_until(awaitable, SECONDS)
 
-    async def scrape(self) -> bytes:
+    async def scrape(self, request: bytes = ASK) -> bytes:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.connect(str(self.path))
-            client.sendall(ASK)
+            client.sendall(request)
+            client.shutdown(socket.SHUT_WR)
             client.setblocking(False)
             received = b""
             while True:
@@ -131,6 +133,7 @@ def test_a_controller_that_fails_is_told_to_the_client_and_asked_again(rig):
 
 def test_nothing_but_figures_can_be_asked_for(rig):
     endpoint = f"ipc://{rig.runtime}/metrics.1"
+    rig.run(sleep(rig.reactor, 0))  # it is bound, and its process on its way
     assert os.path.exists(endpoint.removeprefix("ipc://"))
     channel = Channel(rig.reactor, endpoint, bind=False)
     body = {"method": "PUT", "path": "vmm.shutdown", "body": b""}
@@ -157,10 +160,40 @@ def test_it_is_confined_and_leaves_no_name_behind(rig):
     status = Path(f"/proc/{rig.process.pid}/status").read_text()
     found = dict(line.split(":\t", 1) for line in status.splitlines())
     assert found["Name"] == "metrics"
-    assert found["NoNewPrivs"] == "1"
+    assert found["NoNewPrivs"] == "1" and found["Seccomp"] == "2"
     assert {int(found[name], 16) for name in ("CapEff", "CapPrm", "CapInh")} == {0}
-    sockets = [os.readlink(f"/proc/{rig.process.pid}/fd/{fd}") for fd in (3, 4)]
-    assert all(name.startswith("socket:") for name in sockets)
+    folder = f"/proc/{rig.process.pid}/fd"
+    held = {int(fd): os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)}
+    assert held.pop(2)  # log lines go there
+    assert not [name for name in held.values() if name.startswith("/") and name != "/dev/null"], held
+
+
+@pytest.mark.parametrize(
+    "request_text",
+    [
+        b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: application/openmetrics-text; version=1.0.0\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: text/plain; version=1.0.0; escaping=allow-utf-8\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: \xff\xfe, */*\r\n\r\n",
+        b"POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc",
+        b"GET /other HTTP/1.0\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"\0\xff\r\n\r\n",
+        b"",
+    ],
+)
+def test_no_request_makes_a_call_that_its_filter_forbids(rig, request_text):
+    """Not the first and not the second time: what is imported late can't be any more."""
+    for _ in range(2):
+        rig.run(rig.scrape(request_text))
+    assert rig.run(rig.scrape()).startswith(b"HTTP/1.1 200 ")
+    assert rig.process.restarts == 0
+
+
+def test_a_forbidden_call_is_its_death_and_a_successor_serves(rig):
+    rig.run(rig.scrape())
+    assert fatal(rig.process.pid).how == "SIGSYS"
+    assert rig.run(rig.scrape()).startswith(b"HTTP/1.1 200 ")
+    assert rig.process.restarts == 1
 
 
 def test_stop_removes_the_socket_and_ends_the_process(rig):

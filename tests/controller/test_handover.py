@@ -404,15 +404,16 @@ def test_the_field_that_differs_is_named() -> None:
 
 def test_every_way_of_being_less_confined_is_named() -> None:
     like = {
-        "uid": 0, "seccomp": "filter", "no_new_privs": True, "capabilities": "0", "bounding": "0",
-        "namespaces": ["net", "uts"], "root": "empty", "open_files": 1024, "core": 0,
+        "uid": 0, "gid": 0, "groups": [4], "seccomp": "filter", "no_new_privs": True, "capabilities": "0",
+        "bounding": "0", "namespaces": ["net", "uts"], "root": "empty", "open_files": 1024, "core": 0,
     }  # fmt: skip
     assert less_confined(like, like) == ""
-    more = {"capabilities": "0", "namespaces": ["ipc", "net", "uts"], "open_files": 64}
+    more = {"groups": [], "capabilities": "0", "namespaces": ["ipc", "net", "uts"], "open_files": 64}
     assert less_confined({**like, **more}, like) == ""
     weaker = {
-        "uid": 5, "seccomp": "none", "no_new_privs": False, "capabilities": "200000", "bounding": "1",
-        "namespaces": ["uts"], "root": "own", "open_files": 4096, "core": "unlimited",
+        "uid": 5, "gid": 5, "groups": [4, 5], "seccomp": "none", "no_new_privs": False,
+        "capabilities": "200000", "bounding": "1", "namespaces": ["uts"], "root": "own",
+        "open_files": 4096, "core": "unlimited",
     }  # fmt: skip
     for name, value in weaker.items():
         assert less_confined({**like, name: value}, like).startswith(f"{name} is ")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from controller.doctor_sandbox import ATTEMPTS, KINDS, fatal, try_all
 from controller.injection import Captive, Killed
 from controller.sandbox_report import look
+from controller.supervision import process_state
 from tests.netns import network_namespace
 from tests.probe.test_migration import hop
 from tests.vmm import Vmm, environment, poll
@@ -24,7 +26,10 @@ from tests.vmm import Vmm, environment, poll
 pytestmark = pytest.mark.probe
 
 WORKERS = ("blk", "net", "console")
-FILTERED = (*WORKERS, "vcpu", "api", "janitor")
+FORKED = (*WORKERS, "api", "metrics", "janitor")
+FILTERED = (*FORKED, "vcpu")
+UID = 54000  # and some behind it: users that nobody is
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="a user of its own can only be given by root")
 DOCTOR = "import sys; from controller.doctor import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -38,6 +43,7 @@ def guest(tmp_path, *words, mode="mode=blkload,console,net depth=8", name="vmm")
             path.write_bytes(bytes(16 << 20))
         disks.append(f"path={path}")
     devices = ["--disk", *disks, "--net", "mac=12:34:56:78:90:ab", "--console", f"file={tmp_path}/console"]
+    devices += ["--metrics-socket", f"{tmp_path}/{name}.metrics"]
     with network_namespace(), Vmm.guest(tmp_path, mode, *devices, *words, name=name) as vmm:
         vmm.expect("blk ok ")
         vmm.wait_api()
@@ -69,10 +75,11 @@ def test_what_holds_for_each_process_is_read_from_the_kernel(tmp_path):
                 row.items()
                 >= {name: value for name, value in look(row["pid"]).items() if name != "descriptors"}.items()
             )
-            if row["kind"] in (*WORKERS, "api"):
+            if row["kind"] in (*WORKERS, "api", "metrics"):
                 assert (row["root"], row["capabilities"], row["bounding"]) == ("empty", "0", "0")
-                assert row["namespaces"] == ["ipc", "mnt", "net", "uts"]
-            if row["kind"] in (*WORKERS, "api", "janitor"):
+                assert row["namespaces"] == ["ipc", "mnt", "net", "pid", "uts"]
+            if row["kind"] in FORKED:
+                assert "pid" in row["namespaces"] and row["uid"] == os.geteuid()
                 assert row["no_new_privs"] is True and row["filters"] == 1 and row["core"] == 0
         table = vmm.remote("sandbox", "--table").stdout.splitlines()
         assert table[0].split()[:4] == ["KIND", "DEVICE", "PID", "UID"] and len(table) == len(rows) + 1
@@ -87,31 +94,97 @@ def test_every_value_of_seccomp_reaches_every_process(tmp_path, value):
         assert not [row for row in vmm.fleet().values() if row["restarts"]], vmm.errors
 
 
-def test_a_guests_whole_life_under_the_filters(tmp_path):
-    """Boot, I/O, counters, stop and continue of its workers, pause, resume, a killed worker, a migration: no process
-    ends that nobody has killed."""
-    with guest(tmp_path, name="one") as vmm, Vmm(tmp_path, name="two") as destination:
+def scrape(path):
+    """What the metrics exporter tells."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.connect(str(path))
+        client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        with client.makefile("rb") as answer:
+            return answer.read().decode()
+
+
+def pss(path):
+    """Bytes by process."""
+    lines = re.findall(r'^flotilla_process_pss_bytes\{.*process="([^"]+)".*\} (\S+)$', scrape(path), re.MULTILINE)
+    return {name: float(size) for name, size in lines}
+
+
+@pytest.mark.parametrize("words", [(), pytest.param(("--worker-uid", f"base={UID}"), marks=needs_root)], ids=len)
+def test_a_guests_whole_life_under_the_filters(tmp_path, words):
+    """Boot, I/O, counters, figures, stop and continue of its workers, pause, resume, killed workers, a migration: no
+    process ends that nobody has killed. The same with users of their own."""
+    metrics = ("--metrics-socket", str(tmp_path / "two.metrics"))
+    with guest(tmp_path, *words, name="one") as vmm, Vmm(tmp_path, *metrics, *words, name="two") as destination:
         rows = kept(vmm)
-        for device in ("_disk0", "_net1", "console"):
-            if device in rows:
+        for row in rows.values():
+            if row["kind"] in WORKERS:
                 for number in (signal.SIGSTOP, signal.SIGCONT):
-                    os.kill(rows[device]["pid"], number)
+                    os.kill(row["pid"], number)
         vmm.more("blk ok ")
         vmm.ask("counters")
         vmm.ask("pause")
         vmm.ask("resume")
         vmm.more("blk ok ")
         assert not [row for row in vmm.fleet().values() if row["restarts"]], vmm.errors
-        os.kill(rows["_disk0"]["pid"], signal.SIGKILL)
-        vmm.more("blk ok ")
-        assert kept(vmm)["_disk0"]["pid"] != rows["_disk0"]["pid"]
+        for name, row in rows.items():
+            if row["kind"] in (*WORKERS, "metrics"):
+                os.kill(row["pid"], signal.SIGKILL)
+                poll(lambda name=name: kept(vmm)[name]["pid"] != rows[name]["pid"])
+                vmm.more("blk ok ")
+        again = kept(vmm)
+        assert {name: row["uid"] for name, row in again.items()} == {name: row["uid"] for name, row in rows.items()}
+        sizes = pss(tmp_path / "one.metrics")
+        assert set(sizes) >= set(again) - {"vcpu0"} and min(sizes[name] for name in set(again) - {"vcpu0"}) > 0
         destination.wait_api()
         hop(vmm, destination, tmp_path / "sock")
         destination.expect("blk ok ")
         kept(destination)
         destination.more("blk ok ")
+        assert "flotilla_build_info" in scrape(tmp_path / "two.metrics")
         assert not [row for row in destination.fleet().values() if row["restarts"]], destination.errors
         assert "SIGSYS" not in vmm.errors + destination.errors
+
+
+@needs_root
+@pytest.mark.parametrize("each", [False, True])
+def test_workers_run_as_users_of_their_own(tmp_path, each):
+    """Read from the kernel: uid, gid, groups, capabilities; with base= no two are the same."""
+    with guest(tmp_path, "--worker-uid", f"base={UID}" if each else str(UID)) as vmm:
+        rows = kept(vmm)
+        others = [row for row in rows.values() if row["kind"] in (*WORKERS, "api", "metrics")]
+        for row in others:
+            assert row["uid"] == row["gid"] and row["groups"] == [] and row["capabilities"] == "0"
+        users = [row["uid"] for row in others]
+        assert len(set(users)) == (len(users) if each else 1) and set(users) <= {*range(UID, UID + 256)}
+        for row in rows.values():
+            if row["kind"] in ("controller", "zygote", "vcpu", "janitor"):
+                assert row["uid"] == os.geteuid()
+        fleet = vmm.fleet()
+        assert all(fleet[row["device"]]["pss_kib"] > 0 for row in others)
+        vmm.process.kill()
+        vmm.process.wait()
+        poll(lambda: {process_state(row["pid"])[0] for row in rows.values()} <= {"Z", "X"})  # Z: nobody has waited
+        assert not vmm.api.exists()
+
+
+@needs_root
+def test_a_migrations_agents_are_the_users_too(tmp_path):
+    """From the moment at which they are connected; before that they need the VMM's."""
+    words = ("--worker-uid", f"base={UID}")
+    with guest(tmp_path, *words, name="one") as vmm, Vmm(tmp_path, *words, name="two") as destination:
+        kept(vmm)
+        destination.wait_api()
+        with destination.start_remote("receive-migration", f"unix:{tmp_path}/sock") as waiting:
+            before = kept(destination, ("migration_agent",), "none")["migration"]
+            assert before["uid"] == os.geteuid() and before["root"] == "shared"
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+                poll((tmp_path / "sock").exists)
+                peer.connect(str(tmp_path / "sock"))
+                after = kept(destination, ("migration_agent",))["migration"]
+                assert after["pid"] == before["pid"] and "pid" in after["namespaces"]
+                assert UID <= after["uid"] == after["gid"] and after["capabilities"] == "0"
+            assert waiting.wait(60) != 0
+        vmm.more("blk ok ")
 
 
 @pytest.mark.parametrize("kind", [*WORKERS, "vcpu"])
@@ -128,7 +201,7 @@ def test_a_forbidden_call_ends_the_process_and_not_the_guest(tmp_path, kind):
             assert "ended by SIGSYS: a forbidden system call" in vmm.errors
 
 
-@pytest.mark.parametrize("kind", WORKERS)
+@pytest.mark.parametrize("kind", [*WORKERS, "api", "metrics"])
 def test_attackers_code_in_a_worker_gets_out_nowhere(tmp_path, kind):
     """Every way out is refused, it holds nothing of another device, and the guest and the other workers go on."""
     with guest(tmp_path, "--seccomp", "errno") as vmm:
@@ -166,13 +239,18 @@ def test_a_worker_that_hangs_up_and_leaves_is_replaced(tmp_path):
 
 
 def test_the_other_walls_stand_without_a_filter(tmp_path):
-    """`--seccomp false`: no file, no host of the network, no socket of the host's by an abstract name, no mount."""
+    """`--seccomp false`: no file, no host of the network, no socket of the host's by an abstract name, no mount, no
+    other process."""
     with guest(tmp_path, "--seccomp", "false") as vmm, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(b"\0flotilla-test-%d" % os.getpid())
         listener.listen()
         name = (socket.AF_UNIX).to_bytes(2, "little") + listener.getsockname()
-        pid = kept(vmm, seccomp="none")["_disk0"]["pid"]
-        with Captive(pid) as captive:
+        rows = kept(vmm, seccomp="none")
+        others = [vmm.process.pid, *(row["pid"] for device, row in rows.items() if device != "_disk0"), -1]
+        with Captive(rows["_disk0"]["pid"]) as captive:
+            for other in others:
+                assert captive.call("kill", other, signal.SIGKILL) == -errno.ESRCH
+                assert captive.call("ptrace", 0x4206, other, 0, 0) == -errno.ESRCH
             assert captive.call("openat", -100, b"/etc/passwd", os.O_RDONLY) == -errno.ENOENT
             assert captive.call("openat", -100, b"/proc/self/root", os.O_RDONLY) == -errno.ENOENT
             assert captive.call("openat", -100, b"/file", os.O_WRONLY | os.O_CREAT, 0o600) == -errno.EROFS

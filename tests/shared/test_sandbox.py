@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import select
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
+from controller.config.worker_uid import WorkerUid
 from controller.fleet import WorkerSpec
+from controller.injection import Captive
 from controller.sandbox_report import look
+from controller.users import Users
 from shared import sandbox
 from shared.sandbox import PROFILES, confine, list_for
 from tests.controller.processes import SECONDS, running
@@ -24,6 +32,7 @@ NAMES = {
     sandbox.CLONE_NEWNS: "mnt",
     sandbox.CLONE_NEWIPC: "ipc",
     sandbox.CLONE_NEWUTS: "uts",
+    sandbox.CLONE_NEWPID: "pid",
 }
 
 
@@ -31,8 +40,9 @@ NAMES = {
 def start(tmp_path):
     with running(str(tmp_path)) as (reactor, fleet):
 
-        def make(profile, seccomp="true", fds=None):
+        def make(profile, seccomp="true", fds=None, user=None):
             fleet.seccomp = seccomp
+            fleet.users = Users(user)
             spec = WorkerSpec("toy", "_toy0", "tests.toy_worker", profile)
             return reactor.run_until(fleet.start(spec, fds or {}, lambda _: None), SECONDS).pid
 
@@ -86,6 +96,102 @@ def test_the_file_system_is_empty_unless_the_profile_keeps_it(start, profile):
         assert os.stat(f"/proc/{pid}/cwd/").st_ino == os.stat(f"/proc/{pid}/root/").st_ino
 
 
+def credentials(pid):
+    """What /proc tells of every thread: user and group ids of all four kinds, groups, capabilities."""
+    names = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapAmb", "CapBnd")
+    found = set()
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{thread}/status") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        found.add(tuple(" ".join(lines[name].split()) for name in names))
+    return found
+
+
+def most_threads(pid):
+    """RLIMIT_NPROC, which another's process may only ask /proc for."""
+    with open(f"/proc/{pid}/limits") as file:
+        return int(next(line for line in file if line.startswith("Max processes")).split()[2])
+
+
+@needs_root
+@pytest.mark.parametrize("seccomp", ["true", "false"])
+@pytest.mark.parametrize("profile", sorted(name for name, profile in PROFILES.items() if profile.user))
+def test_a_user_of_its_own_for_every_thread_and_nothing_else_of_root(start, profile, seccomp):
+    pid = start(profile, seccomp, user=WorkerUid(54321))
+    assert len(os.listdir(f"/proc/{pid}/task")) > 1  # zmq's: credentials are a thread's
+    none = f"{0:016x}"
+    assert credentials(pid) == {(" ".join(["54321"] * 4), " ".join(["54321"] * 4), "", *[none] * 5)}
+    found = look(pid)
+    assert (found["uid"], found["gid"], found["groups"]) == (54321, 54321, [])
+    assert most_threads(pid) <= sandbox.THREADS_OF_A_USER
+
+
+@needs_root
+def test_the_janitor_stays_the_user_whose_names_it_removes(start):
+    assert look(start("janitor", user=WorkerUid(54321)))["uid"] == os.geteuid()
+
+
+@needs_root
+def test_a_user_does_not_count_with_those_of_the_vmms_own_limit(start):
+    """A session's RLIMIT_NPROC is for its user; a worker that is to be another may make its threads."""
+    before = resource.getrlimit(resource.RLIMIT_NPROC)
+    resource.setrlimit(resource.RLIMIT_NPROC, (1, before[1]))
+    try:
+        pid = start("worker", user=WorkerUid(54321))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NPROC, before)
+    assert most_threads(pid) > 1
+
+
+PARENT = """
+import os, sys
+from controller.config.worker_uid import WorkerUid
+from controller.fleet import WorkerSpec
+from controller.injection import Captive
+from controller.users import Users
+from tests.controller.processes import SECONDS, running
+with running(sys.argv[1]) as (reactor, fleet):
+    if sys.argv[2] != "0":
+        fleet.users = Users(WorkerUid(int(sys.argv[2])))
+    spec = WorkerSpec("toy", "_toy0", "tests.toy_worker", "worker")
+    print(reactor.run_until(fleet.start(spec, {}, lambda _: None), SECONDS).pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("user", [0, pytest.param(54321, marks=needs_root)])
+def test_a_killed_controller_takes_the_worker_along(tmp_path, user):
+    """From its own pid namespace and as another user: the tie is renewed after the last change of credentials."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path), str(user)],
+        env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as parent:  # fmt: skip
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        pidfd = os.pidfd_open(pid)
+        parent.kill()
+        parent.wait()
+    try:
+        assert select.select([pidfd], [], [], SECONDS)[0]
+    finally:
+        os.close(pidfd)
+        with suppress(ChildProcessError):
+            os.waitpid(pid, 0)  # this test run is its reaper now
+
+
+@needs_root
+def test_nobody_else_can_be_named_from_inside(start):
+    """A pid namespace of its own, without the filter's help: no signal, no trace, no pidfd."""
+    pid, other = start("worker", "false"), start("worker", "false")
+    with Captive(pid) as captive:
+        assert captive.call("getpid") == 1 and captive.call("getppid") == 0
+        for target in (other, os.getpid()):
+            assert captive.call("kill", target, 0) == -errno.ESRCH
+            assert captive.call("pidfd_open", target, 0) == -errno.ESRCH
+            assert captive.call("ptrace", 0x4206, target, 0, 0) == -errno.ESRCH
+        assert captive.call("kill", -1, signal.SIGKILL) == -errno.ESRCH  # everybody: nobody
+
+
 def test_workers_of_devices_keep_nothing():
     assert PROFILES["worker"].namespaces == sandbox.ALONE
     assert not PROFILES["worker"].files and not PROFILES["worker"].capabilities
@@ -109,6 +215,8 @@ def test_a_process_has_only_its_own_descriptors(start, tmp_path):
 def test_lists_go_by_package_and_by_module_in_a_package_of_many_processes():
     assert list_for("blk_worker.__main__") == "blk_worker"
     assert list_for("controller.janitor") == "janitor"
+    assert list_for("controller.api.entry") == "api"
+    assert list_for("metrics_exporter.__main__") == "metrics_exporter"
     assert list_for("tests.toy_worker") == "worker"
 
 

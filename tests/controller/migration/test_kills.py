@@ -77,7 +77,7 @@ def test_destination_controller_killed(lab, phase):
 def test_source_agent_killed(lab, state):
     source, destination = lab.source(), lab.controller()
     destination.receive(lab.url)
-    source.do("send", url=lab.url, agent=f"KILL@{state}", settings={"report": 0.2})
+    source.do("send", url=lab.url, agent=f"kill@{state}", settings={"report": 0.2})
     sent = outcome(source, "send")
     if state == "connecting":
         destination.do("cancel")
@@ -94,7 +94,7 @@ def test_source_agent_killed(lab, state):
 @pytest.mark.parametrize("state", DESTINATION_AGENT)
 def test_destination_agent_killed(lab, state):
     source, destination = lab.source(), lab.controller()
-    destination.receive(lab.url, agent=f"KILL@{state}")
+    destination.receive(lab.url, agent=f"kill@{state}")
     if state == "listening":
         assert outcome(destination, "receive")["error"]
     source.do("send", url=lab.url, settings={"report": 0.2})
@@ -175,7 +175,7 @@ def test_cancel_while_nobody_comes(lab):
 def test_an_agent_that_hangs_with_the_guest_paused_costs_a_deadline_not_the_guest(lab):
     source, destination = lab.source(), lab.controller()
     destination.receive(lab.url)
-    sent = source.call("send", url=lab.url, agent="STOP@offered", settings={"call": 0.3})
+    sent = source.call("send", url=lab.url, agent="hang@offered", settings={"call": 0.3})
     assert sent["error"] and sent["running"]
     assert outcome(destination, "receive")["error"]
     still_works(lab, source, destination)
@@ -183,7 +183,7 @@ def test_an_agent_that_hangs_with_the_guest_paused_costs_a_deadline_not_the_gues
 
 def test_an_agent_that_hangs_while_connecting_can_be_cancelled(lab):
     source = lab.source()
-    source.do("send", url=lab.url, agent="STOP@connecting")
+    source.do("send", url=lab.url, agent="hang@connecting")
     source.wait_phase("connecting")
     source.do("cancel")
     assert source.done("send")["kind"] == "MigrationCancelled"

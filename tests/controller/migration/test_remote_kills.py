@@ -182,7 +182,7 @@ def resolve_here(source: Remote) -> None:
 def test_source_agent_killed(lab, state):
     source, destination = lab.remote_source(), lab.controller()
     destination.receive_remote(lab.url)
-    source.do("send", url=lab.url, agent=f"KILL@{state}")
+    source.do("send", url=lab.url, agent=f"kill@{state}")
     sent = outcome(source, "send")
     if state == "connecting":
         destination.do("cancel")
@@ -194,7 +194,7 @@ def test_source_agent_killed(lab, state):
 @pytest.mark.parametrize("state", DESTINATION_AGENT)
 def test_destination_agent_killed(lab, state):
     source, destination = lab.remote_source(), lab.controller()
-    destination.receive_remote(lab.url, agent=f"KILL@{state}")
+    destination.receive_remote(lab.url, agent=f"kill@{state}")
     if state == "listening":
         assert outcome(destination, "receive")["error"]
     sent = source.call("send", url=lab.url)

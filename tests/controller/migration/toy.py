@@ -62,7 +62,7 @@ class ToyVm:
     async def runner(self) -> Process:
         async with self._lock:
             if self._process is None or self._process.channel is None:
-                spec = WorkerSpec("toy_runner", "runner", "tests.controller.migration.toy_runner", "agent")
+                spec = WorkerSpec("toy_runner", "runner", "tests.controller.migration.toy_runner", "worker")
                 self._process = await self._fleet.start(spec, self._fds, self._ended)
             return self._process
 
@@ -241,8 +241,7 @@ class Controller:
         self.reactor = Reactor()
         self.events = EventMonitor(time.monotonic())
         self.events.subscribers.append(self._event)
-        # The toy's runner asks /proc whether another one lives, which no list of calls allows and one profile does.
-        self.fleet = Fleet(self.reactor, self._zygote, runtime, seccomp="false")
+        self.fleet = Fleet(self.reactor, self._zygote, runtime)
         self.vm: ToyVm | None = None
         self._new: ToyVm | None = None  # at a destination, while it is built
         self._migration: Outgoing | Departure | Incoming | None = None
