@@ -7,8 +7,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
+WAITS = "the new one is there"  # on standard error, when strike("wait") does
 PROGRAM = """#!{python} -IS
-import gc, os, signal, sys
+import gc, os, signal, sys, threading
 gc.disable()
 sys.path[:0] = {paths!r}
 FOLDER = {folder!r}
@@ -21,16 +22,21 @@ def once(name):
         return False
     return True
 
+TOLD = threading.Event()
+signal.signal(signal.SIGUSR1, lambda *_: TOLD.set())
+once("started")
+
 def stand_still():
-    import threading
     threading.Event().wait()
 
 def strike(what):
-    "Die, hang, or wait for a while and go on."
-    import threading
+    "Die, hang, or wait for SIGUSR1 and go on."
     if what == "die":
         os._exit(9)
-    threading.Event().wait(2 if what == "wait" else None)
+    if what == "hang":
+        stand_still()
+    os.write(2, {waits!r})
+    TOLD.wait()
 
 def at_verb(verb, what, count=1):
     "strike() when a control request comes for the n-th time, before it is carried out."
@@ -175,6 +181,7 @@ def program(folder: Path, change: str = "", name: str = "worker-next") -> str:
     """An executable file in `folder`; `change` is run before anything of the task is. Its path."""
     paths = [str(ROOT), *(path for path in sys.path if path and Path(path).is_dir() and Path(path) != ROOT)]
     path = folder / name
-    path.write_text(PROGRAM.format(python=sys.executable, paths=paths, folder=str(folder), change=change))
+    waits = f"{WAITS}\n".encode()
+    path.write_text(PROGRAM.format(python=sys.executable, paths=paths, folder=str(folder), waits=waits, change=change))
     path.chmod(0o755)
     return str(path)
