@@ -9,7 +9,7 @@ from __future__ import annotations
 import select
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import NamedTuple
 
@@ -98,8 +98,8 @@ class Connection:
     ) -> None:
         self._socket.close()
 
-    def request(self, method: str, target: str, body: bytes | None = None) -> Response:
-        """Send one request and wait for its answer, for ever if need be.
+    def request(self, method: str, target: str, body: bytes | None = None, fds: Sequence[int] = ()) -> Response:
+        """Send one request, descriptors with it, and wait for its answer, for ever if need be.
 
         Raises ServerGone when the server ends first, ProtocolError when its answer is not HTTP.
         """
@@ -107,7 +107,9 @@ class Connection:
         if body is not None:
             head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         try:
-            self._socket.sendall(head.encode("ascii") + b"\r\n" + (body or b""))
+            data = head.encode("ascii") + b"\r\n" + (body or b"")
+            sent = socket.send_fds(self._socket, [data], fds) if fds else 0
+            self._socket.sendall(data[sent:])
         except (BrokenPipeError, ConnectionResetError):
             pass  # a server that refuses a body answers before it has read all of it: the answer still counts
         return self._response()

@@ -47,7 +47,7 @@ def _run(command: Command) -> int:
         report.print_error(ConfigError("The API socket is not given", "add --api-socket=PATH"))
         return 1
     try:
-        body = _request_body(command)
+        body, fds = _request_body(command)
     except ConfigError as error:
         report.print_error(error, f"Error parsing the argument of {command.name}")
         return 1
@@ -60,7 +60,7 @@ def _run(command: Command) -> int:
         if "--watch" in command.flags:
             return _watch(path, command)
         with Connection(path) as connection:
-            return _finish(connection.request(command.verb.method, command.verb.target, body), command)
+            return _finish(connection.request(command.verb.method, command.verb.target, body, fds), command)
     except HostError as error:
         sys.stderr.write(f"Error opening HTTP socket: {error}\n")
         return 1
@@ -69,23 +69,25 @@ def _run(command: Command) -> int:
         return 1
 
 
-def _request_body(command: Command) -> bytes | None:
-    """Raises ConfigError for a migration's or a device's argument, HostError for a file that can't be read."""
+def _request_body(command: Command) -> tuple[bytes | None, Sequence[int]]:
+    """And the descriptors that go with it. Raises ConfigError for a migration's or a device's argument, HostError for
+    a file that can't be read and a descriptor that is not open."""
+    fds: Sequence[int] = ()
     if command.name == "create":
-        return _read(command.argument or "-")
+        return _read(command.argument or "-"), fds
     if command.name == "migration-resolve":
-        return _resolution(command)
+        return _resolution(command), fds
     if command.argument is None or command.name not in (*MIGRATIONS, "add-net"):
-        return None
+        return None, fds
     if command.name == "add-net":
-        body = net_body(command.argument)
+        body, fds = net_body(command.argument)
     elif command.name == "send-migration":
         body = send_body(command.argument, "--local" in command.flags)
     else:
         body = receive_body(command.argument)
     import json
 
-    return json.dumps(body, separators=(",", ":")).encode()
+    return json.dumps(body, separators=(",", ":")).encode(), fds
 
 
 def _resolution(command: Command) -> bytes:

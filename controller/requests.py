@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Awaitable, Callable
 
 from controller.api.endpoints import BY_NAME
@@ -42,8 +43,14 @@ def failure(error: BaseException) -> dict[str, Any]:
     return {"status": status_of(error), "body": body.encode()}
 
 
-async def answer(verbs: dict[str, Verb], method: str, name: str, body: bytes) -> dict[str, Any]:
-    """{"status", "body"} for one request. Never raises for what a client or the VM did wrong."""
+async def answer(
+    verbs: dict[str, Verb], method: str, name: str, body: bytes, fetch: Callable[[], list[int]] = list
+) -> dict[str, Any]:
+    """{"status", "body"} for one request. Never raises for what a client or the VM did wrong.
+
+    `fetch` gives the descriptors that came with it. They become `fds` of the body, and the verb's unless it raises.
+    """
+    fds: list[int] = []
     try:
         endpoint = BY_NAME.get(name)
         verb = verbs.get(name)
@@ -51,13 +58,18 @@ async def answer(verbs: dict[str, Verb], method: str, name: str, body: bytes) ->
             raise NotFoundError(f"{name}: no such request")
         if method != endpoint.method:
             raise ConfigError(f"{name}: method {method} is not supported", f"use {endpoint.method}")
-        result = await verb(_parse(name, body, endpoint.body))
-    except FlotillaError as error:
-        log.error(f"API request {name} failed: {': '.join(chain(error))}")
-        return failure(error)
-    except OSError as error:
-        log.error(f"API request {name} failed: {error}")
-        return failure(FlotillaError(str(error)))
+        argument = _parse(name, body, endpoint.body)
+        if endpoint.fds and isinstance(argument, dict):
+            if argument.get("fds"):
+                raise ConfigError(f"{name}: fds in the body", "send the descriptors with the request (SCM_RIGHTS)")
+            argument["fds"] = fds = fetch()
+        result = await verb(argument)
+    except (FlotillaError, OSError) as error:
+        for fd in fds:
+            os.close(fd)
+        reason = error if isinstance(error, FlotillaError) else FlotillaError(str(error))
+        log.error(f"API request {name} failed: {', '.join(chain(reason))}")
+        return failure(reason)
     if endpoint.success == 204:
         return {"status": 204, "body": b""}
     if result is None:

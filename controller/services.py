@@ -19,6 +19,7 @@ from controller.spawn import exec_python
 from shared import log
 from shared.control import Channel, unlink_endpoint
 from shared.errors import FlotillaError, Timeout
+from shared.linux import pidfd_getfd
 from shared.messages import Verb
 from shared.reactor import Reactor, describe, within
 from shared.typed import Any
@@ -80,14 +81,21 @@ class Services:
         self._api_began = time.monotonic()
         endpoint = f"ipc://{self._runtime_dir}/api.{self._incarnation}"
         channel = Channel(self._reactor, endpoint, bind=True, router=True)
-        channel.handlers[Verb.API] = lambda a: requests.answer(
-            self._verbs, a["method"], a["path"], a.get("body") or b""
-        )
+        channel.handlers[Verb.API] = self._answer
         channel.on_event = lambda name, _: unlink_endpoint(endpoint) if name == "ready" else None
         self._channel = channel
         pid = exec_python(API_CODE, [endpoint, str(os.getpid())], {3: self._api_socket.sock.fileno()})
         self._api = self._fleet.adopt("api", "api", pid, self._api_ended, self._incarnation - 1)
         self._api.state = ProcessState.RUNNING
+
+    def _answer(self, request: dict[str, Any]) -> Awaitable[dict[str, Any]]:
+        api, numbers = self._api, request.get("fds") or []
+
+        def fetch() -> list[int]:
+            """Ours are duplicates; the API process closes its own when it has the answer."""
+            return [pidfd_getfd(api.pidfd, number) for number in numbers] if api is not None else []
+
+        return requests.answer(self._verbs, request["method"], request["path"], request.get("body") or b"", fetch)
 
     def _api_ended(self, _: Process) -> None:
         if self._channel is not None:

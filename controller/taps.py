@@ -112,6 +112,16 @@ def check_tap(fd: int) -> str:
     return name
 
 
+def check_given(fds: Sequence[int]) -> None:
+    """Descriptors that came with a request. Raises HostError for one that is no TAP, by its place in the request: their
+    numbers are nobody's but ours."""
+    for place, fd in enumerate(fds):
+        try:
+            check_tap(fd)
+        except (OSError, ValueError) as error:
+            raise HostError(f"fds[{place}]: {_reason(error)}", "send the descriptor of an open TAP") from error
+
+
 def adopt(fds: Sequence[int]) -> Tap:
     """The TAP whose descriptors another VMM handed over; they belong to the Tap from now on. Raises HostError."""
     try:

@@ -34,7 +34,6 @@ from controller.warmup import HEAD_START, warm_up
 from shared import log
 from shared.errors import FlotillaError, GuestLost, NotFoundError, StateError
 from shared.reactor import Lock, Reactor, describe, sleep, within
-from shared.records import replace
 from shared.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -282,11 +281,13 @@ class Vmm:
 
     async def create(self, body: Any) -> None:
         from controller.config.codec import from_json
+        from controller.hotplug import refuse_numbers
 
         async with self._change():
             if self.config is not None:
                 raise StateError("VM is already created", "vm.delete removes it")
             config = from_json(body, strict=True)
+            refuse_numbers(config)
             validate(config)
             self.config = assign_ids(config)
             self.state = VmState.CREATED
@@ -354,20 +355,17 @@ class Vmm:
         async with self._change():
             await self._stop_vm()
             if self.config is not None:
+                from controller.hotplug import forget
+
+                forget(self.config)
                 self.config = None
                 self.events.emit("vm", "deleted")
 
     async def add_net(self, body: Any) -> dict[str, str] | None:
-        from controller.config.codec import net_from_json
+        from controller import hotplug
 
         async with self._change():
-            config = self._need_config()
-            more = assign_ids(replace(config, net=(*config.net, net_from_json(body))))
-            validate(more)
-            answer = None
-            if self.vm is not None:
-                answer = await self.vm.add_net(more)
-            self.config = more
+            self.config, answer = await hotplug.add_net(self.vm, self._need_config(), body)
             return answer
 
     async def power_button(self, _: None) -> None:

@@ -36,6 +36,7 @@ MAP_SHARED, MAP_NORESERVE = 1, 0x4000
 MADV_DONTDUMP = 16
 MAP_FAILED = ctypes.c_void_p(-1).value
 SCM_MAX_FDS = 64
+SYS_PIDFD_GETFD = 438
 
 
 def check(result: int, what: str) -> int:
@@ -44,6 +45,11 @@ def check(result: int, what: str) -> int:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
     return result
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """A duplicate, close-on-exec, of another process's descriptor (pidfd_getfd(2)): as much is asked as by ptrace."""
+    return int(check(libc.syscall(SYS_PIDFD_GETFD, pidfd, fd, 0), f"pidfd_getfd of {fd}"))
 
 
 def prctl(option: int, a: int = 0, b: int = 0) -> None:

@@ -29,10 +29,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def run_remote(*words: str, timeout: float = SECONDS) -> subprocess.CompletedProcess[str]:
+def run_remote(
+    *words: str, timeout: float = SECONDS, pass_fds: tuple[int, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", REMOTE, *words],
-        capture_output=True, text=True, timeout=timeout, env=environment(), check=False,
+        capture_output=True, text=True, timeout=timeout, env=environment(), check=False, pass_fds=pass_fds,
     )  # fmt: skip
 
 
@@ -134,8 +136,10 @@ class Vmm:
             pass
         return self.process.wait(max(0.1, end - time.monotonic()))
 
-    def remote(self, *words: str, timeout: float = SECONDS) -> subprocess.CompletedProcess[str]:
-        return run_remote("--api-socket", str(self.api), *words, timeout=timeout)
+    def remote(
+        self, *words: str, timeout: float = SECONDS, pass_fds: tuple[int, ...] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        return run_remote("--api-socket", str(self.api), *words, timeout=timeout, pass_fds=pass_fds)
 
     def start_remote(self, *words: str, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
         """A request that takes its time; the caller waits for it."""

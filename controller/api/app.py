@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import os
+from collections.abc import Awaitable, Callable, Sequence
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -11,8 +12,8 @@ from controller.api.endpoints import ENDPOINTS, ROOT, Endpoint
 from controller.config.version import FLOTILLA_VERSION
 
 MAX_BODY = 4 << 20  # Cloud Hypervisor's limit of a payload
-# (method, name, body) -> (status, JSON)
-Handler = Callable[[str, str, bytes], Awaitable[tuple[int, bytes]]]
+# (method, name, body, descriptors) -> (status, JSON)
+Handler = Callable[[str, str, bytes, Sequence[int]], Awaitable[tuple[int, bytes]]]
 HEADERS = {"server": "Cloud Hypervisor API"}
 
 
@@ -42,7 +43,15 @@ def _route(endpoint: Endpoint, handle: Handler) -> Callable[[Request], Awaitable
         body = await request.body()
         if len(body) > MAX_BODY:
             return _answer(400, b'["Error from API","The request body is larger than 4 MiB"]')
-        status, content = await handle(request.method, endpoint.name, body)
+        carrier = request.scope["descriptors"]
+        if carrier.overflow:
+            return _answer(400, b'["Error from API","Too many descriptors came with the request: 64 are the most"]')
+        fds = carrier.take()
+        try:
+            status, content = await handle(request.method, endpoint.name, body, fds if endpoint.fds else ())
+        finally:
+            for fd in fds:
+                os.close(fd)
         return _answer(status, content)
 
     return route

@@ -11,7 +11,8 @@ ROOT = "/api/v1/"
 
 
 class Endpoint(Record):
-    """`body`: whether the request has one. `success`: the status of a good answer; `quiet`: of one without content."""
+    """`body`: whether the request has one. `success`: the status of a good answer; `quiet`: of one without content.
+    `fds`: whether descriptors that come with it belong to it (SCM_RIGHTS); others are closed."""
 
     name: str
     method: str
@@ -19,6 +20,7 @@ class Endpoint(Record):
     success: int
     summary: str
     quiet: int = 200
+    fds: bool = False
 
 
 ENDPOINTS: tuple[Endpoint, ...] = (
@@ -33,7 +35,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("vm.shutdown", "PUT", False, 204, "End the guest; its configuration stays"),
     Endpoint("vm.reboot", "PUT", False, 204, "End the guest and boot it again"),
     Endpoint("vm.delete", "PUT", False, 204, "End the guest and forget its configuration"),
-    Endpoint("vm.add-net", "PUT", True, 200, "Add a network device; where it is, if the VM runs", quiet=204),
+    Endpoint("vm.add-net", "PUT", True, 200, "Add a network device; where it is, if the VM runs", quiet=204, fds=True),
     Endpoint("vm.power-button", "PUT", False, 204, "Press the ACPI power button"),
     Endpoint("vm.send-migration", "PUT", True, 204, "Migrate the VM away; answers when it is done"),
     Endpoint("vm.receive-migration", "PUT", True, 204, "Receive a VM; answers when it runs here"),

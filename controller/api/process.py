@@ -8,8 +8,7 @@ import gc
 import itertools
 import json
 import signal
-import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import uvicorn
@@ -17,6 +16,7 @@ import zmq
 import zmq.asyncio
 
 from controller.api.app import build
+from controller.api.descriptors import Listener, protocol
 from shared import messages
 from shared.linux import die_with_parent, set_name
 from shared.messages import Verb
@@ -34,12 +34,12 @@ class Controller:
         self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self.on_shutdown: Callable[[], None] = lambda: None
 
-    async def handle(self, method: str, name: str, body: bytes) -> tuple[int, bytes]:
-        """One request; the controller's status and JSON."""
+    async def handle(self, method: str, name: str, body: bytes, fds: Sequence[int]) -> tuple[int, bytes]:
+        """One request; the controller's status and JSON. It fetches `fds` from us before it answers."""
         number = next(self._numbers)
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._pending[number] = future
-        arguments = {"method": method, "path": name, "body": body}
+        arguments = {"method": method, "path": name, "body": body, "fds": list(fds)}
         await self._socket.send(messages.encode({"id": number, "verb": Verb.API, "args": arguments}))
         try:
             message = await future
@@ -71,12 +71,12 @@ class Server(uvicorn.Server):
         yield
 
 
-async def serve(sock: socket.socket, endpoint: str) -> None:
+async def serve(listener: Listener, endpoint: str) -> None:
     """Until told to stop; requests under way are answered first."""
     controller = Controller(endpoint)
     config = uvicorn.Config(
         build(controller.handle),
-        http="h11",
+        http=protocol(listener),
         loop="asyncio",
         lifespan="off",
         log_config=None,
@@ -92,7 +92,7 @@ async def serve(sock: socket.socket, endpoint: str) -> None:
 
     controller.on_shutdown = stop
     receiver = asyncio.create_task(controller.receive())
-    await server.serve(sockets=[sock])
+    await server.serve(sockets=[listener])
     receiver.cancel()
 
 
@@ -103,5 +103,5 @@ def main(listen_fd: int, endpoint: str, parent: int) -> int:
     set_name("api")
     for number in (signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP):
         signal.signal(number, signal.SIG_IGN)
-    asyncio.run(serve(socket.socket(fileno=listen_fd), endpoint))
+    asyncio.run(serve(Listener(listen_fd), endpoint))
     return 0

@@ -24,12 +24,12 @@ def guest(folder, words="mode=net", *arguments, net=(f"ip={HOST}",), **options):
     return Vmm.guest(folder, words, "--net", *net, *arguments, **options)
 
 
-def inherited_tap(name):
+def inherited_tap(name, host=HOST):
     """A TAP as a manager would open it for a VMM without privileges."""
     fd = os.open(taps.TUN_DEVICE, os.O_RDWR)
     request = taps.ifreq(ifr_name=name.encode())
     request.ifru_flags = taps.IFF_TAP | taps.IFF_NO_PI | taps.IFF_VNET_HDR
     fcntl.ioctl(fd, taps.TUNSETIFF, request)
-    ip("address", "add", f"{HOST}/24", "dev", name)
+    ip("address", "add", f"{host}/24", "dev", name)
     ip("link", "set", name, "up")
     return fd
