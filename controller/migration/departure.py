@@ -14,7 +14,7 @@ from controller.config.version import BUILD_VERSION
 from controller.dirty import bitmap_for
 from controller.events import EventMonitor
 from controller.fleet import Fleet
-from controller.migration.arguments import Bounds, Url, parse_url
+from controller.migration.arguments import Bounds, Strategy, Url, parse_url
 from controller.migration.commit import Decision, Heard, Line, NothingSent, source_decision
 from controller.migration.link import AgentLink, Delivery, Settings
 from controller.migration.migratable import DirtyPages, RemoteMigratable
@@ -172,6 +172,17 @@ class Departure:
         }  # fmt: skip
 
     async def _copy(self, rounds: Rounds) -> None:
+        """Rounds, until the pause is short enough. Raises MigrationError when they take too long."""
+        bounds, timer = rounds.bounds, None
+        if bounds.strategy is Strategy.CANCEL:  # one round alone may take longer than that, on a bad network
+            timer = self._reactor.call_later(bounds.timeout_s, lambda: self._link.post(_too_slow(rounds)))
+        try:
+            await self._rounds(rounds)
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    async def _rounds(self, rounds: Rounds) -> None:
         """Round after round until the pause is short enough and the destination is built."""
         self._progress.to(Phase.COPYING)
         began = time.monotonic()
@@ -435,6 +446,11 @@ class Departure:
 
 def _too_slow(rounds: Rounds) -> MigrationError:
     bounds = rounds.bounds
+    if not rounds.number:
+        return MigrationError(
+            f"timeout_s={bounds.timeout_s} is over before all of the guest's RAM was copied once",
+            "raise timeout_s, or look at the network",
+        )
     why = (
         f"the guest writes {rounds.dirty_rate / 1e6:.0f} MB/s and the network carries {rounds.throughput / 1e6:.0f}"
         if not rounds.converges

@@ -6,13 +6,14 @@ die() {
   exit 1
 }
 
-# await SECONDS COMMAND...: until the command succeeds; the script fails when it does not in time.
+# await SECONDS COMMAND...: until the command succeeds; the script fails when it does not in time. A look costs an emulated
+# machine tens of milliseconds, so there are fewer of them after five seconds.
 await() {
   local limit=$1 end=$((SECONDS + $1))
   shift
   until "$@" > /dev/null 2>&1; do
     [ $SECONDS -lt "$end" ] || die "waited $limit s for: $*"
-    sleep 0.1
+    if [ $((end - SECONDS)) -gt $((limit - 5)) ]; then sleep 0.1; else sleep 1; fi
   done
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.lab import machine
+from deploy.lab.machine import Session
 from tests.lab.lab import Lab
 
 
@@ -57,6 +58,16 @@ def test_machine_that_gives_no_sign_of_life_is_told_with_where_its_cpu_stands(
     done = lab.run("kill -STOP $(pgrep -P 1 -f run/init); sleep 100", retries=0)
     assert done.code == 125
     assert re.search(r"no sign of life for 15 s; its CPU stands at RIP=[0-9a-f]+ ", done.died)
+
+
+def test_host_interrupts_the_machine_and_is_answered(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself the machine gives a sign of life every 5 s: six in this time, on a busy host two or three more."""
+    words: list[bytes] = []
+    hear = Session._hear
+    monkeypatch.setattr(machine, "TICK", 0.2)
+    monkeypatch.setattr(Session, "_hear", lambda session, data: words.append(data) or hear(session, data))
+    lab.run("sleep 30").must_succeed()
+    assert b"".join(words).count(b"beat\n") > 20
 
 
 def test_killed_vmm_is_not_the_death_of_the_lab_machine(lab: Lab) -> None:

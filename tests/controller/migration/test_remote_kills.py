@@ -545,6 +545,17 @@ def test_guest_that_writes_too_fast_is_cancelled_when_the_time_is_up(lab):
     still_works(lab, source, destination)
 
 
+def test_first_round_that_does_not_end_is_cancelled_when_the_time_is_up(lab):
+    source, destination = lab.remote_source(), lab.controller()
+    destination.receive_remote(lab.url)
+    relay = Relay(f"{lab.folder}/relay", lab.url[5:], Cut(Message.SYNCED, 0, hold=True))
+    sent = source.call("send", url=f"unix:{lab.folder}/relay", bounds={"timeout_s": 1})
+    relay.close()
+    assert sent["error"][1].startswith("timeout_s=1 is over before all of the guest's RAM was copied once")
+    assert destination.done("receive")["error"]
+    still_works(lab, source, destination)
+
+
 def test_what_an_attempt_has_shown_of_the_destination_is_in_the_estimate_of_the_next(lab):
     source, destination = lab.remote_source(), lab.controller()
     destination.receive_remote(lab.url, fail="lock")  # after PREPARED, which has told how long loading took

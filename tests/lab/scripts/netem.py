@@ -24,6 +24,8 @@ from deploy.demo.terminal import Terminal
 PORT = 6000
 ADDRESSES = {"a": "192.168.50.11", "b": "192.168.50.12"}
 BOOT, ANSWER, MIGRATION = 300.0, 120.0, 400.0
+# What the source is told to wait at most: with 36 ms of delay and 3 % of loss, TCP carries some 100 KB/s.
+PATIENCE = 180
 GUEST = Example(cpus=1, memory="512M", disks=3, cmdline="root=/dev/vda1 console=ttyS0 quiet")
 WRITTEN_BYTES = 4 << 20
 # What a cut is shorter, or longer, than: the silence after which a side gives up (30 s).
@@ -133,7 +135,9 @@ class Wanderer(Play):
         vmm.await_true("listener", ANSWER, lambda: listens(self._elsewhere))
         cable(sky.netem)
         url = f"tcp:{ADDRESSES[self._elsewhere]}:{PORT}"
-        send = self.type(f"send{number}", f"ch-remote --api-socket={apis[0]} send-migration {url}")
+        within = f"timeout_s={PATIENCE},timeout_strategy=cancel"
+        command = f"ch-remote --api-socket={apis[0]} send-migration destination_url={url},{within}"
+        send = self.type(f"send{number}", command)
         timers = self._cuts(sky)
         try:
             sent = send.await_end(MIGRATION)
