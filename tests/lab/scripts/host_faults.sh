@@ -1,7 +1,7 @@
 # What a host does to a VM: its clock steps, a network interface is set down, the out-of-memory killer takes a process, a
 # disk is pulled out. A Debian guest verifies a disk all the while and answers to pings. Prints one line for each.
 . "$LAB/library.sh" || exit 2 # deploy/lab.sh run --put tests/lab/library.sh
-modprobe tun
+modprobe -a tun sd_mod # nobody here loads a module because a disk has come
 modprobe scsi_debug dev_size_mb=16 || die "no scsi_debug"
 block() { ls /sys/bus/pseudo/drivers/scsi_debug/adapter0/host*/target*/*/block; }
 await 60 block
