@@ -18,7 +18,7 @@ from controller.leavings import Leavings
 from controller.watchdog import Watchdog
 from shared import log
 from shared.control import Channel, unlink_endpoint
-from shared.errors import FlotillaError, Timeout
+from shared.errors import FlotillaError, Timeout, WorkerLost
 from shared.linux import pidfd_getfd
 from shared.messages import Verb
 from shared.reactor import Lock, Reactor, describe, within
@@ -113,8 +113,18 @@ class Services:
         api, numbers = self._api, request.get("fds") or []
 
         def fetch() -> list[int]:
-            """Ours are duplicates; the API process closes its own when it has the answer."""
-            return [pidfd_getfd(api.pidfd, number) for number in numbers] if api is not None else []
+            """Ours are duplicates; the API process closes its own when it has the answer. All or none."""
+            fds: list[int] = []
+            try:
+                for number in numbers:
+                    if api is None or api is not self._api:  # its pidfd is closed, and may be another file's by now
+                        raise WorkerLost("the API process that had the request's descriptors has ended")
+                    fds.append(pidfd_getfd(api.pidfd, number))
+            except BaseException:
+                for fd in fds:
+                    os.close(fd)
+                raise
+            return fds
 
         return requests.answer(self._verbs, request["method"], request["path"], request.get("body") or b"", fetch)
 

@@ -362,8 +362,8 @@ class Vmm:
             if self.config is not None:
                 from controller.hotplug import forget
 
-                forget(self.config)
-                self.config = None
+                config, self.config = self.config, None
+                forget(config)
                 self.events.emit("vm", "deleted")
 
     async def add_net(self, body: Any) -> dict[str, str] | None:

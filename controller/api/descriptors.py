@@ -1,9 +1,9 @@
 """Descriptors that come beside a request's bytes (SCM_RIGHTS, unix(7)), as `ch-remote add-net fd=` sends them.
 
-    Listener.accept() ─▶ Carrier: recv() keeps what comes ─▶ scope["descriptors"]() ─▶ whoever carries the request out
+    Listener.accept() ─▶ Carrier: recv() keeps what comes ─▶ scope["descriptors"].take() ─▶ the request's
 
-asyncio reads by `recv`, which drops descriptors unseen; hence sockets whose `recv` looks for them. What nobody takes is
-closed with the connection.
+asyncio reads by `recv`, which drops descriptors unseen; hence sockets whose `recv` looks for them. What a request
+does not take is closed at its end, so that no later one on the same connection gets it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Carrier(socket.socket):
                 self._kept += memoryview(content[: len(content) // 4 * 4]).cast("i")
         if len(self._kept) > MOST or seen & socket.MSG_CTRUNC:
             self.overflow = True
-            self._drop()
+            self.drop()
         return data
 
     def take(self) -> list[int]:
@@ -44,10 +44,10 @@ class Carrier(socket.socket):
         return kept
 
     def close(self) -> None:
-        self._drop()
+        self.drop()
         super().close()
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
         for fd in self.take():
             os.close(fd)
 
@@ -78,7 +78,10 @@ def protocol(listener: Listener) -> type[H11Protocol]:
             carrier, app = listener.carrier(transport.get_extra_info("socket").fileno()), self.app
 
             async def call(scope: Any, receive: Any, send: Any) -> None:
-                await app({**scope, "descriptors": carrier}, receive, send)
+                try:
+                    await app({**scope, "descriptors": carrier}, receive, send)
+                finally:
+                    carrier.drop()
 
             self.app = call
 

@@ -102,6 +102,8 @@ def test_descriptors_that_belong_to_no_request_are_closed(tmp_path):
         client.connect(str(vmm.api))
         socket.send_fds(client, [b"GET /api/v1/vmm.ping HTTP/1.1\r\nHost: x\r\n\r\n"], [writer])
         assert answer(client)[0] == 200
+        socket.send_fds(client, [b"GET /api/v1/vm.unheard-of HTTP/1.1\r\nHost: x\r\n\r\n"], [writer])
+        assert answer(client)[0] == 404
         os.close(writer)
         assert os.read(reader, 1) == b""
         socket.send_fds(client, [b"GET /api/v1/vmm.ping HTTP/1.1\r\nHost: x\r\n\r\n"], [reader] * 65)
