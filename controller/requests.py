@@ -9,12 +9,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Awaitable, Callable
 
 from controller.api.endpoints import BY_NAME
 from shared import log
 from shared.errors import ConfigError, DuplicateIdError, FlotillaError, NotFoundError, chain
+from shared.linux import close_fds
 from shared.typed import Any
 
 Verb = Callable[[Any], Awaitable[Any]]
@@ -65,8 +65,7 @@ async def answer(
             argument["fds"] = fds = fetch()
         result = await verb(argument)
     except (FlotillaError, OSError) as error:
-        for fd in fds:
-            os.close(fd)
+        close_fds(fds)
         reason = error if isinstance(error, FlotillaError) else FlotillaError(str(error))
         log.error(f"API request {name} failed: {', '.join(chain(reason))}")
         return failure(reason)

@@ -19,7 +19,7 @@ from controller.watchdog import Watchdog
 from shared import log
 from shared.control import Channel, unlink_endpoint
 from shared.errors import FlotillaError, Timeout, WorkerLost
-from shared.linux import pidfd_getfd
+from shared.linux import close_fds, pidfd_getfd
 from shared.messages import Verb
 from shared.reactor import Lock, Reactor, describe, within
 from shared.typed import TYPE_CHECKING, Any
@@ -121,8 +121,7 @@ class Services:
                         raise WorkerLost("the API process that had the request's descriptors has ended")
                     fds.append(pidfd_getfd(api.pidfd, number))
             except BaseException:
-                for fd in fds:
-                    os.close(fd)
+                close_fds(fds)
                 raise
             return fds
 

@@ -13,7 +13,7 @@ import msgpack
 from shared.control import Channel
 from shared.errors import FlotillaError, ProtocolError
 from shared.figures import Figures, from_wire
-from shared.linux import recv_fds
+from shared.linux import close_fds, recv_fds
 from shared.messages import Verb
 from shared.reactor import Future, Reactor, sleep
 
@@ -90,8 +90,7 @@ class Source:
                 if (size := _pss(fd)) is not None:
                     pss[pid] = size
                 await sleep(self._reactor, 0)
-            for fd in fds:
-                os.close(fd)
+            close_fds(fds)
 
 
 def _pids(note: bytes) -> list[int]:

@@ -36,7 +36,7 @@ from shared.errors import (
     Timeout,
 )
 from shared.handover import MAX_FDS, Message
-from shared.linux import recv_fds, send_fds
+from shared.linux import close_fds, recv_fds, send_fds
 from shared.messages import error_to_wire
 from shared.pages import Bitmap, Regions
 from shared.reactor import Future, Reactor, Timer, describe, readable, within
@@ -180,7 +180,7 @@ class Agent:
                 raise MigrationError(f"{message.name}: there is no connection")
             self._machine.to(event_of(message, sent=True))
         except BaseException:
-            _close_all(fds)
+            close_fds(fds)
             raise
         self._count(data, fds)
         if self._machine.over and self._pump is not None:  # WITHDRAWN: no more pages, but the frame's end
@@ -197,7 +197,7 @@ class Agent:
             return []
         _, fds = recv_fds(self._sidecar, 16, MAX_FDS)
         if len(fds) != count:
-            _close_all(fds)
+            close_fds(fds)
             raise ProtocolError(f"the sidecar brought {len(fds)} file descriptors, not {count}")
         return fds
 
@@ -210,7 +210,7 @@ class Agent:
             parts = [(gpa, length, offset, fd) for (gpa, length, offset), fd in zip(regions, fds, strict=False)]
             mapped = Regions(parts, writable=not size)
         except BaseException:
-            _close_all(fds)
+            close_fds(fds)
             raise
         if size:
             self._pump = Pump(mapped, Bitmap(fds[-1], size))
@@ -287,7 +287,7 @@ class Agent:
         elif item.type is not Message.HEARTBEAT and not self._machine.over:
             self._frame(item)
         else:
-            _close_all(item.fds)
+            close_fds(item.fds)
 
     def _expect(self, message: Message, role: Role) -> None:
         """An agents' message of the peer's. Raises ProtocolError when it has no place here."""
@@ -323,7 +323,7 @@ class Agent:
         except OSError as error:
             raise ProtocolError(f"the controller does not take descriptors: {error.strerror}") from error
         finally:
-            _close_all(frame.fds)
+            close_fds(frame.fds)
         self.emit("deliver", type=int(frame.type), body=frame.body, fds=count)
         if self._machine.over and self._pump is not None:  # REFUSED
             self._pump.halt(MigrationError("the destination refused it"))
@@ -388,8 +388,3 @@ class Agent:
         self._relayed["messages"] += 1
         self._relayed["bytes"] += len(data)
         self._relayed["fds"] += len(fds)
-
-
-def _close_all(fds: list[int]) -> None:
-    while fds:
-        os.close(fds.pop())

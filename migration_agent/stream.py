@@ -6,7 +6,6 @@ does not wait for the end of a round.
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections import deque
@@ -14,7 +13,7 @@ from collections.abc import Callable
 
 from migration_agent.pages import Pump, Sink
 from shared.errors import FlotillaError, MigrationError, ProtocolError
-from shared.linux import recv_fds, send_fds
+from shared.linux import close_fds, recv_fds, send_fds
 from shared.reactor import Future, Reactor
 from shared.wire import Decoder, Item, PageList
 
@@ -62,7 +61,7 @@ class Stream:
         """Queue bytes; the future is done when the kernel has all of them. The descriptors are closed after that."""
         sent: Future[None] = Future()
         if self._closed or self._queued + len(data) > MAX_QUEUE:
-            _close_all(fds or [])
+            close_fds(fds or [])
             sent.set_exception(MigrationError("the connection to the peer is closed or does not move"))
             return sent
         self._out.append((memoryview(data), fds or [], sent))
@@ -110,7 +109,7 @@ class Stream:
     def _write_message(self) -> None:
         data, fds, sent = self._out[0]
         count = send_fds(self._sock, data[:WRITE_BYTES].tobytes(), fds)
-        _close_all(fds)  # they went with the first byte
+        close_fds(fds)  # they went with the first byte
         self._queued -= count
         if count < len(data):
             self._out[0] = (data[count:], [], sent)
@@ -168,7 +167,7 @@ class Stream:
         out, self._out = self._out, deque()
         self._queued = 0
         for _, fds, sent in out:
-            _close_all(fds)
+            close_fds(fds)
             sent.set_exception(error)
         pump, self._pump = self._pump, None
         if pump is not None:
@@ -198,8 +197,3 @@ class Stream:
         self._drop_output(MigrationError("the connection to the peer was closed"))
         self._decoder.close()
         self._sock.close()
-
-
-def _close_all(fds: list[int]) -> None:
-    while fds:
-        os.close(fds.pop())

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from shared.errors import ConfigError, HostError
+from shared.linux import close_fds
 from shared.virtio_net import F_GUEST_CSUM, F_GUEST_ECN, F_GUEST_TSO4, F_GUEST_TSO6, F_GUEST_UFO
 
 TUNSETIFF: Final = 0x4004_54CA
@@ -43,8 +44,7 @@ def open_tap(name: str, queues: int) -> list[int]:
             fds.append(os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
             fcntl.ioctl(fds[-1], TUNSETIFF, _IFREQ.pack(name.encode(), flags))
     except OSError as error:
-        for fd in fds:
-            os.close(fd)
+        close_fds(fds)
         raise HostError(f"tap {name}: {error.strerror}") from error
     return fds
 

@@ -117,11 +117,16 @@ def recv_fds(sock: socket.socket, size: int, max_fds: int = SCM_MAX_FDS) -> tupl
             whole = len(payload) - len(payload) % 4
             fds.extend(struct.unpack(f"{whole // 4}i", payload[:whole]))
     if flags & socket.MSG_CTRUNC:
-        for fd in fds:
-            os.close(fd)
+        close_fds(fds)
         # The kernel does not say which: that many were sent, or there is no room for them here.
         raise OSError(f"descriptors were lost: more than {max_fds} in one message, or too many open files")
     return data, fds
+
+
+def close_fds(fds: list[int]) -> None:
+    """Close and forget: what is left of a list that failed half-way is still its owner's."""
+    while fds:
+        os.close(fds.pop())
 
 
 def process_ended(pidfd: int) -> bool:

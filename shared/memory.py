@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 
 from shared.errors import BadGuestAddress, HostError
-from shared.linux import MADV_DONTDUMP, bytes_at, madvise, memfd, mmap_fd, munmap
+from shared.linux import MADV_DONTDUMP, bytes_at, close_fds, madvise, memfd, mmap_fd, munmap
 from shared.records import Record
 
 PAGE_SIZE = 4096
@@ -56,8 +56,7 @@ class GuestMemory:
                 fds.append(memfd(MEMFD_NAME, length))
             return cls.attach([(gpa, length, fds[slot], 0, slot) for slot, (gpa, length) in enumerate(spans(size))])
         except OSError as error:
-            for fd in fds:
-                os.close(fd)
+            close_fds(fds)
             what = f"--memory size={size}: the host refused {size} bytes of guest RAM"
             raise HostError(f"{what}: {error.strerror}") from error
 

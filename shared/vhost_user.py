@@ -15,7 +15,7 @@ from enum import IntEnum, IntFlag
 from struct import Struct
 
 from shared.errors import ProtocolError
-from shared.linux import recv_fds, send_fds
+from shared.linux import close_fds, recv_fds, send_fds
 from shared.reactor import Reactor
 from shared.records import NamedTuple, Record, field
 from shared.typed import TYPE_CHECKING, Self
@@ -301,8 +301,7 @@ class Message(Record, frozen=False):
         return self.fds.pop(0)
 
     def close_fds(self) -> None:
-        while self.fds:
-            os.close(self.fds.pop())
+        close_fds(self.fds)
 
     def pack(self) -> bytes:
         return _HEADER.pack(self.request, self.flags, len(self.payload)) + self.payload
@@ -370,9 +369,7 @@ class _Assembler:
         return request, flags, size
 
     def close(self) -> None:
-        for fd in self._fds:
-            os.close(fd)
-        self._fds = []
+        close_fds(self._fds)
 
 
 class Connection:
@@ -439,9 +436,7 @@ class Connection:
             left, unsent = rest or (b"", ())
             self._backlog_size -= len(data) - len(left)
             if not unsent:
-                for fd in fds:
-                    os.close(fd)
-                fds = []
+                close_fds(fds)
             if left:
                 self._backlog[0] = (left, fds)
                 return
@@ -478,7 +473,6 @@ class Connection:
         self._reactor.remove_writer(self._fd)
         self._assembler.close()
         for _, fds in self._backlog:
-            for fd in fds:
-                os.close(fd)
+            close_fds(fds)
         self._backlog.clear()
         self._sock.close()

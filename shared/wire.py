@@ -13,13 +13,13 @@ frame it reads the list (an item PageList); the pages themselves are its caller'
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shared.errors import ProtocolError
 from shared.handover import LIMITS, Message
+from shared.linux import close_fds
 from shared.pages import COUNTS, runs_size
 
 MAGIC = b"FLOTILLA"
@@ -201,6 +201,4 @@ class Decoder:
 
     def close(self) -> None:
         """Close descriptors that belong to no finished frame."""
-        fds, self._fds = self._fds, []
-        for fd in fds:
-            os.close(fd)
+        close_fds(self._fds)

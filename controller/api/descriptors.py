@@ -9,12 +9,13 @@ does not take is closed at its end, so that no later one on the same connection 
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import weakref
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from shared.linux import close_fds
 
 MOST = 64  # descriptors of one connection that nobody has taken yet; eight queue pairs have eight
 
@@ -48,8 +49,7 @@ class Carrier(socket.socket):
         super().close()
 
     def drop(self) -> None:
-        for fd in self.take():
-            os.close(fd)
+        close_fds(self._kept)
 
 
 class Listener(socket.socket):

@@ -19,12 +19,11 @@ from controller.config.validate import validate
 from controller.machine import layout as lo
 from controller.machine.cpuid import CpuidEntry, check_compatible, common_cpuid
 from controller.machine.hostcpu import host_phys_bits
-from controller.migration.descriptors import close_all
 from controller.migration.migratable import Parts
 from controller.taps import open_tap
 from shared.errors import FlotillaError, HostError, MigrationError, ProtocolError
 from shared.kvm import REQUIRED_CAPS, Kvm
-from shared.linux import memfd
+from shared.linux import close_fds, memfd
 from shared.memory import MEMFD_NAME, spans
 from shared.reactor import describe
 from shared.state_versions import refusals
@@ -66,7 +65,7 @@ def accept(config: dict[str, Any], parts: Parts, info: dict[str, Any]) -> tuple[
         for _, size, _, _ in parts:
             ram.append(memfd(MEMFD_NAME, size))
     except BaseException as error:
-        close_all([*ram, *images.values()])
+        close_fds([*ram, *images.values()])
         if isinstance(error, OSError):
             raise HostError(f"this host refused {sum(part[1] for part in parts)} bytes of guest RAM") from error
         raise

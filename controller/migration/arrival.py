@@ -12,7 +12,6 @@ from typing import Any
 
 from controller.migration import codec
 from controller.migration.commit import Heard, Line, destination_may_start, outcome
-from controller.migration.descriptors import close_all
 from controller.migration.link import AgentLink, Delivery, Settings
 from controller.migration.migratable import Accept, Build, RemoteMigratable
 from controller.migration.outcome import Ticket
@@ -20,6 +19,7 @@ from controller.migration.progress import Phase, Progress, Transfer, elapsed_ms
 from shared import log
 from shared.errors import FlotillaError, MigrationCancelled, MigrationError
 from shared.handover import Message
+from shared.linux import close_fds
 from shared.messages import error_to_wire
 from shared.reactor import Reactor, describe
 
@@ -70,7 +70,7 @@ class Arrival:
             await link.send(Message.ACCEPTED, {"took_ms": elapsed_ms(began)})
             progress.to(Phase.BUILDING)
         except BaseException:
-            close_all([*ram, *images.values()])
+            close_fds([*ram, *images.values()])
             raise
         began = time.monotonic()
         vm = self.built = await self._build(machine["config"], parts, ram, images, {}, machine["info"])

@@ -39,9 +39,3 @@ def check_ram(fd: int, size: int) -> None:
         raise ProtocolError("guest RAM from the peer is not a memfd that is sealed against shrinking")
     if os.fstat(fd).st_size < size:
         raise ProtocolError(f"guest RAM from the peer has {os.fstat(fd).st_size} bytes where {size} are announced")
-
-
-def close_all(fds: list[int]) -> None:
-    """Close and forget."""
-    while fds:
-        os.close(fds.pop())

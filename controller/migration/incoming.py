@@ -19,7 +19,7 @@ from controller.fleet import Fleet
 from controller.migration import codec
 from controller.migration.arguments import Url, parse_url
 from controller.migration.arrival import Arrival
-from controller.migration.descriptors import check_eventfd, check_ram, close_all, pidfd_pid
+from controller.migration.descriptors import check_eventfd, check_ram, pidfd_pid
 from controller.migration.link import AgentLink, Delivery, Settings
 from controller.migration.listener import Listener, TcpListener, listen
 from controller.migration.migratable import Accept, Build, Migratable
@@ -29,7 +29,7 @@ from controller.migration.progress import Direction, Phase, Progress, elapsed_ms
 from shared import log
 from shared.errors import FlotillaError, MigrationCancelled, MigrationError, ProtocolError
 from shared.handover import Message
-from shared.linux import process_ended
+from shared.linux import close_fds, process_ended
 from shared.reactor import Cancelled, Event, Reactor, describe
 
 GRACE_SECONDS = 5.0  # for a dead source's last words, which are still on their way
@@ -207,7 +207,7 @@ class Incoming:
             for (_, size, offset, _), fd in zip(parts, fds, strict=False):
                 check_ram(fd, offset + size)
         except BaseException:
-            close_all(fds)
+            close_fds(fds)
             raise
         self._reactor.add_reader(self._source, self._source_ended)
         self._paused = body["paused"]

@@ -15,7 +15,6 @@ from typing import Any
 
 from controller.fleet import Fleet, Process, ProcessState, WorkerSpec
 from controller.migration import codec
-from controller.migration.descriptors import close_all
 from controller.migration.migratable import Parts
 from controller.migration.progress import Progress
 from shared import log
@@ -28,7 +27,7 @@ from shared.errors import (
     WorkerLost,
 )
 from shared.handover import MAX_FDS, Message
-from shared.linux import recv_fds, send_fds
+from shared.linux import close_fds, recv_fds, send_fds
 from shared.messages import Verb, error_from_wire, error_to_wire
 from shared.pages import Bitmap
 from shared.reactor import Event, Reactor, describe, within
@@ -257,7 +256,7 @@ class AgentLink:
         if (reason := reason_of(item)) is not None:
             raise reason
         if item.type not in (wanted if isinstance(wanted, tuple) else (wanted,)):
-            close_all(item.fds)
+            close_fds(item.fds)
             raise ProtocolError(f"the peer sent {item.type.name}, not {names}")
         return item
 
@@ -300,7 +299,7 @@ class AgentLink:
             kind = Message(arguments["type"])
             body = codec.decode(kind, arguments["body"])
         except BaseException:
-            close_all(fds)
+            close_fds(fds)
             raise
         self._progress.bytes_transferred += len(arguments["body"])
         self._progress.fds_passed += len(fds)
@@ -353,7 +352,7 @@ class AgentLink:
         while self._inbox:
             item = self._inbox.popleft()
             if isinstance(item, Delivery):
-                close_all(item.fds)
+                close_fds(item.fds)
 
 
 def reason_of(delivery: Delivery) -> FlotillaError | None:

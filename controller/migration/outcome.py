@@ -23,13 +23,13 @@ from controller.events import EventMonitor
 from controller.fleet import Fleet
 from controller.migration.arguments import Url
 from controller.migration.commit import Heard, Line
-from controller.migration.descriptors import close_all
 from controller.migration.link import AgentLink, Delivery, Settings
 from controller.migration.listener import Listener, TcpListener, listen
 from controller.migration.progress import Direction, Progress
 from shared import log
 from shared.errors import FlotillaError, MigrationError, ProtocolError, Timeout
 from shared.handover import Message
+from shared.linux import close_fds
 from shared.reactor import Event, Reactor, describe, within
 
 ANSWERS = (Heard.STARTED, Heard.REFUSED)
@@ -203,7 +203,7 @@ class Outcome(_Links):
             first = await link.receive((Message.ASK, Message.MACHINE, Message.BUILD), self._settings.hello)
             if first.type is Message.ASK:
                 return await answer(link, self._settings, first, self._ticket, self._heard)
-            close_all(first.fds)
+            close_fds(first.fds)
             await link.give_up(Message.REFUSED, MigrationError("nobody receives here now", "receive-migration first"))
             return False
         finally:

@@ -58,7 +58,7 @@ class Local(Play):
         if self._setting.disks > 2:
             os.truncate(os.open(Path.home() / "workloads/written.img", os.O_CREAT | os.O_WRONLY, 0o644), WRITTEN_BYTES)
         self.step("the source VMM boots Debian")
-        guest = self.type("vmm1", self._setting.source())
+        guest = self._vmm(1, self._setting.source())
         guest.await_match(r"root@focal:", BOOT, "shell prompt of the guest")
         return guest
 
@@ -99,8 +99,12 @@ class Local(Play):
             self._fleet(number + 1)
         return target
 
+    def _vmm(self, number: int, command: str) -> Terminal:
+        """Start a VMM; a subclass says where."""
+        return self.type(f"vmm{number}", command)
+
     def _destination(self, number: int) -> Terminal:
-        target = self.type(f"vmm{number}", example.destination(number))
+        target = self._vmm(number, example.destination(number))
         self.await_socket(example.api(number), target, ANSWER)
         return target
 

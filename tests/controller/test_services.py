@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ class Rig:
         self.entered = Event()
         runtime = folder / "run"
         runtime.mkdir()
-        verbs = {"vmm.ping": self._ping, "vm.info": self._wait, "vm.pause": self._refuse}
+        verbs = {"vmm.ping": self._ping, "vm.info": self._wait, "vm.pause": self._refuse, "vm.add-net": self._keep}
         self.leavings = Leavings(str(runtime))
         api = ApiSocket.listen(str(self.path))
         self.services = Services(reactor, fleet, str(runtime), self.leavings, api, verbs)
@@ -43,6 +44,9 @@ class Rig:
 
     async def _refuse(self, _):
         raise StateError("VM can't be paused", "boot it first") from ValueError("because")
+
+    async def _keep(self, body):
+        return {"fds": body["fds"]}
 
     def run(self, awaitable):
         return self.reactor.run_until(awaitable, SECONDS)
@@ -108,6 +112,26 @@ def test_killed_api_process_is_replaced_and_no_client_is_refused(rig):
     assert code == 0, err
     assert rig.process("api").pid != pid
     assert rig.process("api").restarts == 1
+
+
+@pytest.mark.parametrize("when", ["dies with the request", "died and has a successor"])
+def test_descriptors_of_an_api_process_that_ended_before_they_were_fetched_are_an_error(rig, when):
+    rig.run(rig.remote("ping"))
+    api = rig.process("api")
+    before = set(os.listdir("/proc/self/fd"))
+    # The controller has the request, and no turn of its reactor has looked at it yet.
+    answer = rig.services._answer({"method": "PUT", "path": "vm.add-net", "body": b"{}", "fds": [0, 1]})
+    os.kill(api.pid, signal.SIGKILL)
+    if when == "died and has a successor":
+        rig.run(rig.successor("api", api.pid))
+        rig.run(rig.remote("ping"))
+    else:
+        assert select.select([api.pidfd], [], [], SECONDS)[0]
+    told = rig.run(answer)
+    assert told["status"] == 500
+    assert b"ended" in told["body"] or b"No such process" in told["body"], told
+    if when == "dies with the request":
+        assert set(os.listdir("/proc/self/fd")) <= before
 
 
 def test_killed_janitor_is_replaced_and_knows_the_paths(rig, tmp_path):

@@ -7,7 +7,6 @@ VMM receives the next try. A line of JSON for each on stdout: weather, cut, to, 
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -15,19 +14,18 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.demo import vmm
-from deploy.demo.example import Example
-from deploy.demo.play import Play, perform
-from deploy.demo.report import DemoError, Events, Report
+from deploy.demo import example, vmm
+from deploy.demo.example import Example, Way
+from deploy.demo.inside import ANSWER, Local
+from deploy.demo.play import perform
+from deploy.demo.report import DemoError, Events
 from deploy.demo.terminal import Terminal
 
-PORT = 6000
 ADDRESSES = {"a": "192.168.50.11", "b": "192.168.50.12"}
-BOOT, ANSWER, MIGRATION = 300.0, 120.0, 400.0
+MIGRATION = 400.0
 # What the source is told to wait at most: with 36 ms of delay and 3 % of loss, TCP carries some 100 KB/s.
 PATIENCE = 180
 GUEST = Example(cpus=1, memory="512M", disks=3, cmdline="root=/dev/vda1 console=ttyS0 quiet")
-WRITTEN_BYTES = 4 << 20
 # What a cut is shorter, or longer, than: the silence after which a side gives up (30 s).
 BLINK, CUT = (1.0, 8.0), (45.0, 50.0)
 
@@ -84,67 +82,83 @@ def cable(netem: str) -> None:
 
 
 def listens(host: str) -> bool:
-    return f":{PORT:04X} 00000000:0000 0A " in sh("ip", "netns", "exec", host, "cat", "/proc/net/tcp")
+    return f":{example.PORT:04X} 00000000:0000 0A " in sh("ip", "netns", "exec", host, "cat", "/proc/net/tcp")
 
 
-class Wanderer(Play):
+class Cut:
+    """`with Cut(weather):` the cable is cut as it says. What is still to come at the end does not come.
+
+    Raises DemoError at the end when a `tc` has failed.
+    """
+
+    def __init__(self, sky: Weather) -> None:
+        self._failed: list[DemoError] = []
+        self._timers: list[threading.Timer] = []
+        if sky.cut is not None:
+            begin, length = sky.cut
+            self._timers = [threading.Timer(after, self._becomes, [netem]) for after, netem in
+                            ((begin, "loss 100%"), (begin + length, sky.netem))]  # fmt: skip
+
+    def _becomes(self, netem: str) -> None:
+        try:
+            cable(netem)
+        except DemoError as error:  # in a thread that nobody asks
+            self._failed.append(error)
+
+    def __enter__(self) -> None:
+        for timer in self._timers:
+            timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        for timer in self._timers:
+            timer.cancel()
+            timer.join()
+        if self._failed:
+            raise self._failed[0]
+
+
+class Wanderer(Local):
     """One guest, two hosts, COUNT tries."""
 
     def __init__(self, seed: int, count: int, folder: Path, events: Events) -> None:
-        super().__init__(folder, events, Report(), "vmm")
+        super().__init__(GUEST, count, 1, Way.TCP, folder, events)
         self._chance = random.Random(seed)
-        self._count = count
-        self._vmms = 0
         self._at, self._elsewhere = "a", "b"
 
     def play(self) -> None:
         hosts()
-        os.truncate(os.open(Path.home() / "workloads/written.img", os.O_CREAT | os.O_WRONLY, 0o644), WRITTEN_BYTES)
-        guest = self._vmm(self._at, GUEST.source().partition("--api-socket")[0])
-        guest.await_match(r"root@focal:", BOOT, "shell prompt of the guest")
+        guest = self._boot()
         self.which_boot(guest, ANSWER)
-        guest.type("verify /dev/vdc &\n")
-        guest.await_match(r"verify: ok \d", ANSWER, "verified block of the third disk")
-        guest.type("./equal.sh /dev/vdb\n")
-        guest.await_lines("equal", 1, ANSWER)
-        target = self._vmm(self._elsewhere)
-        for number in range(self._count):
-            if self._migrate(number, guest, target):
-                guest = target
+        self._start_load(guest)
+        here, there = 1, 2
+        target = self._destination(there)
+        for number in range(self._hops):
+            if self._migrate(number, here, there, guest, target):
+                guest, here, there = target, there, there + 1
                 self._at, self._elsewhere = self._elsewhere, self._at
-                target = self._vmm(self._elsewhere)
-        guest.type("\x03")
-        self.which_boot(guest, ANSWER)
-        guest.type("poweroff\n")
-        self.report.destination_exit = guest.expect_end(ANSWER)
+                target = self._destination(there)
+        self._check_load(guest)
+        self._power_off(guest)
 
-    def _vmm(self, host: str, command: str = "cloud-hypervisor ") -> Terminal:
-        self._vmms += 1
-        api = f"/tmp/api{self._vmms}"
-        terminal = self.type(f"vmm{self._vmms}", f"ip netns exec {host} {command}--api-socket={api}")
-        self.await_socket(api, terminal, ANSWER)
-        return terminal
+    def _vmm(self, number: int, command: str) -> Terminal:
+        """The first has the guest; each of the others waits for it where it is not."""
+        host = self._at if number == 1 else self._elsewhere
+        return super()._vmm(number, f"ip netns exec {host} {command}")
 
-    def _migrate(self, number: int, guest: Terminal, target: Terminal) -> bool:
+    def _migrate(self, number: int, here: int, there: int, guest: Terminal, target: Terminal) -> bool:
         """Whether the guest is at the target now. Raises DemoError when it is not whole at exactly one of the two."""
-        apis = [f"/tmp/api{terminal.name.removeprefix('vmm')}" for terminal in (guest, target)]
+        source, destination = example.api(here), example.api(there)
         sky = weather(self._chance)
         cable("delay 0ms")
-        listen = f"receive-migration tcp:0.0.0.0:{PORT}"
-        receive = self.type(f"receive{number}", f"ch-remote --api-socket={apis[1]} {listen}")
+        receive = self.type(f"receive{number}", example.receive(there, Way.TCP))
         vmm.await_true("listener", ANSWER, lambda: listens(self._elsewhere))
         cable(sky.netem)
-        url = f"tcp:{ADDRESSES[self._elsewhere]}:{PORT}"
+        url = f"tcp:{ADDRESSES[self._elsewhere]}:{example.PORT}"
         within = f"timeout_s={PATIENCE},timeout_strategy=cancel"
-        command = f"ch-remote --api-socket={apis[0]} send-migration destination_url={url},{within}"
+        command = f"ch-remote --api-socket={source} send-migration destination_url={url},{within}"
         send = self.type(f"send{number}", command)
-        timers = self._cuts(sky)
-        try:
+        with Cut(sky):
             sent = send.await_end(MIGRATION)
-        finally:
-            for timer in timers:
-                timer.cancel()
-                timer.join()
         cable("delay 0ms")
         owner = target if sent == 0 else guest
         if sent == 0:
@@ -152,24 +166,15 @@ class Wanderer(Play):
             guest.expect_end(ANSWER)
         else:
             if listens(self._elsewhere):  # they have not met: it waits for another
-                sh("ch-remote", f"--api-socket={apis[1]}", "cancel-migration")
+                sh("ch-remote", f"--api-socket={destination}", "cancel-migration")
             received = receive.await_end(ANSWER)
-        self._goes_on(owner, apis[1] if sent == 0 else apis[0])
+        self._goes_on(owner, destination if sent == 0 else source)
         self.count()
         row = {"weather": sky.netem, "cut": sky.cut, "to": self._elsewhere, "send": sent, "receive": received}
         print(json.dumps({**row, "equal": self.report.equal, "not_equal": self.report.not_equal}), flush=True)
         if sent and not received:
             raise DemoError(f"try {number}: the source has the guest, and the destination says that it has it, too")
         return sent == 0
-
-    def _cuts(self, sky: Weather) -> list[threading.Timer]:
-        if sky.cut is None:
-            return []
-        begin, length = sky.cut
-        timers = [threading.Timer(begin, cable, ["loss 100%"]), threading.Timer(begin + length, cable, [sky.netem])]
-        for timer in timers:
-            timer.start()
-        return timers
 
     def _goes_on(self, owner: Terminal, api: str) -> None:
         state = vmm.ask(api, "vm.info").get("state")
