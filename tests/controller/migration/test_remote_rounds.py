@@ -1,0 +1,49 @@
+"""The rounds of a remote migration: a guest that writes too fast, a copy that does not end, the estimate."""
+
+from __future__ import annotations
+
+import pytest
+
+from controller.migration.fixed_cost import FIRST_GUESS_MS, GUESSES
+from shared.handover import Message
+from tests.controller.migration.relay import Cut, Relay
+from tests.controller.migration.remote_ends import still_works
+
+
+def test_guest_that_writes_too_fast_is_cancelled_when_the_time_is_up(lab):
+    source, destination = lab.remote_source(), lab.controller()
+    destination.receive_remote(lab.url)
+    sent = source.call("send", url=lab.url, bounds={"downtime_ms": 1, "timeout_s": 1})
+    assert "timeout_s=1 is over and downtime_ms=1 was not reached" in sent["error"][1]
+    assert sent["progress"]["round"] > 2
+    assert destination.done("receive")["error"][1] == "the source gave up"
+    still_works(lab, source, destination)
+
+
+def test_first_round_that_does_not_end_is_cancelled_when_the_time_is_up(lab):
+    source, destination = lab.remote_source(), lab.controller()
+    destination.receive_remote(lab.url)
+    relay = Relay(f"{lab.folder}/relay", lab.url[5:], Cut(Message.SYNCED, 0, hold=True))
+    sent = source.call("send", url=f"unix:{lab.folder}/relay", bounds={"timeout_s": 1})
+    relay.close()
+    assert sent["error"][1].startswith("timeout_s=1 is over before all of the guest's RAM was copied once")
+    assert destination.done("receive")["error"]
+    still_works(lab, source, destination)
+
+
+def test_what_an_attempt_has_shown_of_the_destination_is_in_the_estimate_of_the_next(lab):
+    source, destination = lab.remote_source(), lab.controller()
+    destination.receive_remote(lab.url, fail="lock")  # after PREPARED, which has told how long loading took
+    first = source.call("send", url=lab.url)["progress"]["breakdown"]
+    assert destination.done("receive")["error"]
+    destination.receive_remote(lab.url)
+    second = source.call("send", url=lab.url)["progress"]["breakdown"]
+    assert destination.done("receive")["error"] is None
+    assert first["copied"]["fixed_ms"] == FIRST_GUESS_MS
+    expected = FIRST_GUESS_MS - GUESSES["load"] + first["prepare"]["load_ms"]
+    assert second["copied"]["fixed_ms"] == pytest.approx(expected, abs=0.01)
+
+
+def test_guest_that_writes_too_fast_goes_all_the_same_when_told_so(lab):
+    source, destination = lab.remote_source(), lab.controller()
+    lab.copy(source, destination, bounds={"downtime_ms": 1, "timeout_s": 1, "strategy": "ignore"})
