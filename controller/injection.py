@@ -6,8 +6,6 @@
 
 For `flotilla doctor --sandbox` and the tests. Only a process that waits in a system call can be used, which a worker's
 first thread and a vCPU's nearly always do. Signals that come meanwhile are lost to it.
-
-Sources: ptrace(2), arch/x86/include/uapi/asm/ptrace-abi.h, sys/user.h.
 """
 
 from __future__ import annotations
@@ -20,28 +18,23 @@ from types import TracebackType
 from typing import Final
 
 from shared.errors import HostError
-from shared.linux import check, libc
+from shared.ptrace import (
+    PTRACE_CONT,
+    PTRACE_DETACH,
+    PTRACE_GETREGS,
+    PTRACE_INTERRUPT,
+    PTRACE_SEIZE,
+    PTRACE_SETREGS,
+    PTRACE_SINGLESTEP,
+    WALL,
+    ptrace,
+    user_regs_struct,
+)
 from shared.syscall_numbers import NUMBERS
 
-PTRACE_SINGLESTEP, PTRACE_GETREGS, PTRACE_SETREGS, PTRACE_CONT = 9, 12, 13, 7
-PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 17, 0x4206, 0x4207
-WALL: Final = 0x4000_0000
 SYSCALL: Final = b"\x0f\x05"
 ATTEMPTS: Final = 200
 SCRATCH: Final = 1024  # bytes below the stack, where its red zone has long ended
-
-libc.ptrace.restype = ctypes.c_long
-libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
-
-
-class user_regs_struct(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_uint64)
-        for name in (
-            "r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi",
-            "orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs",
-        )
-    )  # fmt: skip
 
 
 class Killed(HostError):
@@ -61,15 +54,15 @@ class Captive:
         self._dead = False
 
     def __enter__(self) -> Captive:
-        self._ptrace(PTRACE_SEIZE)
+        ptrace(PTRACE_SEIZE, self.pid)
         try:
             for _ in range(ATTEMPTS):
-                self._ptrace(PTRACE_INTERRUPT)
+                ptrace(PTRACE_INTERRUPT, self.pid)
                 self._wait()
-                self._ptrace(PTRACE_GETREGS, data=ctypes.addressof(self._regs))
+                ptrace(PTRACE_GETREGS, self.pid, ctypes.addressof(self._regs))
                 if self._memory(self._regs.rip - len(SYSCALL), len(SYSCALL)) == SYSCALL:
                     return self
-                self._ptrace(PTRACE_CONT)
+                ptrace(PTRACE_CONT, self.pid)
         except BaseException:
             self._let_go()
             raise
@@ -80,7 +73,7 @@ class Captive:
         self, _type: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
     ) -> None:
         if not self._dead:
-            self._ptrace(PTRACE_SETREGS, data=ctypes.addressof(self._regs))
+            ptrace(PTRACE_SETREGS, self.pid, ctypes.addressof(self._regs))
             self._let_go()
 
     def call(self, name: str, *arguments: int | bytes) -> int:
@@ -102,16 +95,13 @@ class Captive:
             (1 << 64) - 1,
         )  # no call of its own that the kernel could restart
         regs.rip = self._regs.rip - len(SYSCALL)
-        self._ptrace(PTRACE_SETREGS, data=ctypes.addressof(regs))
+        ptrace(PTRACE_SETREGS, self.pid, ctypes.addressof(regs))
         while True:
-            self._ptrace(PTRACE_SINGLESTEP)
+            ptrace(PTRACE_SINGLESTEP, self.pid)
             if self._wait() == signal.SIGTRAP:
                 break
-        self._ptrace(PTRACE_GETREGS, data=ctypes.addressof(regs))
+        ptrace(PTRACE_GETREGS, self.pid, ctypes.addressof(regs))
         return ctypes.c_int64(regs.rax).value
-
-    def _ptrace(self, request: int, data: int = 0) -> None:
-        check(libc.ptrace(request, self.pid, None, data), f"ptrace of process {self.pid}")
 
     def _wait(self) -> int:
         """The signal with which it has stopped."""
@@ -137,4 +127,4 @@ class Captive:
 
     def _let_go(self) -> None:
         with suppress(OSError):
-            self._ptrace(PTRACE_DETACH)
+            ptrace(PTRACE_DETACH, self.pid)

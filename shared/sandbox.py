@@ -167,9 +167,7 @@ class Sandbox:
             _limit_threads()
         for flag, name in NAMESPACES.items():
             if profile.namespaces & flag and _unshare(flag, name) and flag == CLONE_NEWNS:
-                # Nothing that happens to the mounts here may reach the host.
-                check(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "mount / private")
-                self.own_mounts = True
+                self.own_mounts = _keep_mounts_private()
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         left = (*self._kept, CAP_SYS_ADMIN) if self.own_mounts else self._kept
         carried = left if execs else ()
@@ -243,6 +241,15 @@ def _limit_threads() -> None:
 def _unshare(flag: int, name: str) -> bool:
     if libc.unshare(flag) < 0:
         log.debug(f"no {name} namespace of its own: {os.strerror(ctypes.get_errno())}")
+        return False
+    return True
+
+
+def _keep_mounts_private() -> bool:
+    """Nothing that happens to the mounts here may reach the host. False where / can't be left either: in a chroot it
+    need not be a mount point, which pivot_root(2) wants, too."""
+    if libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) < 0:
+        log.debug(f"the file system is kept: / is no mount of its own: {os.strerror(ctypes.get_errno())}")
         return False
     return True
 

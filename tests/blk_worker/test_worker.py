@@ -15,6 +15,7 @@ import pytest
 from shared.control import Channel, unlink_endpoint
 from shared.errors import ProtocolError
 from shared.reactor import Reactor
+from shared.worker import CONTRACT
 from tests.blk_worker.driver import IN, OK, OUT, Driver, memory_for
 from tests.blk_worker.rig import image, sector_bytes
 from tests.vhost_frontend import Frontend
@@ -73,7 +74,8 @@ def worker(disk: Path, runtime_folder: Path) -> Iterator[Running]:
 
 
 def test_contract_from_hello_to_a_successor(worker: Running, disk: Path, runtime_folder: Path) -> None:
-    assert worker.call("hello") == {"kind": "blk_worker", "version": 1, "pid": worker.process.pid}
+    who = {"kind": "blk_worker", "version": 1, "pid": worker.process.pid, "contract": CONTRACT}
+    assert worker.call("hello") == who
     memory = memory_for(1, SIZE)
     drive = Driver(memory, SIZE, indirect=True)
     frontend = Frontend(worker.sock, memory, [drive])

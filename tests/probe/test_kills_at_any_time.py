@@ -16,7 +16,7 @@ from types import TracebackType
 
 import pytest
 
-from tests.netns import ip
+from tests.netns import ip, network_namespace
 from tests.vmm import Vmm, poll
 
 pytestmark = pytest.mark.probe
@@ -124,7 +124,7 @@ def test_killed_while_it_reboots(tmp_path: Path, disk: Path) -> None:
 @pytest.mark.timeout(400)
 def test_killed_while_a_card_is_added(tmp_path: Path, disk: Path) -> None:
     """The answer may be lost, and the card be there: it is what counts."""
-    with Vmm.guest(tmp_path, "mode=blkload depth=8", "--disk", f"path={disk}") as vmm:
+    with network_namespace(), Vmm.guest(tmp_path, "mode=blkload depth=8", "--disk", f"path={disk}") as vmm:
         vmm.expect("blk ok ")
         vmm.wait_api()
         with Killer(vmm.process.pid, 6) as killer:

@@ -96,6 +96,25 @@ def test_the_file_system_is_empty_unless_the_profile_keeps_it(start, profile):
         assert os.stat(f"/proc/{pid}/cwd/").st_ino == os.stat(f"/proc/{pid}/root/").st_ino
 
 
+CHROOTED = """
+import os, sys
+from shared.sandbox import confine
+os.chroot(sys.argv[1])
+os.chdir("/")
+sandbox = confine("worker")
+with sandbox.leave_files():
+    print(sandbox.own_mounts, os.listdir("/"))
+"""
+
+
+@needs_root
+def test_in_a_chroot_that_is_no_mount_point_the_file_system_is_kept(tmp_path):
+    (tmp_path / "here").touch()
+    command = [sys.executable, "-c", CHROOTED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    assert (done.returncode, done.stdout) == (0, "False ['here']\n"), done.stderr
+
+
 def credentials(pid):
     """What /proc tells of every thread: user and group ids of all four kinds, groups, capabilities."""
     names = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapAmb", "CapBnd")
