@@ -16,7 +16,7 @@ from enum import StrEnum
 
 from controller.cgroups import Cgroups
 from controller.spawn import LAST_WORDS, LAST_WORDS_BYTES, Zygote
-from controller.supervision import Cause, Supervision, process_state
+from controller.supervision import Cause, Supervision, process_state, thread_places
 from controller.users import Users
 from shared import log
 from shared.errors import FlotillaError, WorkerError, WorkerLost
@@ -353,6 +353,7 @@ class Fleet:
         if process.state in (ProcessState.STARTING, ProcessState.RUNNING):
             process.verdict = Verdict(cause, reason, since)
             log.warn(f"{process.kind} {process.name} (pid {process.pid}), {cause}: {reason}; ending it")
+            log.info(f"{process.name}'s threads: {thread_places(process.pid)}")
             self.kill(process)
 
     def hung_up(self, process: Process, cause: Cause, reason: str) -> None:

@@ -89,16 +89,30 @@ class Watchdog:
             self._timer = None
 
     def _rest(self, seconds: float) -> None:
+        self._wait(seconds, self._tick)
+
+    def _wait(self, seconds: float, then: Callable[[], None]) -> None:
         self._due = time.monotonic() + seconds
-        self._timer = self._reactor.call_later(seconds, self._tick)
+        self._timer = self._reactor.call_later(seconds, then)
 
     def _tick(self) -> None:
+        self._forgive(time.monotonic() - self._due)
+        self._wait(GRACE, self._settle)
+
+    def _settle(self) -> None:
+        """Timers go before what the answers of the same turn wake: after a late one there may be answers to read."""
         late = time.monotonic() - self._due
+        self._forgive(late)
+        if late > GRACE:
+            self._wait(GRACE, self._settle)
+        else:
+            self._judge()
+
+    def _forgive(self, late: float) -> None:
         for watch in self._watches.values():  # whoever was asked has not had this time
             watch.asked = watch.asked + late if watch.asked is not None else None
             watch.still = watch.still + late if watch.still is not None else None
             watch.stopped = watch.stopped + late if watch.stopped is not None else None
-        self._timer = self._reactor.call_later(GRACE, self._judge)
 
     def _judge(self) -> None:
         self._timer = None

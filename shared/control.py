@@ -82,6 +82,7 @@ class Channel:
                 await sleep(self._reactor, CONNECTING_SECONDS)
 
         await within(self._reactor, timeout, there(), "the control channel")
+        self._reactor.call_soon(self._drain)  # asking has eaten the edge of what came meanwhile
 
     def close(self, reason: str = "closed") -> None:
         """Fail what waits for an answer and let go of the socket. Idempotent."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,26 @@ def test_control_message_that_is_none_is_a_refusal(rig: Rig) -> None:
     pid = rig.toy().fault("garbage")
     columns = rig.replaced(pid)
     assert (columns["last_cause"], columns["last_reason"]) == ("refused", "control message is not msgpack")
+
+
+def test_worker_whose_answer_is_there_is_not_hung_when_the_controller_had_no_time_to_read_it(rig: Rig) -> None:
+    """Asked, it gets no time until the next tick; then the controller gets none until it is to judge."""
+    process = rig.toy().backend.process
+    assert process is not None
+    tick, signals, ticks = rig.watchdog._tick, [signal.SIGSTOP, signal.SIGCONT], 0
+
+    def starved() -> None:
+        nonlocal ticks
+        ticks += 1
+        tick()
+        if signals:
+            os.kill(process.pid, number := signals.pop(0))
+            if number == signal.SIGCONT:
+                time.sleep(2 * LIMITS.other)
+
+    rig.watchdog._tick = starved  # type: ignore[method-assign]
+    rig.until(lambda: ticks >= 6)
+    assert rig.events == []
 
 
 def test_worker_that_is_asked_for_something_long_is_not_hung(rig: Rig) -> None:

@@ -143,7 +143,7 @@ class Wanderer(Local):
     def _vmm(self, number: int, command: str) -> Terminal:
         """The first has the guest; each of the others waits for it where it is not."""
         host = self._at if number == 1 else self._elsewhere
-        return super()._vmm(number, f"ip netns exec {host} {command}")
+        return super()._vmm(number, f"ip netns exec {host} {command} -vv")
 
     def _migrate(self, number: int, here: int, there: int, guest: Terminal, target: Terminal) -> bool:
         """Whether the guest is at the target now. Raises DemoError when it is not whole at exactly one of the two."""
@@ -151,7 +151,10 @@ class Wanderer(Local):
         sky = weather(self._chance)
         cable("delay 0ms")
         receive = self.type(f"receive{number}", example.receive(there, Way.TCP))
-        vmm.await_true("listener", ANSWER, lambda: listens(self._elsewhere))
+        try:
+            vmm.await_true("listener", ANSWER, lambda: listens(self._elsewhere))
+        except DemoError as error:
+            raise DemoError(f"{error}\n{receive.tail()}\n{target.tail()}") from error
         cable(sky.netem)
         url = f"tcp:{ADDRESSES[self._elsewhere]}:{example.PORT}"
         within = f"timeout_s={PATIENCE},timeout_strategy=cancel"
