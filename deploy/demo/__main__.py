@@ -18,7 +18,7 @@ from deploy.lab.kernel import KernelError
 from deploy.lab.machine import INTERRUPTED, TIMED_OUT, Machine
 from deploy.lab.run import HOST_DIED, Job, needed, run
 
-LIMITS = {"local": 900, "nested": 2700, "faults": 1500}  # seconds of one lab machine's life
+LIMITS = {"local": 900, "nested": 2700, "faults": 2700}  # seconds of one lab machine's life
 MODULES = {"local": "inside", "nested": "nested", "faults": "faults"}
 LAB_ONLY = {
     "nested": "the lab is the document's host machine: two VMs in it, and a VMM in each of them",

@@ -21,8 +21,9 @@ from deploy.demo.play import Play, perform
 from deploy.demo.report import DemoError, Events, FaultsReport, Strike
 from deploy.demo.terminal import Terminal
 
-# Seconds; they end what hangs.
-BOOT, ANSWER, CAMPAIGN = 300.0, 120.0, 600.0
+# Seconds; they end what hangs. An API process imports for half a second, for which the loaded lab needs three quarters
+# of a minute, and 20 of them are killed.
+BOOT, ANSWER, CAMPAIGN = 300.0, 120.0, 1800.0
 PASSES = 2  # of fio, and blocks of the echo: what must come after the last strike
 
 
