@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.__main__ import RUNS
+from bench.__main__ import BENCHES
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIFICATION = ROOT / "SPECIFICATION.md"
@@ -36,7 +36,7 @@ def missing(text: str) -> list[str]:
         path = ROOT / name.partition("::")[0]
         if not path.exists() or (function and function not in functions(path)):
             found.append(name)
-    return found + [f"bench {name}" for name in BENCH.findall(text) if name not in RUNS]
+    return found + [f"bench {name}" for name in BENCH.findall(text) if name not in BENCHES]
 
 
 def rows(text: str) -> list[str]:
