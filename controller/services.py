@@ -228,14 +228,15 @@ class Services:
             await self.exporter.stop()
         async with self._launching:
             pass  # nobody is on its way up behind our back
-        if self._api is not None and self._channel is not None:
-            self._api.state = ProcessState.STOPPING
+        api = self._api  # which is forgotten when it ends, be it at the very end of its time
+        if api is not None and self._channel is not None:
+            api.state = ProcessState.STOPPING
             self._channel.broadcast("goodbye")
             try:
-                await within(self._reactor, GOODBYE_SECONDS, self._api.ended.wait(), "the API process's end")
+                await within(self._reactor, GOODBYE_SECONDS, api.ended.wait(), "the API process's end")
             except Timeout:
-                self._fleet.kill(self._api)
-                await self._api.ended.wait()
+                self._fleet.kill(api)
+                await api.ended.wait()
         if self._janitor is not None:
             self._janitor.state = ProcessState.STOPPING
             ended = self._janitor.ended

@@ -31,6 +31,7 @@ from shared.records import Record, field
 from shared.typed import Any, Final
 
 GRACE: Final = 0.02
+TURNS: Final = 6  # of the reactor, more than an answer's way from the socket to _ask() takes
 PATIENCE: Final = 10.0
 MOST: Final = 30.0
 
@@ -79,11 +80,14 @@ class Watchdog:
         self._watches: dict[int, Watch] = {}
         self._timer: Timer | None = None
         self._due = 0.0
+        self._watching = False
 
     def start(self) -> None:
+        self._watching = True
         self._rest(self._limits.period)
 
     def stop(self) -> None:
+        self._watching = False
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -100,12 +104,14 @@ class Watchdog:
         self._wait(GRACE, self._settle)
 
     def _settle(self) -> None:
-        """Timers go before what the answers of the same turn wake: after a late one there may be answers to read."""
-        late = time.monotonic() - self._due
-        self._forgive(late)
-        if late > GRACE:
-            self._wait(GRACE, self._settle)
-        else:
+        self._forgive(time.monotonic() - self._due)
+        self._listen(TURNS)
+
+    def _listen(self, turns: int) -> None:
+        """Timers go before what the same turn's messages wake, and an answer takes a few turns to whoever asked."""
+        if turns:
+            self._reactor.call_soon(lambda: self._listen(turns - 1))
+        elif self._watching:
             self._judge()
 
     def _forgive(self, late: float) -> None:

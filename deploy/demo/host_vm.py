@@ -84,7 +84,7 @@ class HostVm:
 
     def expect_end(self, name: str, seconds: float) -> int:
         """The exit code of a window's command, which has to be 0. Raises DemoError."""
-        code = int(self.await_text(name, r"ended with (\d+)", seconds)[1])
+        code = int(self.await_text(name, r"window closes with (\d+)", seconds)[1])
         if code:
             raise DemoError(f"{self.name}: window {name} ended with {code}\n{self.terminal.tail()}")
         return code

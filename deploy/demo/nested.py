@@ -132,14 +132,14 @@ class Nested(Play):
     def _follow(self, hop: Hop, one: HostVm) -> None:
         """Phases and rounds of the sending side, until its command is done or the time is up."""
         end, shown = time.monotonic() + MIGRATION, ""
-        while time.monotonic() < end and not re.search(r"send\| .*?ended with", one.terminal.text()):
+        while time.monotonic() < end and not re.search(r"send\| .*?window closes with", one.terminal.text()):
             with contextlib.suppress(DemoError):  # its VMM has ended meanwhile
                 progress = one.api(example.SOURCE_API, "vm.migration-progress", ANSWER)
                 if (phase := str(progress.get("phase"))) != shown:
                     shown = phase
                     self.events.emit("migration", hop=hop.hop, phase=phase, total_ms=progress.get("total_ms"))
             with contextlib.suppress(DemoError):
-                one.await_text("send", "ended with", LOOK_SECONDS)
+                one.await_text("send", "window closes with", LOOK_SECONDS)
 
     def _check(self, hop: Hop, one: HostVm, two: HostVm) -> None:
         """The figures, then the guest itself: Ctrl-C ends its loop, and it says which boot this is."""

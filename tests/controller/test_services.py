@@ -14,7 +14,7 @@ import pytest
 from controller.api_socket import ApiSocket
 from controller.leavings import Leavings
 from controller.services import Services
-from shared.errors import StateError
+from shared.errors import StateError, Timeout
 from shared.reactor import Event, readable, sleep
 from tests.controller.processes import SECONDS, running
 from tests.vmm import REMOTE, environment
@@ -156,6 +156,18 @@ def test_stop_answers_what_is_under_way_and_leaves_no_socket(rig):
     code, _, err = rig.run(slow)
     assert code == 0, err
     assert not rig.path.exists()
+    assert rig.process("api") is None and rig.process("janitor") is None
+
+
+def test_stop_ends_all_when_the_api_process_ends_as_its_time_is_over(rig, monkeypatch):
+    async def late(reactor, _, awaitable, what):
+        await awaitable
+        raise Timeout(what)
+
+    rig.run(rig.remote("ping"))
+    with monkeypatch.context() as patch:
+        patch.setattr("controller.services.within", late)
+        rig.run(rig.services.stop())
     assert rig.process("api") is None and rig.process("janitor") is None
 
 

@@ -89,7 +89,7 @@ def test_command_tells_what_it_shows_and_how_it_ends(host: HostVm) -> None:
 
 
 def test_window_shows_its_lines_and_its_end(host: HostVm) -> None:
-    host.window("one", "test -t 0 && test -t 1 && echo \\\n'a terminal'; exit 4")
+    host.window("one", "test -t 0 && test -t 1 && echo \\\n'a terminal'; echo disk ended with 9; exit 4")
     host.await_text("one", "a terminal", SECONDS)
     with pytest.raises(DemoError, match="window one ended with 4"):
         host.expect_end("one", SECONDS)
@@ -101,7 +101,7 @@ def test_what_is_typed_into_a_window_reaches_its_command_alone(host: HostVm) -> 
     host.await_lines("one", "50%s \"it's\" \\ $x", 1, SECONDS)
     host.type("one", "\x04")
     host.type("one", "\x03")
-    host.await_text("one", "ended with 130", SECONDS)
+    host.await_text("one", "window closes with 130", SECONDS)
     assert "still here" in host.ask("echo still here", SECONDS)
 
 
@@ -119,7 +119,7 @@ def test_answer_in_json_survives_a_window_that_talks_all_the_time(host: HostVm, 
     host.await_lines("one", "equal", 1, SECONDS)
     assert host.json("cat answer", SECONDS) == answer
     host.type("one", "\x03")
-    host.await_text("one", r"ended with \d+", SECONDS)
+    host.await_text("one", r"window closes with \d+", SECONDS)
     assert host.times("one", "equal")
     with pytest.raises(DemoError, match="no JSON from echo no"):
         host.json("echo no", SECONDS)

@@ -21,8 +21,8 @@ in_vm() {
 # window N NAME COMMAND, and a window's exit code once it has ended. A progress bar's line is not ended by a newline.
 window() { in_vm "$1" 120 "./window $2 '$3'"; }
 window_end() {
-  await "$3" grep -qaE "$2\|.*ended with [0-9]" "$OUT/vm-$1"
-  grep -oaE "$2\|.*ended with [0-9]+" "$OUT/vm-$1" | grep -oaE '[0-9]+$'
+  await "$3" grep -qaE "$2\|.*window closes with [0-9]" "$OUT/vm-$1"
+  grep -oaE "$2\|.*window closes with [0-9]+" "$OUT/vm-$1" | grep -oaE '[0-9]+$'
 }
 await_equals() { await "$3" eval "[ \$(grep -cE '$2\\| equal' '$OUT/vm-$1') -ge 3 ]"; }
 
