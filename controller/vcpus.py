@@ -33,6 +33,9 @@ RESTART_DELAY = 0.02
 # Exit codes of vcpu.c for a process that never came as far as the guest.
 BIRTH_FAILURES = {125: "its parent thread is gone", 126: "no signals", 127: "its seccomp filter is refused"}
 MAX_STILLBORN = 5
+# An entry that KVM refuses is tried again, so often within a second: an emulated CPU refuses one in millions for a
+# reason of its own, and what is really wrong with a vCPU is wrong the next time, too.
+ENTRY_TRIES = 3
 # KVM_SYSTEM_EVENT_*: 1 shutdown, 2 reset, 3 crash
 SYSTEM_EVENT_SHUTDOWN = 1
 
@@ -82,6 +85,7 @@ class Vcpus:
         self._parking: Future[None] | None = None
         self._closing = False
         self._stillborn = 0  # starts in a row that came to nothing
+        self._refused: list[list[float]] = [[] for _ in self.all]  # when entries were refused, of the last second
         reactor.add_reader(self._event_fd, self._on_event)
 
     def start(self, *, paused: bool = False) -> None:
@@ -196,9 +200,18 @@ class Vcpus:
             machine.guest_shutdown()
         elif exit.kind is ExitKind.SYSTEM_EVENT:
             machine.triple_fault()
-        else:
+        elif not self._enters_again(vcpu):
             machine.vcpu_failed(vcpu.name, vcpu.failure())
         return []
+
+    def _enters_again(self, vcpu: Vcpu) -> bool:
+        now = time.monotonic()
+        recent = [when for when in self._refused[vcpu.index] if now - when < 1.0]
+        if not vcpu.entry_refused or len(recent) == ENTRY_TRIES:
+            return False
+        self._refused[vcpu.index] = [*recent, now]
+        log.warn(f"{vcpu.name}: {vcpu.failure()}: the guest could not be entered; trying again")
+        return True
 
     # Pause -------------------------------------------------------------------------------------------------------
 

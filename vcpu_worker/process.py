@@ -209,6 +209,11 @@ class Vcpu:
             return Exit(epoch, ExitKind.SYSTEM_EVENT, address=run.system_event_type)
         return Exit(epoch, ExitKind.FAILED, address=reason)
 
+    @property
+    def entry_refused(self) -> bool:
+        """Of a FAILED exit: KVM did not get the CPU into the guest. Not one instruction of it has run."""
+        return not self.page.error and bool(self.run.exit_reason == kvm.KVM_EXIT_FAIL_ENTRY)
+
     def failure(self) -> str:
         """What a FAILED exit means, for the log."""
         if self.page.error:

@@ -24,7 +24,7 @@ from deploy.demo.terminal import Terminal
 ADDRESSES = {"a": "192.168.50.11", "b": "192.168.50.12"}
 MIGRATION = 400.0
 # What the source is told to wait at most: with 36 ms of delay and 3 % of loss, TCP carries some 100 KB/s.
-PATIENCE = 180
+PATIENCE = 90
 GUEST = Example(cpus=1, memory="512M", disks=3, cmdline="root=/dev/vda1 console=ttyS0 quiet")
 # What a cut is shorter, or longer, than: the silence after which a side gives up (30 s).
 BLINK, CUT = (1.0, 8.0), (45.0, 50.0)
