@@ -22,7 +22,7 @@ from shared.pages import PAGE_SIZE
 TURNS = 3  # of the network within the downtime: END_OF_RAM, PREPARED and COMMIT, STARTED
 SHRINKS = 0.7  # a round that leaves less than this share of what it found is worth another one
 SMALL_MS = 5.0  # of copying: not worth a round
-ENOUGH_BYTES = 1 << 20  # a round of less says nothing about throughput
+ENOUGH_BYTES = 1 << 20  # a round of less is no measure of what the network carries: most of it is the turn
 GUESS = 100e6  # bytes per second, before the first round that says something
 
 
@@ -39,24 +39,31 @@ class Rounds:
     bounds: Bounds
     fixed_ms: float = FIRST_GUESS_MS  # of pause, save, load and start (fixed_cost.py)
     turn_s: float = 0.0  # the network's shortest turn so far
-    throughput: float = GUESS
     dirty_rate: float = 0.0
     number: int = 0
     remaining: int = 0
     _before: int = 0
+    _large: float = GUESS  # bytes per second of the last round that says something
+    _small: float = 0.0  # and of a smaller one after it
 
     def sent(self, count: int, seconds: float, turn_s: float) -> None:
         """A round of `count` bytes of the stream, the last of which took a turn of the network to be confirmed."""
         self.number += 1
         self.turn_s = min(turn_s, self.turn_s) if self.turn_s else turn_s
-        if count >= ENOUGH_BYTES:
-            self.throughput = count / max(1e-6, seconds)
+        rate = count / max(1e-6, seconds)
+        self._large, self._small = (rate, 0.0) if count >= ENOUGH_BYTES else (self._large, rate)
 
     def found(self, pages: int, seconds: float) -> None:
         """So many pages are dirty `seconds` after the last look."""
         self._before, self.remaining = self.remaining, pages * PAGE_SIZE
         if seconds > 0:
             self.dirty_rate = self.remaining / seconds
+
+    @property
+    def throughput(self) -> float:
+        """Bytes per second for what is left. Little takes no longer than the last round that was as little: the last
+        large one may have had a bad moment, and if all rounds are small now there will be no other."""
+        return max(self._large, self._small) if self.remaining < ENOUGH_BYTES else self._large
 
     @property
     def copy_ms(self) -> float:

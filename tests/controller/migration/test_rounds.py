@@ -80,10 +80,22 @@ def test_nothing_is_paused_before_the_destination_is_built():
     assert rounds.next(5.0, built=False) is Next.ROUND
 
 
-def test_a_small_round_says_nothing_about_throughput():
+def test_a_slow_small_round_says_nothing_about_throughput():
     rounds = after(Rounds(Bounds()), 1000 * MB, 1.0, 1)
     after(rounds, PAGE, 1.0, 1)
     assert rounds.throughput == 1000 * MB
+
+
+def test_a_fast_small_round_counts_for_what_is_as_small_until_the_next_large_one():
+    """The last large round had a bad moment. Without this no small one would ever end the copy."""
+    rounds = after(Rounds(Bounds()), 2 * MB, 10.0, 40)
+    after(rounds, MB // 2, 0.5, 40)
+    assert rounds.throughput == MB
+    assert rounds.next(10.5, built=True) is Next.PAUSE
+    rounds.found(1000, 1.0)
+    assert rounds.throughput == MB / 5
+    after(rounds, 4 * MB, 2.0, 40)
+    assert rounds.throughput == 2 * MB
 
 
 @given(st.integers(10, 2000), st.integers(0, 900), st.integers(50, 1000))
