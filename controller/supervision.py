@@ -16,7 +16,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from enum import StrEnum
 
 from shared import log
@@ -230,8 +229,10 @@ def thread_states(pid: int, but: int = 0) -> str:
 def thread_places(pid: int) -> str:
     """For a log line: thread id, letter and the kernel's function that it waits in, thread by thread."""
     places: list[str] = []
-    with suppress(OSError):
+    try:
         for thread in os.listdir(f"/proc/{pid}/task"):
             with open(f"/proc/{pid}/task/{thread}/wchan") as file:
                 places.append(f"{thread} {process_state(pid, int(thread))[0]} {file.read()}")
+    except OSError:
+        pass  # it is ending: what is known is enough
     return ", ".join(places)

@@ -96,10 +96,12 @@ def test_window_shows_its_lines_and_its_end(host: HostVm) -> None:
 
 
 def test_what_is_typed_into_a_window_reaches_its_command_alone(host: HostVm) -> None:
-    host.window("one", "stty -echo; cat; trap 'echo caught' INT; sleep 1000")
+    # A shell takes no notice of a Ctrl-C that comes as `cat` ends: hence the word, and a trap that no `sleep` outlives.
+    host.window("one", "stty -echo; cat; trap 'exit 130' INT; echo and now; while sleep 0.1; do :; done")
     host.type("one", "50%s \"it's\" \\ $x\n")
     host.await_lines("one", "50%s \"it's\" \\ $x", 1, SECONDS)
     host.type("one", "\x04")
+    host.await_lines("one", "and now", 1, SECONDS)
     host.type("one", "\x03")
     host.await_text("one", "window closes with 130", SECONDS)
     assert "still here" in host.ask("echo still here", SECONDS)
