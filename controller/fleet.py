@@ -353,8 +353,15 @@ class Fleet:
         if process.state in (ProcessState.STARTING, ProcessState.RUNNING):
             process.verdict = Verdict(cause, reason, since)
             log.warn(f"{process.kind} {process.name} (pid {process.pid}), {cause}: {reason}; ending it")
-            log.info(f"{process.name}'s threads: {thread_places(process.pid)}")
+            if log.wanted(log.Level.INFO):  # the device waits meanwhile
+                log.info(f"{process.name}'s threads: {thread_places(process.pid)}")
             self.kill(process)
+
+    def report_loss(self, process: Process) -> None:
+        """Of one that has ended, to supervision, unless it was told to end."""
+        if not process.wanted:
+            loss = process.loss
+            self.supervision.lost(process.kind, process.name, process.pid, loss.cause, loss.reason, since=loss.since)
 
     def hung_up(self, process: Process, cause: Cause, reason: str) -> None:
         """Its connection broke. One that is ending anyway is its pidfd's to report: sockets close a moment earlier."""

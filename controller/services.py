@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 
 from controller import requests
 from controller.api_socket import ApiSocket
 from controller.fleet import Fleet, Process, ProcessState, WorkerSpec
 from controller.leavings import Leavings
+from controller.service_process import LAST_DELAY, Service, ServiceProcess
 from controller.watchdog import Watchdog
 from shared import log
-from shared.control import Channel, unlink_endpoint
 from shared.errors import FlotillaError, Timeout, WorkerLost
 from shared.linux import close_fds, pidfd_getfd
 from shared.messages import Verb
-from shared.reactor import Lock, Reactor, describe, within
+from shared.reactor import Reactor, describe, within
 from shared.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from controller.exporter import Exporter
 
 GOODBYE_SECONDS = 3.0
-# A process that dies again and again is started again and again, but not in a busy loop.
-STEADY_SECONDS, LAST_DELAY = 10.0, 5.0
 
 
 class Services:
@@ -46,16 +44,15 @@ class Services:
     ) -> None:
         self._reactor = reactor
         self._fleet = fleet
-        self._runtime_dir = runtime_dir
         self._api_socket = api_socket
         self._verbs = verbs
-        self._api: Process | None = None
-        self._channel: Channel | None = None
-        self._api_endpoint = ""
-        self._incarnation = 0
-        self._api_began = 0.0
-        self._api_delay = 0.1
-        self._launching = Lock()  # of an API process
+        self._api: ServiceProcess | None = None
+        if api_socket is not None:
+            service = Service(
+                "api", "API process", "controller.api.entry", "api", Verb.API, self._answer,
+                lambda: nullcontext({"listening": api_socket.sock.fileno()}),
+            )  # fmt: skip
+            self._api = ServiceProcess(reactor, fleet, runtime_dir, service)
         self._stopping = False
         self._janitor: Process | None = None
         self._janitors = 0  # so many have been started
@@ -71,53 +68,24 @@ class Services:
     async def start(self) -> None:
         """Failures are logged and tried again: the guest runs on without either."""
         self._watchdog.start()
-        self._start_api()
+        if self._api is not None:
+            self._api.start()
         if self.exporter is not None:
             self.exporter.start()
         await self._start_janitor()
 
     # The API process ---------------------------------------------------------------------------------------------
 
-    def _start_api(self) -> None:
-        self._reactor.spawn(self._try_api(), "API process")
-
-    async def _try_api(self) -> None:
-        try:
-            async with self._launching:
-                await self._launch_api()
-        except (FlotillaError, OSError) as error:
-            self._hang_up_api()
-            log.warn(f"no API process: {describe(error)}; trying again")
-            self._reactor.call_later(LAST_DELAY, self._start_api)
-
-    async def _launch_api(self) -> None:
-        if self._api_socket is None or self._stopping:
-            return
-        self._incarnation += 1
-        self._api_began = time.monotonic()
-        endpoint = f"ipc://{self._runtime_dir}/api.{self._incarnation}"
-        channel = Channel(self._reactor, endpoint, bind=True, router=True)
-        channel.handlers[Verb.API] = self._answer
-        channel.on_event = lambda name, _: self._api_ready(endpoint) if name == "ready" else None
-        self._channel, self._api_endpoint = channel, endpoint
-        spec = WorkerSpec("api", "api", "controller.api.entry", "api", {"controller": endpoint}, control=False)
-        fds = {"listening": self._api_socket.sock.fileno()}
-        self._api = await self._fleet.fork(spec, fds, self._api_ended, self._incarnation - 1)
-        self._api.state = ProcessState.RUNNING
-
-    def _api_ready(self, endpoint: str) -> None:
-        unlink_endpoint(endpoint)
-        self._reactor.spawn(self._api_restored(), "API process")
-
     def _answer(self, request: dict[str, Any]) -> Awaitable[dict[str, Any]]:
-        api, numbers = self._api, request.get("fds") or []
+        assert self._api is not None
+        service, api, numbers = self._api, self._api.process, request.get("fds") or []
 
         def fetch() -> list[int]:
             """Ours are duplicates; the API process closes its own when it has the answer. All or none."""
             fds: list[int] = []
             try:
                 for number in numbers:
-                    if api is None or api is not self._api:  # its pidfd is closed, and may be another file's by now
+                    if api is None or api is not service.process:  # its pidfd is closed, and maybe another file's
                         raise WorkerLost("the API process that had the request's descriptors has ended")
                     fds.append(pidfd_getfd(api.pidfd, number))
             except BaseException:
@@ -127,30 +95,18 @@ class Services:
 
         return requests.answer(self._verbs, request["method"], request["path"], request.get("body") or b"", fetch)
 
-    async def _api_restored(self) -> None:
-        async with self._launching:  # the zygote's answer may come after its child's word
-            if self._api is not None:
-                self._fleet.supervision.restored("api", "api", self._api.pid)
-
-    def _hang_up_api(self) -> None:
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-            unlink_endpoint(self._api_endpoint)  # it may have died before it was ready
-
-    def _api_ended(self, process: Process) -> None:
-        self._hang_up_api()
-        self._api = None
-        if not self._stopping:
-            self._lost(process)
-            lived = time.monotonic() - self._api_began
-            self._api_delay = 0.1 if lived > STEADY_SECONDS else min(self._api_delay * 2, LAST_DELAY)
-            self._reactor.call_later(self._api_delay, self._start_api)
-
-    def _lost(self, process: Process) -> None:
-        if not process.wanted:
-            loss = process.loss
-            self._fleet.supervision.lost(process.kind, process.name, process.pid, loss.cause, loss.reason)
+    async def _say_goodbye(self, api: ServiceProcess) -> None:
+        """Whoever is there answers what it has under way."""
+        process, channel = api.process, api.channel  # forgotten when it ends, be it at the very end of its time
+        if process is None or channel is None:
+            return
+        process.state = ProcessState.STOPPING
+        channel.broadcast("goodbye")
+        try:
+            await within(self._reactor, GOODBYE_SECONDS, process.ended.wait(), "the API process's end")
+        except Timeout:
+            self._fleet.kill(process)
+            await process.ended.wait()
 
     # The janitor -------------------------------------------------------------------------------------------------
 
@@ -192,7 +148,7 @@ class Services:
             self._updates.close()
             self._updates = None
         if not self._stopping:
-            self._lost(process)
+            self._fleet.report_loss(process)
             self._reactor.call_later(0.1, self._restart_janitor)
 
     def _restart_janitor(self) -> None:
@@ -222,21 +178,14 @@ class Services:
         """Let requests under way be answered, end both processes, remove the API socket."""
         self._stopping = True
         self._watchdog.stop()
+        if self._api is not None:
+            await self._api.close()
         if self._api_socket is not None:
             self._api_socket.close()
         if self.exporter is not None:
             await self.exporter.stop()
-        async with self._launching:
-            pass  # nobody is on its way up behind our back
-        api = self._api  # which is forgotten when it ends, be it at the very end of its time
-        if api is not None and self._channel is not None:
-            api.state = ProcessState.STOPPING
-            self._channel.broadcast("goodbye")
-            try:
-                await within(self._reactor, GOODBYE_SECONDS, api.ended.wait(), "the API process's end")
-            except Timeout:
-                self._fleet.kill(api)
-                await api.ended.wait()
+        if self._api is not None:
+            await self._say_goodbye(self._api)
         if self._janitor is not None:
             self._janitor.state = ProcessState.STOPPING
             ended = self._janitor.ended

@@ -41,7 +41,7 @@ def endpoint_path(endpoint: str) -> str:
 class Channel:
     """Requests, answers and events over one zmq socket. All methods belong to the reactor's thread.
 
-    Raises HostError without a descriptor for the socket.
+    Raises HostError without a descriptor for the socket, or when the endpoint can't be had.
     """
 
     def __init__(
@@ -68,10 +68,14 @@ class Channel:
         self.handlers: dict[str, Handler] = {}
         self.on_event: Callable[[str, dict[str, Any]], None] = lambda _name, _args: None
         self.on_nonsense: Callable[[ProtocolError], None] = lambda _error: None  # the peer sent what is no message
-        if bind:
-            self._socket.bind(endpoint)
-        else:
-            self._socket.connect(endpoint)
+        try:
+            if bind:
+                self._socket.bind(endpoint)
+            else:
+                self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            raise HostError(f"{endpoint}: {zmq.strerror(error.errno or 0)}") from error
         reactor.add_reader(self._fd, self._drain)
 
     async def connected(self, timeout: float) -> None:

@@ -52,6 +52,11 @@ def settings() -> dict[str, object]:
     return {"level": int(_level), "fd": _fd, "began": _began}
 
 
+def wanted(level: Level) -> bool:
+    """Whether a line of this level is written: for a text that costs something."""
+    return level <= _level
+
+
 def _room() -> bool:
     """Whether a line can be written without a wait: a pipe that polls as writable takes PIPE_BUF bytes."""
     poll = select.poll()
@@ -61,7 +66,7 @@ def _room() -> bool:
 
 def _write(level: Level, text: str) -> None:
     global _lost
-    if level > _level:
+    if not wanted(level):
         return
     if not _room():
         _lost += 1

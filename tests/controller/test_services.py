@@ -114,6 +114,26 @@ def test_killed_api_process_is_replaced_and_no_client_is_refused(rig):
     assert rig.process("api").restarts == 1
 
 
+def test_api_process_whose_endpoint_cannot_be_made_is_tried_again_until_it_can(rig, monkeypatch, capfd):
+    """zmq's bind fails, with an error of zmq's."""
+    monkeypatch.setattr("controller.service_process.LAST_DELAY", 0.05)
+    rig.run(rig.remote("ping"))
+    away = rig.runtime.rename(rig.runtime.with_name("away"))
+    said = ""
+
+    async def told():
+        nonlocal said
+        while said.count("No such file or directory; trying again") < 2:
+            await sleep(rig.reactor, 0.01)
+            said += capfd.readouterr().err
+
+    os.kill(rig.process("api").pid, signal.SIGKILL)
+    rig.run(told())
+    away.rename(rig.runtime)
+    code, _, err = rig.run(rig.remote("ping"))
+    assert code == 0, err
+
+
 @pytest.mark.parametrize("when", ["dies with the request", "died and has a successor"])
 def test_descriptors_of_an_api_process_that_ended_before_they_were_fetched_are_an_error(rig, when):
     rig.run(rig.remote("ping"))
