@@ -21,13 +21,13 @@ import time
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 
-from controller.fleet import Fleet, Process, ProcessState, WorkerSpec, pss_kib
-from controller.statistics import merge
-from controller.supervision import OFTEN, RECENT_SECONDS, cause_of
+from controller.fleet import Fleet, Process, ProcessState, WorkerSpec, row
+from controller.statistics import checked, merge
+from controller.supervision import OFTEN, RECENT_SECONDS, Cause, cause_of
 from controller.vhost_frontend import Frontend
 from controller.warmup import warm_up
 from shared import log
-from shared.errors import FlotillaError, HostError, Timeout, WorkerError, WorkerLost
+from shared.errors import FlotillaError, HostError, ProtocolError, Timeout, WorkerError, WorkerLost
 from shared.reactor import Event, Reactor, describe, sleep, within
 from shared.records import replace
 from shared.typed import TYPE_CHECKING, Any
@@ -313,9 +313,11 @@ class Backend:
         process = self.process
         if process is not None and process.serving:
             try:
-                process.stats = await process.call("stats")
+                process.stats = checked(await process.call("stats"))
             except WorkerLost:
                 log.debug(f"{self.name} died before it told its counters")
+            except ProtocolError as error:
+                self._fleet.condemn(process, Cause.REFUSED, describe(error))
             if process is self.process:
                 return merge(self._past, process.stats)
         return dict(self._past)
@@ -343,14 +345,8 @@ class Backend:
             if self._fleet.supervision.often(self._spec.kind, self.name) < OFTEN:
                 return None
             state = DEGRADED
-        return {
-            "kind": self._spec.kind,
-            "device": self.name,
-            "pid": self.process.pid if self.process is not None else 0,
-            "state": state,
-            "restarts": self._restarts,
-            "pss_kib": pss_kib(self.process.pid) if self.process is not None else 0,
-        }
+        pid = self.process.pid if self.process is not None else 0
+        return row(self._spec.kind, self.name, pid, state, self._restarts)
 
     async def call(self, verb: str, **arguments: Any) -> dict[str, Any]:
         """A control request; if the worker dies under it, its successor is asked. Raises WorkerError, Timeout."""

@@ -35,9 +35,9 @@ class Cgroups:
         what = f"--cgroup {base}"
         if not _is_cgroup2(self._base):
             raise ConfigError(f"{what}: not a directory of a cgroup v2 hierarchy", HINT)
-        self._remove_stale()
         self.path = f"{self._base}/{PREFIX}{os.getpid()}"
         try:
+            self._remove_stale()
             os.mkdir(self.path)
             self._move("controller", os.getpid())
         except OSError as error:

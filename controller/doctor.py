@@ -297,7 +297,7 @@ class Trial:
 
     def vcpu_kill(self) -> Finding:
         guest = self._guest
-        wait(lambda: subprocess.run(guest.remote("ping"), capture_output=True, check=False).returncode == 0, "the API")
+        wait(lambda: pings(guest), "the API")
         before = self._vcpu(guest)
         os.kill(before["pid"], signal.SIGKILL)
         wait(lambda: self._vcpu(guest)["restarts"] > before["restarts"], "a new vCPU process")
@@ -313,8 +313,7 @@ class Trial:
         source, path = self._guest, self._folder / "migration"
         destination = Guest(self._folder, "vmm2")
         self._guests.append(destination)
-        wait(lambda: subprocess.run(destination.remote("ping"), capture_output=True, check=False).returncode == 0,
-              "the second VMM's API")  # fmt: skip
+        wait(lambda: pings(destination), "the second VMM's API")
         receiver = subprocess.Popen(
             destination.remote("receive-migration", f"unix:{path}"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -331,6 +330,11 @@ class Trial:
         if code := source.process.wait(GUEST_SECONDS):
             raise HostError(f"the source VMM ended with {code} after the migration")
         return ok("the running guest moved to a second VMM and went on with its disk")
+
+
+def pings(guest: Guest) -> bool:
+    """Whether the API of its VMM answers."""
+    return subprocess.run(guest.remote("ping"), capture_output=True, check=False).returncode == 0
 
 
 def wait(check: Callable[[], bool], what: str) -> None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from controller.doctor import DISK_SIZE, Guest, wait
+from controller.doctor import DISK_SIZE, Guest, pings, wait
 from controller.injection import Captive, Killed
 from controller.sandbox_report import look
 from shared.errors import FlotillaError
@@ -44,12 +44,9 @@ KVM_CREATE_VM: Final = 0xAE01
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """`by_design`: kinds whose work it is."""
-
     what: str
     call: str
     arguments: tuple[int | bytes | str, ...] = ()
-    by_design: tuple[str, ...] = ()
 
 
 ATTEMPTS: Final = (
@@ -134,14 +131,10 @@ def attempt(captive: Captive, controller: int, trial: Attempt) -> Verdict:
     return verdict(answer)
 
 
-def try_all(pid: int, controller: int, kind: str) -> dict[str, Verdict]:
+def try_all(pid: int, controller: int) -> dict[str, Verdict]:
     """Every attempt, from inside one process: by `what`. Raises HostError, OSError."""
-    found: dict[str, Verdict] = {}
     with Captive(pid) as captive:
-        for trial in ATTEMPTS:
-            if kind not in trial.by_design:
-                found[trial.what] = attempt(captive, controller, trial)
-    return found
+        return {trial.what: attempt(captive, controller, trial) for trial in ATTEMPTS}
 
 
 def fatal(pid: int) -> Verdict:
@@ -183,7 +176,7 @@ class Trial:
         cleanup.callback(self._receiver.close)
         path = folder / "migration"
         for guest in (self._guest, self._receiver):
-            wait(lambda guest=guest: _pings(guest), "the API")  # type: ignore[misc]
+            wait(lambda guest=guest: pings(guest), "the API")  # type: ignore[misc]
         waiting = subprocess.Popen(
             self._receiver.remote("receive-migration", f"unix:{path}"), stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -207,10 +200,6 @@ class Trial:
         return found
 
 
-def _pings(guest: Guest) -> bool:
-    return subprocess.run(guest.remote("ping"), capture_output=True, check=False).returncode == 0
-
-
 def _sealed(guest: Guest, kinds: list[str]) -> bool:
     rows = {row["kind"]: row for row in guest.ask("sandbox")}
     return all(kind in rows and rows[kind].get("seccomp") == "filter" for kind in kinds)
@@ -225,11 +214,10 @@ def run(folder: Path) -> tuple[dict[str, dict[str, Verdict]], dict[str, dict[str
         inner.mkdir()
         with ExitStack() as cleanup:
             trial = Trial(inner, mode, cleanup)
-            # The janitor last, the API process and the exporter before it: who is asked may not be dead.
             for kind, (pid, controller) in trial.processes().items():
                 if mode == "errno":
                     facts[kind] = look(pid)
-                    table[kind] = try_all(pid, controller, kind)
+                    table[kind] = try_all(pid, controller)
                 else:
                     table[kind]["a call of death"] = fatal(pid)
             no_net = trial.no_net
@@ -240,7 +228,7 @@ def show(table: dict[str, dict[str, Verdict]], facts: dict[str, dict[str, Any]],
     kinds = [kind for kind in KINDS if kind in table]
     print("".join([f"{'':24}", *(f"{kind:{WIDTH}}" for kind in kinds)]).rstrip())
     for what in (*(trial.what for trial in ATTEMPTS), "a call of death"):
-        cells = [table[kind][what].how if what in table[kind] else "its work" for kind in kinds]
+        cells = [table[kind][what].how for kind in kinds]
         print("".join([f"{what:24}", *(f"{cell:{WIDTH}}" for cell in cells)]).rstrip())
     print()
     for name in ("root", "capabilities", "namespaces", "descriptors"):

@@ -7,7 +7,6 @@ nothing.
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from controller.fleet import Fleet
 from controller.leavings import Leavings
 from controller.service_process import Service, ServiceProcess
 from shared import log
-from shared.linux import send_fds
+from shared.linux import close_fds, send_fds
 from shared.messages import Verb
 from shared.reactor import Reactor
 from shared.typed import TYPE_CHECKING, Any
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 NAME = "metrics"
 FDS_PER_MESSAGE = 60  # below shared.linux.SCM_MAX_FDS
 
-# Figures, as a message, and the files that go with them, by pid. The files are the receiver's to close.
-Collect = Callable[[], Awaitable[tuple[dict[str, Any], dict[int, int]]]]
+# Figures, as a message; into what it is given, the files that go with them, by pid.
+Collect = Callable[[dict[int, int]], Awaitable[dict[str, Any]]]
 
 
 class Exporter:
@@ -69,12 +68,12 @@ class Exporter:
             yield {"listening": self._listening.sock.fileno(), "sidecar": theirs.fileno()}
 
     async def _answer(self, _: dict[str, Any]) -> dict[str, Any]:
-        figures, files = await self._collect()
+        files: dict[int, int] = {}
         try:
+            figures = await self._collect(files)
             self._send(files)
         finally:
-            for fd in files.values():
-                os.close(fd)
+            close_fds(list(files.values()))
         return figures
 
     def _send(self, files: Mapping[int, int]) -> None:

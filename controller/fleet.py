@@ -139,13 +139,6 @@ def _read_words(fd: int) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in words.decode(errors="replace")).strip()
 
 
-def _violation(result: os.waitid_result | None) -> str:
-    """A process that its seccomp filter has killed could say nothing itself."""
-    if result is None or result.si_code not in (os.CLD_KILLED, os.CLD_DUMPED) or result.si_status != signal.SIGSYS:
-        return ""
-    return "ended by SIGSYS: a forbidden system call"
-
-
 def pss_kib(pid: int) -> int:
     """Proportional set size of a process in KiB, 0 when it is gone. Slow: walks its page tables."""
     try:
@@ -158,16 +151,23 @@ def pss_kib(pid: int) -> int:
     return 0
 
 
-def row(kind: str, device: str, pid: int, state: str, restarts: int, pss: bool = True) -> dict[str, Any]:
-    """Of `vmm.fleet`. PSS in KiB; 0 where it is not wanted."""
+def row(kind: str, device: str, pid: int, state: str, restarts: int) -> dict[str, Any]:
+    """Of `vmm.fleet`; `pss_kib` is for whoever wants it to fill in."""
     return {
         "kind": kind,
         "device": device,
         "pid": pid,
         "state": str(state),
         "restarts": restarts,
-        "pss_kib": pss_kib(pid) if pss else 0,
+        "pss_kib": 0,
     }
+
+
+def fill_in_pss(rows: Iterable[dict[str, Any]]) -> None:
+    """The controller's is that of the address space which the vCPU processes share; theirs stays 0."""
+    for each in rows:
+        if each["pid"] and each["kind"] != "vcpu":
+            each["pss_kib"] = pss_kib(each["pid"])
 
 
 class Fleet:
@@ -188,7 +188,7 @@ class Fleet:
         self.zygote = zygote
         self._runtime_dir = runtime_dir
         self._incarnation = 0
-        self._zygote_verdict: Verdict | None = None
+        self._zygote_verdict = 0, Verdict(Cause.ENDED, "")  # the last one that was condemned, by its pid
         self.processes: list[Process] = []
         self.seccomp = seccomp
         self.cgroups = Cgroups()
@@ -307,9 +307,10 @@ class Fleet:
         process.exit_status = result.si_status if result else None
         process.killed_by = result.si_status if result and result.si_code != os.CLD_EXITED else 0
         os.close(process.pidfd)
-        violation = process.reason = _violation(result)
+        if process.killed_by == signal.SIGSYS:  # it could say nothing itself
+            process.reason = "ended by SIGSYS: a forbidden system call"
         if process.last_words >= 0:
-            process.reason = _read_words(process.last_words) or violation
+            process.reason = _read_words(process.last_words) or process.reason
             os.close(process.last_words)
         # What crashes while it is being ended (its connection broke, say, which is noticed first) has crashed.
         ours = process.killed_by in (0, signal.SIGKILL, signal.SIGTERM)
@@ -324,7 +325,7 @@ class Fleet:
             from shared.control import unlink_endpoint
 
             unlink_endpoint(process.endpoint)
-        level = log.info if process.wanted and not violation else log.warn
+        level = log.info if process.wanted else log.warn
         level(f"{process.kind} {process.obituary}")
         process.ended.set()
         on_end(process)
@@ -370,24 +371,29 @@ class Fleet:
         self.condemn(process, cause, reason)
 
     def condemn_zygote(self, cause: Cause, reason: str) -> None:
-        self._zygote_verdict = Verdict(cause, reason)
+        self._zygote_verdict = self.zygote.pid, Verdict(cause, reason)
         self.zygote.kill()
 
     def renew_zygote(self) -> None:
         """Start another if it has died: the next worker must not wait for its imports."""
         zygote, pid = self.zygote, self.zygote.pid
-        if zygote.running and process_state(pid)[0] == "Z" and zygote.renew():
-            verdict = self._zygote_verdict or Verdict(Cause.ENDED, "it has ended")
-            self._zygote_verdict = None
+        if not zygote.running or process_state(pid)[0] != "Z":
+            return
+        try:
+            renewed = zygote.renew()
+        except OSError as error:
+            log.warn(f"no zygote: {describe(error)}; the next worker tries again")
+            return
+        if renewed:
+            condemned, verdict = self._zygote_verdict
+            if condemned != pid:  # a fork that waited for that one has had it replaced
+                verdict = Verdict(Cause.ENDED, "it has ended")
             self.supervision.lost("zygote", "zygote", pid, verdict.cause, verdict.reason)
             self.supervision.restored("zygote", "zygote", zygote.pid)
 
-    def describe(self, pss: bool = True) -> list[dict[str, Any]]:
-        """Rows for `vmm.fleet`: this process, its zygote, and every other process but the vCPUs.
-
-        The controller's PSS is that of the address space which the vCPU processes share; their rows say 0.
-        """
-        rows = [row("controller", "controller", os.getpid(), ProcessState.RUNNING, 0, pss)]
+    def describe(self) -> list[dict[str, Any]]:
+        """Rows for `vmm.fleet`: this process, its zygote, and every other process but the vCPUs."""
+        rows = [row("controller", "controller", os.getpid(), ProcessState.RUNNING, 0)]
         if self.zygote.running:
-            rows.append(row("zygote", "zygote", self.zygote.pid, ProcessState.RUNNING, self.zygote.starts - 1, pss))
-        return rows + [row(p.kind, p.name, p.pid, p.state, p.restarts, pss) for p in self.processes]
+            rows.append(row("zygote", "zygote", self.zygote.pid, ProcessState.RUNNING, self.zygote.starts - 1))
+        return rows + [row(p.kind, p.name, p.pid, p.state, p.restarts) for p in self.processes]

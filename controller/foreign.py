@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from controller.fleet import row
 from controller.supervision import Supervision, cause_of
 from controller.vhost_frontend import Frontend, dial
 from shared import log
@@ -51,7 +52,7 @@ class ForeignBackend:
     def row(self) -> dict[str, Any]:
         """Of `vmm.fleet`. Whose process it is, the socket does not tell."""
         state = "restarting" if self._reason else "running"
-        return {"kind": KIND, "device": self._id, "pid": 0, "state": state, "restarts": self._restarts, "pss_kib": 0}
+        return row(KIND, self._id, 0, state, self._restarts)
 
     def _lost(self, error: Exception | None) -> None:
         self._reason = describe(error) if error else "it closed the connection"

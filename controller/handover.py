@@ -31,10 +31,13 @@ from contextlib import AsyncExitStack
 from enum import StrEnum
 
 from controller.backends import Backend
+from controller.devices.state import Fields
 from controller.fleet import Fleet, Process, ProcessState
 from controller.sandbox_report import look
+from controller.statistics import checked
 from controller.supervision import Cause, Change, process_state
 from controller.vhost_standby import Mark, Standby
+from controller.vm_state import worker_state
 from shared.errors import FlotillaError, ProtocolError, Timeout, WorkerError, WorkerLost
 from shared.reactor import Reactor, describe, within
 from shared.typed import Any, Final
@@ -44,6 +47,11 @@ from shared.worker import CONTRACT
 RESUME_SECONDS: Final = 60.0
 # Kinds whose configuration space is state; a console's is the terminal's size, which may change at any moment.
 SAME_CONFIG: Final = ("blk", "net")
+# What less_confined() reads of a process, and a zombie has no more.
+COMPARED: Final = {
+    "seccomp", "no_new_privs", "capabilities", "bounding", "uid", "gid", "groups", "namespaces", "root", "open_files",
+    "core",
+}  # fmt: skip
 Row = Mapping[str, Any]
 
 
@@ -96,7 +104,7 @@ class Handover:
             async with AsyncExitStack() as locked:
                 await within(self._reactor, self._done, self._lock(locked), "the device to do what it is told")
                 await self._hand_over()
-        except FlotillaError as error:
+        except (FlotillaError, OSError) as error:
             await self._discard()
             raise self._failed(error) from None  # it has the reason in it
         except BaseException:
@@ -121,6 +129,8 @@ class Handover:
     async def _fork(self) -> dict[str, socket.socket]:
         """Not within a time limit of ours: the zygote must be heard out."""
         self._confinement = look(self._old.pid)
+        if missing := COMPARED - self._confinement.keys():
+            raise WorkerLost(f"{self._old.name} is ending: its {min(missing)} can't be read")
         self._new, sockets = await self._backend.fork_standby(self._program)
         self.change.new_pid = self._new.pid
         return sockets
@@ -163,8 +173,8 @@ class Handover:
         self.step = Step.QUIESCE
         bases = bases_of(await old.call("quiesce", None), self._standbys)
         self.step = Step.SAVE
-        saved = await old.call("save", None)
-        old.stats = await old.call("stats", None)
+        saved = worker_state(Fields(old.name, await old.call("save", None)))
+        old.stats = checked(await old.call("stats", None))
         self.step = Step.LOAD
         await new.call("load", None, **saved)
         self.step = Step.PREPARE
@@ -239,7 +249,7 @@ class Handover:
         for standby in self._standbys.values():
             standby.close()
 
-    def _failed(self, error: FlotillaError) -> WorkerError:
+    def _failed(self, error: FlotillaError | OSError) -> WorkerError:
         new = self._new
         why = new.verdict.reason if new is not None and new.verdict is not None else describe(error)
         self.change.reason = f"{self.step}: {why}"
@@ -256,7 +266,7 @@ def bases_of(answer: Row, devices: Mapping[str, Standby]) -> dict[str, dict[int,
     found: dict[str, dict[int, int]] = {name: {} for name in devices}
     for key, base in told.items() if isinstance(told, dict) else ():
         name, _, ring = key.rpartition(".") if isinstance(key, str) else (next(iter(devices)), "", str(key))
-        if name in found and ring.isdigit() and type(base) is int and 0 <= base <= 0xFFFF:
+        if name in found and ring.isdecimal() and len(ring) < 6 and type(base) is int and 0 <= base <= 0xFFFF:
             found[name][int(ring)] = base
     for name, standby in devices.items():
         if missing := standby.wanted - found[name].keys():

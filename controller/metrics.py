@@ -14,6 +14,7 @@ from controller.backends import Backend
 from controller.config.version import FLOTILLA_VERSION
 from controller.exporter import Exporter
 from controller.leavings import Leavings
+from controller.supervision import stat_fields
 from shared import log
 from shared.errors import FlotillaError
 from shared.figures import (
@@ -41,33 +42,27 @@ UTIME, STIME = 11, 12
 def exporter(vmm: Vmm, listening: ApiSocket, leavings: Leavings) -> Exporter:
     """The exporter of a VMM; start() is the caller's."""
 
-    async def collected() -> tuple[dict[str, Any], dict[int, int]]:
-        figures, files = await collect(vmm)
-        return to_wire(figures), files
+    async def collected(files: dict[int, int]) -> dict[str, Any]:
+        return to_wire(await collect(vmm, files))
 
     return Exporter(vmm.reactor, vmm.fleet, vmm.runtime.path, leavings, listening, collected)
 
 
-async def collect(vmm: Vmm) -> tuple[Figures, dict[int, int]]:
-    """Everything, and by pid an open smaps_rollup of each address space. What can't be had is left out."""
+async def collect(vmm: Vmm, files: dict[int, int]) -> Figures:
+    """Everything, and in `files`, by pid, an open smaps_rollup of each address space, for the caller to close whatever
+    is raised. What can't be had is left out."""
     backends = vmm.vm.workers if vmm.vm else ()
     workers = await gather(vmm.reactor, *(_worker(vmm.reactor, backend) for backend in backends))
     rows = await vmm.describe_fleet(None, pss=False)  # after the wait: a pid is good as long as it is not reaped
-    files: dict[int, int] = {}
-    try:
-        processes = []
-        for number, row in enumerate(rows):
-            if number % PROCESSES_A_TURN == PROCESSES_A_TURN - 1:
-                await sleep(vmm.reactor, 0)
-            processes.append(_process(row))
-            if row["pid"] and row["kind"] != "vcpu":  # their address space is the controller's
-                _open(row["pid"], files)
-    except BaseException:
-        for fd in files.values():
-            os.close(fd)
-        raise
+    processes = []
+    for number, row in enumerate(rows):
+        if number % PROCESSES_A_TURN == PROCESSES_A_TURN - 1:
+            await sleep(vmm.reactor, 0)
+        processes.append(_process(row))
+        if row["pid"] and row["kind"] != "vcpu":  # their address space is the controller's
+            _open(row["pid"], files)
     vm = vmm.vm  # looked at from here on without a wait: it may have ended meanwhile
-    figures = Figures(
+    return Figures(
         FLOTILLA_VERSION,
         str(vmm.state) if vmm.config is not None else "",
         tuple(processes),
@@ -76,7 +71,6 @@ async def collect(vmm: Vmm) -> tuple[Figures, dict[int, int]]:
         _kvm(vmm),
         known(MigrationFigures, vmm.migration.progress()) if vmm.migration is not None else MigrationFigures(),
     )
-    return figures, files
 
 
 def _process(row: dict[str, Any]) -> ProcessFigures:
@@ -107,18 +101,8 @@ def _kvm(vmm: Vmm) -> tuple[KvmFigures, ...]:
 
 def cpu_ticks(pid: int) -> tuple[int, int] | tuple[None, None]:
     """User and system time of a process with all its threads, in clock ticks; Nones when it is gone."""
-    try:
-        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None, None
-    try:
-        text = os.read(fd, 1024)
-    except OSError:
-        return None, None
-    finally:
-        os.close(fd)
-    fields = text[text.rindex(b")") + 2 :].split()
-    return int(fields[UTIME]), int(fields[STIME])
+    fields = stat_fields(f"/proc/{pid}/stat")
+    return (int(fields[UTIME]), int(fields[STIME])) if fields else (None, None)
 
 
 def _open(pid: int, files: dict[int, int]) -> None:

@@ -14,6 +14,7 @@ from shared.errors import HostError
 
 _WHY = {
     errno.EADDRINUSE: "another program listens there; choose another port",
+    errno.EAFNOSUPPORT: "this host has no IPv6",
     errno.EADDRNOTAVAIL: "this host has no such address",
     errno.EACCES: "ports below 1024 are for root; choose another",
 }
@@ -23,13 +24,15 @@ def listen(target: MetricsTarget) -> ApiSocket:
     """Raises HostError that names the flag and what is in the way."""
     if target.path is not None:
         return ApiSocket.listen(target.path, "--metrics-socket", "Metrics socket")
-    sock = socket.socket(socket.AF_INET6 if ":" in target.host else socket.AF_INET, socket.SOCK_STREAM)
+    sock: socket.socket | None = None
     try:
+        sock = socket.socket(socket.AF_INET6 if ":" in target.host else socket.AF_INET, socket.SOCK_STREAM)
         # Connections of a VMM that has just ended keep the port for a minute, but nobody from listening.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((target.host, target.port))
         sock.listen(BACKLOG)
     except OSError as error:
-        sock.close()
+        if sock is not None:
+            sock.close()
         raise HostError(f"{target.flag}: {error.strerror}", _WHY.get(error.errno or 0, "")) from error
     return ApiSocket(sock, None, None)

@@ -14,27 +14,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from shared.typed import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from controller.fleet import Fleet
-    from controller.vm import Vm
+from shared.typed import Any
 
 SECCOMP = {"0": "none", "1": "strict", "2": "filter"}
 CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapAmb")
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 LIMITS = {"Max open files": "open_files", "Max core file size": "core"}
-
-
-async def report(fleet: Fleet, vm: Vm | None) -> list[dict[str, Any]]:
-    """A row per process, sorted as `vmm.fleet` is."""
-    who = [("controller", "controller", os.getpid())]
-    if fleet.zygote.running:
-        who.append(("zygote", "zygote", fleet.zygote.pid))
-    who += [(process.kind, process.name, process.pid) for process in fleet.processes]
-    if vm is not None:
-        who += [(row["kind"], row["device"], row["pid"]) for row in vm.describe() if row["kind"] == "vcpu"]
-    return rows(who)
 
 
 def rows(who: Iterable[tuple[str, str, int]]) -> list[dict[str, Any]]:

@@ -8,11 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from shared.errors import ProtocolError
 from shared.typed import Final
 
 # What describes the present and not the past: only the living one's counts.
 PRESENT: Final = ("inflight", "broken_queues", "poisoned_sector")
 NONE_YET: Final = (1 << 64) - 1  # a latency before the first request
+
+
+def checked(told: object) -> dict[str, int]:
+    """What a worker tells of itself, names and numbers. Raises ProtocolError: anything else, added up later, would keep
+    the worker's successors from starting."""
+    if not isinstance(told, dict):
+        raise ProtocolError("a worker's counters are no map")
+    for name, value in told.items():
+        if not isinstance(name, str) or type(value) is not int:
+            raise ProtocolError(f"a worker's counter {str(name)[:40]!r} is no number")
+    return told
 
 
 def merge(before: Mapping[str, int], now: Mapping[str, int]) -> dict[str, int]:

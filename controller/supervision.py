@@ -21,9 +21,8 @@ from enum import StrEnum
 from shared import log
 from shared.errors import ProtocolError, Timeout
 from shared.records import Record, field
-from shared.typed import Any, Final
+from shared.typed import Any
 
-HISTORY: Final = 256
 # So many losses within so many seconds, and a worker that serves is `degraded`.
 OFTEN, RECENT_SECONDS = 3, 60.0
 PF_EXITING = 0x4  # linux/sched.h; the ninth field of /proc/PID/stat
@@ -72,12 +71,9 @@ class Change(Record, frozen=False):
 class Account(Record, frozen=False):
     """What one process and those before it have come to."""
 
-    counts: dict[Cause, int] = field(default_factory=dict)
     recent: deque[Incident] = field(default_factory=lambda: deque(maxlen=OFTEN * 8))
     since: float | None = None  # the loss that nobody has made good yet
     quarantine: str = ""  # why there is no worker
-    quarantines: int = 0
-    failed_requests: int = 0
     program: str = ""  # what the worker is exec'd from; "": this release's own
     upgrades: int = 0
     failed_upgrades: int = 0
@@ -91,7 +87,6 @@ class Supervision:
 
     def __init__(self, emit: Emit = lambda _source, _event, _properties: None) -> None:
         self._emit = emit
-        self.history: deque[Incident] = deque(maxlen=HISTORY)
         self.accounts: dict[tuple[str, str], Account] = {}
 
     def account(self, kind: str, name: str) -> Account:
@@ -101,11 +96,9 @@ class Supervision:
         """A process that served is gone or is being ended. `since`: when it was last known to do its work."""
         incident = Incident(time.monotonic(), kind, name, pid, cause, reason)
         account = self.account(kind, name)
-        account.counts[cause] = account.counts.get(cause, 0) + 1
         account.recent.append(incident)
         if account.since is None:
             account.since = incident.when if since is None else since
-        self.history.append(incident)
         log.warn(f"{kind} {name} (pid {pid}) is lost, {cause}: {reason}")
         self._emit("vmm", "worker-lost", self._properties(incident))
 
@@ -128,7 +121,7 @@ class Supervision:
         account = self.account(kind, name)
         if account.quarantine == reason:
             return
-        account.quarantine, account.quarantines = reason, account.quarantines + 1
+        account.quarantine = reason
         cause = account.recent[-1].cause if account.recent else Cause.REFUSED
         log.error(f"{kind} {name} is quarantined: {reason}")
         incident = Incident(time.monotonic(), kind, name, 0, cause, reason)
@@ -136,8 +129,6 @@ class Supervision:
 
     def failed_request(self, kind: str, name: str, count: int, what: str) -> None:
         """Requests that were failed to the guest because each had killed its worker time and again."""
-        account = self.account(kind, name)
-        account.failed_requests += count
         log.error(f"{kind} {name}: {count} requests killed their worker again and again and were failed: {what}")
         properties = {"name": name, "kind": kind, "requests": count, "reason": what}
         self._emit("vmm", "worker-request-failed", properties)
@@ -200,21 +191,25 @@ def plain(change: Change) -> dict[str, Any]:
     return {name: getattr(change, name) for name in Change._fields}
 
 
-def process_state(pid: int, thread: int = 0) -> tuple[str, bool]:
-    """The letter of proc_pid_stat(5) (R S D T t Z X) and whether it is ending; ("X", True) when it is gone."""
-    path = f"/proc/{pid}/task/{thread}/stat" if thread else f"/proc/{pid}/stat"
+def stat_fields(path: str) -> list[bytes]:
+    """The fields of proc_pid_stat(5) from the third on, which is the first behind the name; none when it is gone."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return "X", True
+        return []
     try:
         text = os.read(fd, 1024)
     except OSError:  # ESRCH
-        return "X", True
+        return []
     finally:
         os.close(fd)
-    fields = text[text.rindex(b")") + 2 :].split()
-    return fields[0].decode(), bool(int(fields[6]) & PF_EXITING)
+    return text[text.rindex(b")") + 2 :].split()
+
+
+def process_state(pid: int, thread: int = 0) -> tuple[str, bool]:
+    """The letter of proc_pid_stat(5) (R S D T t Z X) and whether it is ending; ("X", True) when it is gone."""
+    fields = stat_fields(f"/proc/{pid}/task/{thread}/stat" if thread else f"/proc/{pid}/stat")
+    return (fields[0].decode(), bool(int(fields[6]) & PF_EXITING)) if fields else ("X", True)
 
 
 def thread_states(pid: int, but: int = 0) -> str:

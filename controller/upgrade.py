@@ -115,6 +115,8 @@ def worker_upgrade(vmm: Vmm) -> Callable[[Any], Awaitable[Any]]:
             async with vmm.change():
                 _check_running(vmm, vm, wanted.id)
                 await backend.wait_serving(wanted.ready)
+                if backend.process is None:  # dead again before we had a turn
+                    raise backend.absence()
                 from controller.handover import Handover
                 from controller.supervision import plain
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from controller.bus import Bus, Effect
 from controller.config.cli import Seccomp
+from controller.fleet import row
 from controller.supervision import Cause, Supervision
 from shared import kvm, log
 from shared.errors import FlotillaError, HostError
@@ -258,17 +259,7 @@ class Vcpus:
 
     def describe(self) -> list[dict[str, Any]]:
         """Rows for `vmm.fleet`. A vCPU shares the controller's address space, whose PSS is in the controller's row."""
-        return [
-            {
-                "kind": "vcpu",
-                "device": vcpu.name,
-                "pid": vcpu.pid,
-                "state": vcpu.state.name.lower(),
-                "restarts": vcpu.restarts,
-                "pss_kib": 0,
-            }
-            for vcpu in self.all
-        ]
+        return [row("vcpu", vcpu.name, vcpu.pid, vcpu.state.name.lower(), vcpu.restarts) for vcpu in self.all]
 
 
 def _access(bus: Bus, exit: Exit) -> list[Effect]:

@@ -33,12 +33,12 @@ def checked(state: object) -> dict[str, Any]:
     nets = fields.maps("net_workers") if state.get("net_workers") is not None else {}
     return {
         **{key: state[key] for key in ("vcpus", "platform", "functions", "clock")},
-        "console_worker": _worker(fields.section("console_worker")) if state.get("console_worker") else None,
-        "net_workers": {name: _worker(saved) for name, saved in nets.items()},
+        "console_worker": worker_state(fields.section("console_worker")) if state.get("console_worker") else None,
+        "net_workers": {name: worker_state(saved) for name, saved in nets.items()},
     }
 
 
-def _worker(saved: Fields) -> dict[str, Any]:
+def worker_state(saved: Fields) -> dict[str, Any]:
     """The arguments of a worker's `load`: no peer may add any."""
     saved.section("state")
     return {"kind": saved.text("kind"), "version": saved.integer("version", 32), "state": saved.raw("state")}

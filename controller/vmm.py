@@ -25,10 +25,9 @@ from controller.config.validate import validate
 from controller.devices.events import GuestEvent
 from controller.events import EventMonitor
 from controller.faults.permission import fault_inject
-from controller.fleet import Fleet
+from controller.fleet import Fleet, fill_in_pss
 from controller.leavings import Leavings
 from controller.runtime import RuntimeDir
-from controller.sandbox_report import report
 from controller.signals import Signals
 from controller.spawn import Zygote
 from controller.supervision import Supervision
@@ -86,7 +85,7 @@ class Vmm:
             "vmm.ping": self.ping,
             "vmm.shutdown": self.shutdown_vmm,
             "vmm.fleet": self.describe_fleet,
-            "vmm.sandbox": lambda _: report(self.fleet, self.vm),
+            "vmm.sandbox": self.sandbox,
             "vmm.fault-inject": fault_inject(self),
             "vm.info": self.info,
             "vm.counters": self.counters,
@@ -231,12 +230,20 @@ class Vmm:
         return ping(os.getpid())
 
     async def describe_fleet(self, _: None, pss: bool = True) -> list[dict[str, Any]]:
-        rows = self.fleet.describe(pss)
+        rows = self.fleet.describe()
         if self.vm is not None:
             rows += self.vm.describe()
         # The VM's rows come last: of a worker that is being started again, what is wrong counts more than its pid.
         by_name = {(row["kind"], row["device"]): row for row in rows}
+        if pss:
+            fill_in_pss(by_name.values())
         return [by_name[name] | self.fleet.supervision.columns(*name) for name in sorted(by_name)]
+
+    async def sandbox(self, _: None) -> list[dict[str, Any]]:
+        from controller.sandbox_report import rows
+
+        fleet = await self.describe_fleet(None, pss=False)
+        return rows((row["kind"], row["device"], row["pid"]) for row in fleet if row["pid"])
 
     async def info(self, _: None) -> dict[str, Any]:
         from controller.config.codec import to_json

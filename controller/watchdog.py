@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from controller.fleet import Fleet, Process, ProcessState
+from controller.statistics import checked
 from controller.supervision import Cause, process_state, thread_states
 from shared import log
 from shared.errors import FlotillaError, ProtocolError
@@ -130,8 +131,8 @@ class Watchdog:
         for process in list(self._fleet.processes):
             if process.serving and process.state is ProcessState.RUNNING:
                 self._question(process, seen.setdefault(process.pid, Watch()))
-        self._fleet.renew_zygote()
         self._rest(max(0.0, self._limits.period - GRACE))
+        self._fleet.renew_zygote()
 
     def _patients(self) -> Iterable[Patient]:
         for process in list(self._fleet.processes):
@@ -212,9 +213,8 @@ class Watchdog:
 
 
 def _well_formed(answer: dict[str, Any]) -> bool:
-    stats = answer.get("stats", {})
-    return (
-        type(answer.get("epoch")) is int
-        and isinstance(stats, dict)
-        and all(isinstance(name, str) and type(value) is int for name, value in stats.items())
-    )
+    try:
+        checked(answer.get("stats", {}))
+    except ProtocolError:
+        return False
+    return type(answer.get("epoch")) is int

@@ -28,6 +28,7 @@ class Process(StrEnum):
     API = "api"
     ZYGOTE = "zygote"
     JANITOR = "janitor"
+    METRICS = "metrics"
     MIGRATION = "migration_agent"
 
 

@@ -76,8 +76,13 @@ def _write(level: Level, text: str) -> None:
     where = f"{'/'.join(path[-2:])}:{frame.f_lineno}"
     missing, _lost = (f" ({_lost} lines before this one were lost)" if _lost else ""), 0
     line = f"cloud-hypervisor: {time.monotonic() - _began:.6f}s: <{_thread}> {level.name}:{where} -- {text}{missing}\n"
+    data = line.encode(errors="replace")
     try:
-        os.write(_fd, line.encode(errors="replace"))
+        for start in range(0, len(data), select.PIPE_BUF):
+            if start and not _room():  # a pipe that had room for so many may have none for more
+                _lost += 1
+                break
+            os.write(_fd, data[start : start + select.PIPE_BUF])
     except OSError:
         _lost += 1  # a full disk or a closed terminal must not take the VM with it
 

@@ -28,7 +28,7 @@ class Toy:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.pulse, self.moves = 0, True
+        self.pulse, self.moves, self.honest = 0, True, True
 
     def quiesce(self) -> dict[str, Any]:
         return {"bases": {}}
@@ -43,7 +43,7 @@ class Toy:
         self.count += 1
 
     def stats(self) -> dict[str, int]:
-        return {"count": self.count}
+        return {"count": self.count if self.honest else "many"}  # type: ignore[dict-item]
 
     def epoch(self) -> int:
         self.pulse += self.moves
@@ -51,7 +51,8 @@ class Toy:
 
     def fault(self, what: str, value: int, options: Mapping[str, Any] = NOTHING) -> None:
         """`bug`; `sleep`: the main thread never answers again; `stall`: it answers and its epoch stands still;
-        `nonsense`: a heartbeat that is none; `garbage`: an answer that is no message; else a new count."""
+        `nonsense`: a heartbeat that is none; `garbage`: an answer that is no message; `lie`: counters that are none;
+        else a new count."""
         if what == "bug":
             raise ZeroDivisionError("a bug in a handler")
         if what == "sleep":
@@ -62,7 +63,7 @@ class Toy:
             from shared import messages
 
             messages.encode = lambda message: b"\xc1"
-        self.moves = what != "stall"
+        self.moves, self.honest = what != "stall", what != "lie"
         self.count = value
 
 

@@ -8,6 +8,9 @@ from shared.records import Record
 FORM = "give an address of this host and a port, as 127.0.0.1:9100 or [::1]:9100"
 
 
+V4_MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0.0.0.0 listens on every address, too
+
+
 class MetricsTarget(Record):
     """A unix socket's path, or a numeric address and a port."""
 
@@ -42,7 +45,7 @@ def parse_address(text: str) -> MetricsTarget:
     packed = _packed(host, bracketed)
     if packed is None:
         raise ConfigError(f"Error parsing --metrics {text}: {host} is no numeric address", FORM)
-    if not any(packed):
+    if not any(packed.removeprefix(V4_MAPPED)):
         raise ConfigError(f"Error parsing --metrics {text}: {host} is every address of this host", FORM)
     return MetricsTarget(host=host, port=int(port))
 

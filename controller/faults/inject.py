@@ -83,7 +83,10 @@ class Injector:
             log.warn(f"fault {fault.kind}: there is no {fault.process} process")
             self._tell("fault-missed", fault, 0)
         elif fault.kind in SIGNALS:
-            self._signal(fault, pid)
+            try:
+                self._signal(fault, pid)
+            except HostError as error:  # a migration's event has brought us here, and is to go on
+                self._missed(fault, pid, error)
         else:
             self._reactor.spawn(self._try(fault, pid), f"fault {fault.process}")
 
@@ -91,8 +94,11 @@ class Injector:
         try:
             await self._strike(fault, pid)
         except FlotillaError as error:
-            log.warn(f"fault {fault.kind} of {fault.process}: {describe(error)}")
-            self._tell("fault-missed", fault, pid)
+            self._missed(fault, pid, error)
+
+    def _missed(self, fault: Fault, pid: int, error: FlotillaError) -> None:
+        log.warn(f"fault {fault.kind} of {fault.process}: {describe(error)}")
+        self._tell("fault-missed", fault, pid)
 
     # How -----------------------------------------------------------------------------------------------------------
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from deploy.demo.example import CMDLINE, api
 
 # In the order in which they are struck; `vmm.fleet` calls them so. A migration agent lives only while a VM moves.
-PROCESSES = ("vcpu", "blk", "net", "console", "api", "zygote", "janitor")
+PROCESSES = ("vcpu", "blk", "net", "console", "api", "metrics", "zygote", "janitor")
 LOADED = "/tmp/loaded.img"
 LOADED_BYTES = 16 << 20
 HOST, GUEST = "192.168.249.1", "192.168.249.2"
 ECHO_PORT = 7
 SEED = 7
+METRICS = "/tmp/metrics1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ def vmm() -> str:
         f"    --disk path=~/workloads/focal.raw path={LOADED} \\\n"
         "    --cpus boot=2 --memory size=512M,shared=on \\\n"
         f'    --cmdline "{CMDLINE} quiet" --net ip={HOST} \\\n'
-        f"    --serial tty --console off --api-socket={api(1)} --allow-fault-injection"
+        f"    --serial tty --console off --api-socket={api(1)} --allow-fault-injection \\\n"
+        f"    --metrics-socket {METRICS}"
     )
 
 

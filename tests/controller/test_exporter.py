@@ -25,7 +25,7 @@ ASK = b"GET /metrics HTTP/1.0\r\n\r\n"
 
 
 class Rig:
-    """`collections` counts what the exporter asked for; while `held` is set, nobody answers."""
+    """`collections` counts what the exporter asked for; until `go_on` is set, nobody is answered."""
 
     def __init__(self, reactor, fleet, folder: Path) -> None:
         self.reactor, self.fleet = reactor, fleet
@@ -42,15 +42,15 @@ class Rig:
         listening = ApiSocket.listen(str(self.path))
         self.exporter = Exporter(reactor, fleet, str(self.runtime), self.leavings, listening, self._collect)
 
-    async def _collect(self):
+    async def _collect(self, files):
         self.collections += 1
         self.asked.set()
         await self.go_on.wait()
+        files |= {pid: os.open(f"/proc/{pid}/smaps_rollup", os.O_RDONLY) for pid in self.pids}
         if self.failure is not None:
             raise self.failure
         processes = tuple(ProcessFigures("toy", f"p{pid}", pid, "running") for pid in self.pids)
-        files = {pid: os.open(f"/proc/{pid}/smaps_rollup", os.O_RDONLY) for pid in self.pids}
-        return to_wire(Figures(version=str(self.collections), processes=processes)), files
+        return to_wire(Figures(version=str(self.collections), processes=processes))
 
     def run(self, awaitable):
         return self.reactor.run_until(awaitable, SECONDS)
@@ -112,6 +112,14 @@ def test_scrapes_at_the_same_time_share_one_collection(rig):
     texts = rig.run(gather(rig.reactor, *scrapes))
     assert all(b'flotilla_build_info{version="1"}' in text for text in texts)
     assert rig.collections == 1
+
+
+def test_figures_that_could_not_be_made_leave_no_file_open(rig):
+    rig.run(rig.scrape(b"GET / HTTP/1.0\r\n\r\n"))  # it is there
+    rig.failure = ZeroDivisionError("a bug in the figures")
+    before = len(os.listdir("/proc/self/fd"))
+    assert rig.run(rig.scrape()).startswith(b"HTTP/1.1 503 ")
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_later_scrape_has_figures_of_its_own(rig):

@@ -5,6 +5,7 @@ Every program that does wrong is this checkout's own worker, changed in one plac
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -230,6 +231,33 @@ def test_program_that_is_less_confined_when_it_is_started_again_gives_way(rig: R
     assert rig.backend.program == ""
 
 
+# A host that is short of something -----------------------------------------------------------------------------------
+
+
+def test_host_without_descriptors_is_told_as_a_failed_upgrade(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = rig.process
+
+    def full(_standby: Standby) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Standby, "mark", full)
+        said = rig.refused(rig.handover())
+    assert "goes on serving it: verify: " in said and said.endswith("Too many open files")
+    rig.kept(before)
+
+
+def test_process_that_is_ending_is_no_measure_of_confinement(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A zombie's namespaces can't be read."""
+    before = rig.process
+    whole = look(before.pid)
+    with monkeypatch.context() as patch:
+        patch.setattr("controller.handover.look", lambda _: {key: whole[key] for key in whole if key != "namespaces"})
+        said = rig.refused(rig.handover())
+    assert said.endswith("start: _disk0 is ending: its namespaces can't be read")
+    rig.kept(before)
+
+
 # A new process that goes wrong --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("step", STEPS)
@@ -449,6 +477,7 @@ def test_bases_come_by_ring_or_by_device_and_ring(rig: Rig) -> None:
     one, other = Standby(rig.frontend), Standby(Frontend(rig.reactor, rig.memory, "__rng"))
     assert bases_of({"bases": {0: 7}}, {"vhost": one}) == {"vhost": {0: 7}}
     assert bases_of({"bases": {"a.0": 7, "b.0": 9}}, {"a": one, "b": other}) == {"a": {0: 7}, "b": {0: 9}}
-    for nonsense in ({}, {"bases": None}, {"bases": {0: 65536}}, {"bases": {0: "7"}}, {"bases": {"0.x": 7}}):
+    wrong = ({0: 65536}, {0: "7"}, {"0.x": 7}, {"\u00b2": 7}, {"1" * 5000: 7})
+    for nonsense in ({}, {"bases": None}, *({"bases": bases} for bases in wrong)):
         with pytest.raises(ProtocolError, match="no base for ring 0 of _disk0"):
             bases_of(nonsense, {"vhost": one})

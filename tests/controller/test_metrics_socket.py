@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -50,6 +51,15 @@ def test_a_port_that_is_taken_is_named(host: str) -> None:
 def test_an_address_of_another_host_is_named() -> None:
     with pytest.raises(HostError, match=r"--metrics 192\.0\.2\.1:9100: .*this host has no such address"):
         listen(MetricsTarget(host="192.0.2.1", port=9100))
+
+
+def test_a_host_without_ipv6_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks(*_: object) -> None:
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    monkeypatch.setattr("controller.metrics_socket.socket.socket", lacks)
+    with pytest.raises(HostError, match=r"--metrics \[::1\]:9100: .*this host has no IPv6"):
+        listen(MetricsTarget(host="::1", port=9100))
 
 
 def test_a_unix_socket_is_the_owners_alone_and_gone_at_the_end(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -199,6 +200,44 @@ def test_heartbeat_that_is_none_is_a_refusal(rig: Rig) -> None:
     assert rig.replaced(pid)["last_cause"] == "refused"
 
 
+def test_counters_that_are_none_are_a_refusal_and_keep_no_successor_from_starting(rig: Rig) -> None:
+    """They come when somebody asks, not with a heartbeat, whose counters the watchdog looks at."""
+    pid = rig.toy().fault("lie")
+    rig.watchdog.stop()
+    assert rig.run(rig.backend.stats()) == {}
+    assert rig.replaced(pid)["last_cause"] == "refused"
+    assert rig.run(rig.backend.stats()) == {"count": 5}
+
+
+def test_zygote_that_cannot_be_started_again_does_not_end_the_watch(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    process, zygote = rig.toy().backend.process, rig.fleet.zygote
+    assert process is not None
+    tried: list[int] = []
+
+    def full() -> bool:
+        tried.append(zygote.pid)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zygote, "renew", full)
+        os.kill(zygote.pid, signal.SIGKILL)
+        rig.until(lambda: len(tried) >= 2)
+    rig.until(lambda: process_state(zygote.pid)[0] not in "ZX")
+    os.kill(process.pid, signal.SIGSTOP)
+    assert rig.replaced(process.pid)["last_cause"] == "hung"
+
+
+def test_a_zygotes_death_is_not_told_with_the_reason_of_another(rig: Rig) -> None:
+    """Of one that hung and was replaced by a fork that waited for it."""
+    rig.toy()
+    rig.fleet.condemn_zygote(Cause.HUNG, "for a test")
+    rig.fleet.zygote.renew()
+    pid = rig.fleet.zygote.pid
+    os.kill(pid, signal.SIGKILL)
+    rig.until(lambda: rig.fleet.zygote.pid != pid)
+    assert rig.fleet.supervision.columns("zygote", "zygote")["last_cause"] == "ended"
+
+
 def test_control_message_that_is_none_is_a_refusal(rig: Rig) -> None:
     pid = rig.toy().fault("garbage")
     columns = rig.replaced(pid)
@@ -295,8 +334,7 @@ def test_worker_that_had_to_be_replaced_often_is_degraded(rig: Rig) -> None:
     row = rig.backend.row()
     assert row is not None and row["state"] == "degraded" and row["restarts"] == OFTEN
     assert rig.backend.process is not None and row["pid"] == rig.backend.process.pid
-    account = rig.fleet.supervision.account("toy", "_toy0")
-    assert account.counts == {Cause.ENDED: OFTEN} and len(rig.fleet.supervision.history) == OFTEN
+    assert [event for event, _ in rig.events].count("worker-lost") == OFTEN
 
 
 def test_quarantine_is_told_once_with_its_reason() -> None:

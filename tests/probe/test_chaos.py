@@ -59,12 +59,13 @@ def loaded(tmp_path, disk, network):
     """A guest that verifies disk, network and RAM, with every kind of process."""
     words = "mode=blkload,net,rng rng.every_ms=20 depth=8 cpus=2 ap=ram ap.mb=4 ap.rate=20"
     devices = ["--disk", f"path={disk}", "--net", f"ip={HOST}", "--console", f"file={tmp_path}/console"]
+    devices += ["--metrics-socket", f"{tmp_path}/metrics"]
     with Vmm.guest(
         tmp_path, words, *devices, "--cpus", "boot=2", "--memory", "size=128M", "--allow-fault-injection"
     ) as vmm:
         vmm.expect("blk ok ")
         vmm.wait_api()
-        poll(lambda: {row["kind"] for row in vmm.fleet().values()} >= {"janitor", "console", "net", "blk"})
+        poll(lambda: {row["kind"] for row in vmm.fleet().values()} >= set(DEFAULT_PROCESSES))
         ping(GUEST)
         yield vmm
 

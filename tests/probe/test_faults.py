@@ -17,11 +17,12 @@ def vmm(tmp_path):
     """A guest with a disk, a card and a console, whose timer is slow: it finds lost interrupts late, not never."""
     (tmp_path / "disk.raw").write_bytes(bytes(16 << 20))
     devices = ["--disk", f"path={tmp_path}/disk.raw", "--net", f"ip={HOST}", "--console", f"file={tmp_path}/console"]
+    devices += ["--metrics-socket", f"{tmp_path}/metrics"]
     words = "mode=blkload,net,rng depth=8 rng.every_ms=20 hz=2 report_ms=200"
     with network_namespace(), Vmm.guest(tmp_path, words, *devices, "--allow-fault-injection") as made:
         made.expect("blk ok ")
         made.wait_api()
-        poll(lambda: {row["kind"] for row in made.fleet().values()} >= {"janitor", "console", "net", "blk"})
+        poll(lambda: {row["kind"] for row in made.fleet().values()} >= {"janitor", "console", "net", "blk", "metrics"})
         yield made
         made.more("blk ok ", 60)
         made.more("rng ok ", 60)
@@ -49,6 +50,7 @@ def replaced(vmm: Vmm, name: str, pid: int) -> bool:
         "process=console,fault=out-of-memory",
         "process=api,fault=kill",
         "process=janitor,fault=kill",
+        "process=metrics,fault=kill",
         "process=vcpu0,fault=kill",
     ],
 )

@@ -207,7 +207,7 @@ def test_attackers_code_in_a_worker_gets_out_nowhere(tmp_path, kind):
     with guest(tmp_path, "--seccomp", "errno") as vmm:
         rows = kept(vmm)
         row = next(row for row in rows.values() if row["kind"] == kind)
-        found = try_all(row["pid"], vmm.process.pid, kind)
+        found = try_all(row["pid"], vmm.process.pid)
         assert [what for what, cell in found.items() if not cell.refused] == []
         assert len(found) == len(ATTEMPTS)
         own = {"_disk0": {f"{tmp_path}/disk0.raw"}, "console": {f"{tmp_path}/console"}}.get(

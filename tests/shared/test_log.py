@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import time
 
 import pytest
@@ -113,6 +114,26 @@ def test_pipe_that_nobody_reads_loses_lines_stops_nobody_and_says_so_afterwards(
         os.read(read_end, 1 << 20)
         log.error("three")
         assert os.read(read_end, 65536).decode().endswith("-- three (2 lines before this one were lost)\n")
+    finally:
+        log.configure(Level.WARN)
+        os.close(read_end)
+        os.close(write_end)
+
+
+def test_line_that_is_longer_than_what_a_pipe_has_room_for_stops_nobody():
+    read_end, write_end = os.pipe()
+    log.configure(Level.ERROR, write_end)
+    try:
+        os.set_blocking(write_end, False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(write_end, bytes(select.PIPE_BUF))
+        os.set_blocking(write_end, True)
+        os.read(read_end, select.PIPE_BUF)  # room for one
+        log.error("x" * 100_000)
+        os.read(read_end, 1 << 20)
+        log.error("three")
+        assert os.read(read_end, 65536).decode().endswith("-- three (1 lines before this one were lost)\n")
     finally:
         log.configure(Level.WARN)
         os.close(read_end)

@@ -57,6 +57,7 @@ def test_path_of_a_socket(monkeypatch: pytest.MonkeyPatch) -> None:
         ("[fe80::1%eth0]:9100", "fe80::1%eth0 is no numeric address"),
         ("0.0.0.0:9100", "0.0.0.0 is every address of this host"),
         ("[::]:9100", ":: is every address of this host"),
+        ("[::ffff:0.0.0.0]:9100", "::ffff:0.0.0.0 is every address of this host"),
     ],
 )
 def test_what_is_no_address_and_port_is_refused_by_name(text: str, says: str) -> None:
