@@ -470,17 +470,17 @@ class Frontend:
     async def get_config(self, size: int) -> bytes:
         """The first `size` bytes of the device's configuration space. Raises ProtocolError when it has none."""
 
-        async def ask(link: Link) -> bytes:
-            if ProtocolFeature.CONFIG not in self.protocol_features:
-                raise ProtocolError(f"{self.name}: the back end offers no configuration space")
-            wanted = vu.ConfigSpan(0, 0, bytes(size)).pack()
-            message: Message = await self._within(link, link.call(Request.GET_CONFIG, wanted), "GET_CONFIG")
-            message.close_fds()
-            if not message.payload:
-                raise ProtocolError(f"{self.name}: the back end refuses to read {size} bytes of configuration")
-            return vu.ConfigSpan.unpack(message.payload).data.ljust(size, b"\0")
+        return await self._on_back_end(lambda link: self.read_config(link, size))
 
-        return await self._on_back_end(ask)
+    async def read_config(self, link: Link, size: int) -> bytes:
+        """The same over one connection."""
+        if ProtocolFeature.CONFIG not in self.protocol_features:
+            raise ProtocolError(f"{self.name}: the back end offers no configuration space")
+        wanted = vu.ConfigSpan(0, 0, bytes(size)).pack()
+        message: Message = await self._within(link, link.call(Request.GET_CONFIG, wanted), "GET_CONFIG")
+        if not message.payload:
+            raise ProtocolError(f"{self.name}: the back end refuses to read {size} bytes of configuration")
+        return vu.ConfigSpan.unpack(message.payload).data.ljust(size, b"\0")
 
     async def set_config(self, offset: int, data: bytes) -> None:
         """Write to the configuration space on behalf of the driver, now and to every successor of the back end.

@@ -18,9 +18,9 @@ from controller.vhost_frontend import Frontend
 from controller.vhost_link import Link
 from controller.vhost_session import Session
 from shared import vhost_user as vu
-from shared.errors import HostError, ProtocolError, WorkerLost
+from shared.errors import HostError, WorkerLost
 from shared.typed import TYPE_CHECKING, Any
-from shared.vhost_user import ConfigSpan, Message, ProtocolFeature, Request
+from shared.vhost_user import ProtocolFeature
 
 if TYPE_CHECKING:
     import socket
@@ -129,9 +129,4 @@ async def _config(front: Frontend) -> bytes:
         raise WorkerLost(f"{front.name}: the back end went away")
     if ProtocolFeature.CONFIG not in front.protocol_features:
         return bytes(vu.MAX_CONFIG_SIZE)
-    wanted = ConfigSpan(0, 0, bytes(vu.MAX_CONFIG_SIZE)).pack()
-    message: Message = await front._within(link, link.call(Request.GET_CONFIG, wanted), "GET_CONFIG")
-    message.close_fds()
-    if not message.payload:
-        raise ProtocolError(f"{front.name}: the back end refuses to read its configuration")
-    return ConfigSpan.unpack(message.payload).data.ljust(vu.MAX_CONFIG_SIZE, b"\0")
+    return await front.read_config(link, vu.MAX_CONFIG_SIZE)
