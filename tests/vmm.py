@@ -175,6 +175,12 @@ def poll(check: Callable[[], Any], seconds: float = SECONDS) -> Any:
         select_nothing(0.01)
 
 
+def until_socket(sock: Path, worker: subprocess.Popen[Any]) -> None:
+    """Until it is there; a worker that has ended won't make it."""
+    poll(lambda: sock.exists() or worker.poll() is not None)
+    assert worker.poll() is None, f"the worker ended with {worker.returncode}, and {sock} is not there"
+
+
 def select_nothing(seconds: float) -> None:
     with selectors.DefaultSelector() as selector:
         selector.select(seconds)
