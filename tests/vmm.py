@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import selectors
 import signal
 import subprocess
@@ -179,6 +180,16 @@ def until_socket(sock: Path, worker: subprocess.Popen[Any]) -> None:
     """Until it is there; a worker that has ended won't make it."""
     poll(lambda: sock.exists() or worker.poll() is not None)
     assert worker.poll() is None, f"the worker ended with {worker.returncode}, and {sock} is not there"
+
+
+def read_until(fd: int, enough: Callable[[bytes], bool], seconds: float = SECONDS) -> bytes:
+    """What comes from it from now on, until that is enough. Fails with what came instead."""
+    seen, end = b"", time.monotonic() + seconds
+    while not enough(seen):
+        ready, _, _ = select.select([fd], [], [], max(0.0, end - time.monotonic()))
+        assert ready, f"not within {seconds} s: {enough}; {len(seen)} bytes came, the last are {seen[-1500:]!r}"
+        seen += os.read(fd, 4096)
+    return seen
 
 
 def select_nothing(seconds: float) -> None:
