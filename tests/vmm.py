@@ -165,6 +165,13 @@ class Vmm:
         return int(self.fleet()[device]["pid"])
 
 
+def events(path: Path, *names: str) -> list[tuple[str, dict[str, Any]]]:
+    """What has been written to an event monitor, but for a record that is being written; without names, all."""
+    *records, _ = path.read_text().split("\n\n")
+    told = [(record["event"], record["properties"] or {}) for record in map(json.loads, records)]
+    return [record for record in told if not names or record[0] in names]
+
+
 def poll(check: Callable[[], Any], seconds: float = SECONDS) -> Any:
     """Wait until check() is true; what it gave."""
     end = time.monotonic() + seconds

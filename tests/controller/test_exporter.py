@@ -25,7 +25,7 @@ ASK = b"GET /metrics HTTP/1.0\r\n\r\n"
 
 
 class Rig:
-    """`collections` counts what the exporter asked for; while `held` is set, nobody answers."""
+    """`collections` counts what the exporter asked for; while `go_on` is not set, nobody answers."""
 
     def __init__(self, reactor, fleet, folder: Path) -> None:
         self.reactor, self.fleet = reactor, fleet
