@@ -35,6 +35,13 @@ def _check(result: int, what: str) -> None:
         raise OSError(number, f"{what}: {os.strerror(number)}")
 
 
+def free_port(host: str = "127.0.0.1") -> int:
+    """Of tcp, a moment ago."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as sock:
+        sock.bind((host, 0))
+        return int(sock.getsockname()[1])
+
+
 class Network:
     """One namespace with one TAP interface `tap0`, up, without an address, quiet (no IPv6)."""
 

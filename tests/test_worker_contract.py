@@ -21,18 +21,18 @@ from controller.vhost_frontend import Frontend
 from shared.errors import FlotillaError, ProtocolError, WorkerError
 from shared.memory import GuestMemory
 from shared.messages import Verb
-from shared.reactor import Reactor, sleep
+from shared.reactor import Reactor
 from shared.records import replace
-from tests.controller.processes import SECONDS, running
+from tests.controller.processes import SECONDS, Turned, running
 from tests.network import Network, frame
 from tests.other_worker import program
-from tests.virtqueue import Driver
+from tests.virtqueue import Driver, queue_of
 
 SECTOR = 512
 VERSION_1 = 1 << 32
 
 
-class Subject:
+class Subject(Turned):
     """One worker process. Subclasses say how to start it and how to make it work."""
 
     kind = ""
@@ -41,7 +41,8 @@ class Subject:
     broken_state: dict[str, Any] = {}
 
     def __init__(self, reactor: Reactor, fleet: Fleet, folder: Path) -> None:
-        self.reactor, self.fleet, self.folder = reactor, fleet, folder
+        super().__init__(reactor)
+        self.fleet, self.folder = fleet, folder
         self.memory: GuestMemory | None = None
         self.driver: Driver | None = None
         self.frontends: dict[str, Frontend] = {}
@@ -78,19 +79,9 @@ class Subject:
             self.done += len(self.driver.completed())
         return self.done
 
-    def run(self, awaitable: Any) -> Any:
-        return self.reactor.run_until(awaitable, SECONDS)
-
     def call(self, verb: str, **arguments: Any) -> dict[str, Any]:
         answer: dict[str, Any] = self.run(self.process.call(verb, SECONDS, **arguments))
         return answer
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        async def turn() -> None:
-            while not condition():
-                await sleep(self.reactor, 0.002)
-
-        self.run(turn())
 
     def close(self) -> None:
         for frontend in self.frontends.values():
@@ -102,8 +93,7 @@ class Subject:
 
     def queue(self) -> Virtqueue:
         assert self.driver is not None
-        d = self.driver
-        return Virtqueue(d.index, d.size, d.desc, d.avail, d.used, d.kick_fd, d.call_fd)
+        return queue_of(self.driver)
 
     def with_memory(self, *names: str) -> None:
         self.memory = GuestMemory.create(1 << 20)

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from controller.pci.virtio import Virtqueue
 from shared.memory import GuestMemory
 
 NEXT, WRITE = 1, 2
@@ -111,3 +112,9 @@ class Driver:
     def close(self) -> None:
         os.close(self.kick_fd)
         os.close(self.call_fd)
+
+
+def queue_of(driver: Driver) -> Virtqueue:
+    """As the device's registers have it."""
+    d = driver
+    return Virtqueue(d.index, d.size, d.desc, d.avail, d.used, d.kick_fd, d.call_fd)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import selectors
 import signal
 import subprocess
@@ -164,6 +165,13 @@ class Vmm:
         return int(self.fleet()[device]["pid"])
 
 
+def events(path: Path, *names: str) -> list[tuple[str, dict[str, Any]]]:
+    """What has been written to an event monitor, but for a record that is being written; without names, all."""
+    *records, _ = path.read_text().split("\n\n")
+    told = [(record["event"], record["properties"] or {}) for record in map(json.loads, records)]
+    return [record for record in told if not names or record[0] in names]
+
+
 def poll(check: Callable[[], Any], seconds: float = SECONDS) -> Any:
     """Wait until check() is true; what it gave."""
     end = time.monotonic() + seconds
@@ -173,6 +181,22 @@ def poll(check: Callable[[], Any], seconds: float = SECONDS) -> Any:
             return value
         assert time.monotonic() < end, f"not within {seconds} s: {check}"
         select_nothing(0.01)
+
+
+def until_socket(sock: Path, worker: subprocess.Popen[Any]) -> None:
+    """Until it is there; a worker that has ended won't make it."""
+    poll(lambda: sock.exists() or worker.poll() is not None)
+    assert worker.poll() is None, f"the worker ended with {worker.returncode}, and {sock} is not there"
+
+
+def read_until(fd: int, enough: Callable[[bytes], bool], seconds: float = SECONDS) -> bytes:
+    """What comes from it from now on, until that is enough. Fails with what came instead."""
+    seen, end = b"", time.monotonic() + seconds
+    while not enough(seen):
+        ready, _, _ = select.select([fd], [], [], max(0.0, end - time.monotonic()))
+        assert ready, f"not within {seconds} s: {enough}; {len(seen)} bytes came, the last are {seen[-1500:]!r}"
+        seen += os.read(fd, 4096)
+    return seen
 
 
 def select_nothing(seconds: float) -> None:

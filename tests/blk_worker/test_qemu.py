@@ -7,14 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from guest.lines import Bad, BlkOk
 from tests.guest.conftest import Machine
+from tests.vmm import until_socket
 
 HERE = Path(__file__).resolve().parent
 QEMU = "qemu-system-x86_64"
@@ -99,27 +100,25 @@ def test_probe_guest_verifies_its_blocks_across_kills(tmp_path: Path, runtime_fo
     os.truncate(disk, 8 << 20)
     sock = runtime_folder / "load.sock"
     worker = spawn(sock, disk)
-    while not sock.exists():
-        time.sleep(0.005)  # QEMU does not wait for a socket that is not there yet
-    machine = Machine(
-        "tcg", "mode=blkload span=4m report_ms=20 queues=2",
-        "-object", "memory-backend-memfd,id=ram,size=128M,share=on", "-machine", "memory-backend=ram",
-        "-chardev", f"socket,id=disk,path={sock},reconnect=1",
-        "-device", "vhost-user-blk-pci,disable-legacy=on,chardev=disk,num-queues=2",
-    )  # fmt: skip
     try:
-        done = 0
-        for life in range(4):
-            while ops(machine) < done + 200:
-                pass
-            if life < 3:
-                worker.send_signal(signal.SIGKILL)
-                worker.wait()
-                done = standstill(machine)
-                worker = spawn(sock, disk)
-        assert not [event for event in machine.events if isinstance(event, Bad)]
+        until_socket(sock, worker)  # QEMU does not wait for it
+        with closing(Machine(
+            "tcg", "mode=blkload span=4m report_ms=20 queues=2",
+            "-object", "memory-backend-memfd,id=ram,size=128M,share=on", "-machine", "memory-backend=ram",
+            "-chardev", f"socket,id=disk,path={sock},reconnect=1",
+            "-device", "vhost-user-blk-pci,disable-legacy=on,chardev=disk,num-queues=2",
+        )) as machine:  # fmt: skip
+            done = 0
+            for life in range(4):
+                while ops(machine) < done + 200:
+                    pass
+                if life < 3:
+                    worker.send_signal(signal.SIGKILL)
+                    worker.wait()
+                    done = standstill(machine)
+                    worker = spawn(sock, disk)
+            assert not [event for event in machine.events if isinstance(event, Bad)]
     finally:
-        machine.close()
         worker.terminate()
         assert worker.wait(20) == 0
 

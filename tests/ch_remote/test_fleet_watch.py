@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from tests.ch_remote.server import Server, reply, run
-from tests.vmm import REMOTE, environment
+from tests.vmm import REMOTE, environment, read_until
 
 ROW = {"kind": "blk", "device": "_disk0", "pid": 7, "state": "running"}
 TABLE = "KIND  DEVICE  PID  STATE\nblk   _disk0  7    {}\n"
@@ -46,10 +46,8 @@ def test_terminal_shows_one_table_in_place_until_ctrl_c(server: Server) -> None:
     command = [sys.executable, "-c", REMOTE, f"--api-socket={server.path}", "fleet", "--watch"]
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment())
     os.close(theirs)
-    shown = b""
     try:
-        while shown.count(b"\x1b[H\x1b[J") < 2 or b"degraded" not in shown:
-            shown += os.read(ours, 4096)
+        shown = read_until(ours, lambda shown: shown.count(b"\x1b[H\x1b[J") >= 2 and b"degraded" in shown)
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
     finally:

@@ -15,7 +15,6 @@ import pytest
 from console_worker.console import IN_BUFFER_LIMIT, RECEIVEQ, TRANSMITQ, Console
 from console_worker.rng import Rng, open_source
 from console_worker.worker import ConsoleWorker
-from controller.pci.virtio import Virtqueue
 from controller.vhost_frontend import Frontend
 from controller.vhost_user_device import CONSOLE, RNG, VhostUserDevice
 from shared.chardev import CharDev, open_host_end
@@ -24,7 +23,7 @@ from shared.memory import GuestMemory
 from shared.reactor import Future, Reactor
 from shared.vhost_backend import Server
 from tests.echo_backend import drained
-from tests.virtqueue import WRITE, Driver
+from tests.virtqueue import WRITE, Driver, queue_of
 
 RAM = 4 << 20
 CONSOLE_FEATURES, RNG_FEATURES = 0x1_0000_0001, 0x1_0000_0000
@@ -64,15 +63,12 @@ class Bench:
         self.servers.clear()
         self.host.hold()
 
-    def queue(self, d: Driver) -> Virtqueue:
-        return Virtqueue(d.index, d.size, d.desc, d.avail, d.used, d.kick_fd, d.call_fd)
-
     def activate_console(self) -> None:
-        self.run(self.frontends["console"].activate(CONSOLE_FEATURES, (self.queue(self.rx), self.queue(self.tx))))
+        self.run(self.frontends["console"].activate(CONSOLE_FEATURES, (queue_of(self.rx), queue_of(self.tx))))
 
     def activate(self) -> None:
         self.activate_console()
-        self.run(self.frontends["rng"].activate(RNG_FEATURES, (self.queue(self.entropy),)))
+        self.run(self.frontends["rng"].activate(RNG_FEATURES, (queue_of(self.entropy),)))
 
     def run(self, awaitable: Awaitable[object]) -> object:
         return self.reactor.run_until(awaitable, 10.0)

@@ -17,14 +17,13 @@ from typing import Any, TypeVar
 
 import pytest
 
-from controller.pci.virtio import Virtqueue
 from controller.vhost_frontend import Frontend
 from shared.chardev import open_host_end
 from shared.control import Channel, unlink_endpoint
 from shared.memory import GuestMemory
 from shared.reactor import Future, Reactor
 from shared.worker import CONTRACT
-from tests.virtqueue import Driver
+from tests.virtqueue import Driver, queue_of
 
 PROGRAM = """
 import json, sys
@@ -73,8 +72,8 @@ class Bench:
         unlink_endpoint(endpoint)
 
     def activate(self) -> None:
-        self.run(self.frontends["console"].activate(CONSOLE_FEATURES, (queue(self.rx), queue(self.tx))))
-        self.run(self.frontends["rng"].activate(RNG_FEATURES, (queue(self.entropy),)))
+        self.run(self.frontends["console"].activate(CONSOLE_FEATURES, (queue_of(self.rx), queue_of(self.tx))))
+        self.run(self.frontends["rng"].activate(RNG_FEATURES, (queue_of(self.entropy),)))
 
     def call(self, verb: str, **arguments: object) -> dict[str, Any]:
         return self.run(self.channels[-1].call(verb, 10.0, **arguments))
@@ -116,10 +115,6 @@ class Bench:
             d.close()
         self.memory.close()
         self.reactor.close()
-
-
-def queue(d: Driver) -> Virtqueue:
-    return Virtqueue(d.index, d.size, d.desc, d.avail, d.used, d.kick_fd, d.call_fd)
 
 
 @pytest.fixture

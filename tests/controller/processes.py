@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from controller.fleet import Fleet
 from controller.spawn import Zygote
-from shared.reactor import Reactor
+from shared.reactor import Reactor, sleep
 
 SECONDS = 30.0
 
@@ -26,3 +27,22 @@ def running(runtime_dir: str) -> Iterator[tuple[Reactor, Fleet]]:
             reactor.run_until(process.ended.wait(), SECONDS)
         zygote.stop()
         reactor.close()
+
+
+class Turned:
+    """A rig whose reactor turns only while it waits for something, for `seconds` at most."""
+
+    seconds = SECONDS
+
+    def __init__(self, reactor: Reactor) -> None:
+        self.reactor = reactor
+
+    def run(self, awaitable: Any) -> Any:
+        return self.reactor.run_until(awaitable, self.seconds)
+
+    def until(self, condition: Callable[[], object]) -> None:
+        async def turn() -> None:
+            while not condition():
+                await sleep(self.reactor, 0.002)
+
+        self.run(turn())

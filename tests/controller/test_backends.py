@@ -15,14 +15,15 @@ from controller.vhost_frontend import Frontend
 from shared.errors import WorkerError
 from shared.memory import GuestMemory
 from shared.reactor import Reactor, sleep
-from tests.controller.processes import SECONDS, running
+from tests.controller.processes import SECONDS, Turned, running
 
 
-class Rig:
+class Rig(Turned):
     """A fleet, and back ends that are closed at the end."""
 
     def __init__(self, reactor: Reactor, fleet: Fleet) -> None:
-        self.reactor, self.fleet = reactor, fleet
+        super().__init__(reactor)
+        self.fleet = fleet
         self.memory = GuestMemory.create(1 << 20)
         self.made: list[Backend] = []
 
@@ -40,16 +41,6 @@ class Rig:
     def _backend(self, spec: WorkerSpec, frontends: dict[str, Frontend], fds: dict[str, int]) -> Backend:
         self.made.append(Backend(self.reactor, self.fleet, spec, frontends, fds))
         return self.made[-1]
-
-    def run(self, awaitable: Any) -> Any:
-        return self.reactor.run_until(awaitable, SECONDS)
-
-    def until(self, condition: Any) -> None:
-        async def turn() -> None:
-            while not condition():
-                await sleep(self.reactor, 0.002)
-
-        self.run(turn())
 
 
 @pytest.fixture

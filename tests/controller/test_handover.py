@@ -11,27 +11,24 @@ import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from controller.backends import Backend, BackendState
-from controller.fleet import Fleet, Process, WorkerSpec
+from controller.backends import BackendState
+from controller.fleet import Fleet, Process
 from controller.handover import Handover, Owner, Step, bases_of, differing, less_confined, vet
-from controller.pci.virtio import Virtqueue
 from controller.sandbox_report import look
-from controller.supervision import Supervision
 from controller.vhost_frontend import Frontend
 from controller.vhost_standby import Standby
 from shared.errors import ProtocolError, WorkerError
 from shared.memory import GuestMemory
 from shared.reactor import Reactor, sleep
 from tests.controller.processes import running
+from tests.controller.supervised import FLUSH, SECTOR, VERSION_1, Supervised
 from tests.other_worker import BEGUN, LIES, STEPS, program
 from tests.virtqueue import WRITE, Driver
 
-SECTOR, LANES = 512, 8
-FEATURES = 1 << 32 | 1 << 9  # VERSION_1, FLUSH
+LANES = 8
 READ_REQUEST, WRITE_REQUEST = 0, 1
 SECONDS = 120.0
 KILLS = int(os.environ.get("FLOTILLA_KILLS", "12"))
@@ -87,39 +84,16 @@ class Load:
             await sleep(self.reactor, 0.001)
 
 
-class Rig:
-    """A disk under load. `events`: (event, properties) in their order."""
+class Rig(Supervised):
+    """A disk under load."""
+
+    seconds = SECONDS
 
     def __init__(self, reactor: Reactor, fleet: Fleet, folder: Path) -> None:
-        self.reactor, self.fleet, self.folder = reactor, fleet, folder
-        self.events: list[tuple[str, dict[str, Any]]] = []
-        fleet.supervision = Supervision(lambda _, event, properties: self.events.append((event, properties or {})))
-        self.memory = GuestMemory.create(1 << 20)
-        self.driver = Driver(self.memory, 0x10000, 0, size=64)
-        self.frontend = Frontend(reactor, self.memory, "_disk0")
-        image = folder / "disk.raw"
-        image.write_bytes(bytes(64 * SECTOR))
-        fd = os.open(image, os.O_RDWR | os.O_CLOEXEC)
-        spec = {"path": str(image), "num_queues": 1, "queue_size": 64}
-        made = WorkerSpec("blk", "_disk0", "blk_worker.__main__", "worker", spec)
-        self.backend = Backend(reactor, fleet, made, {"vhost": self.frontend}, {"disk": fd})
-        os.close(fd)
-        self.run(self.backend.start())
-        d = self.driver
-        queue = Virtqueue(d.index, d.size, d.desc, d.avail, d.used, d.kick_fd, d.call_fd)
-        self.run(self.frontend.activate(FEATURES, (queue,)))
-        self.load = Load(reactor, self.memory, d)
+        super().__init__(reactor, fleet, folder)
+        self.serve_disk(bytes(64 * SECTOR), VERSION_1 | FLUSH)
+        self.load = Load(reactor, self.memory, self.driver)
         self._task = reactor.spawn(self.load.run(), "load")
-
-    def run(self, awaitable: Any) -> Any:
-        return self.reactor.run_until(awaitable, SECONDS)
-
-    def until(self, condition: Any) -> None:
-        async def turn() -> None:
-            while not condition():
-                await sleep(self.reactor, 0.002)
-
-        self.run(turn())
 
     def goes_on(self) -> None:
         """Every lane takes a few more turns."""
@@ -163,9 +137,7 @@ class Rig:
         try:
             self.run(self._task)
         finally:
-            self.run(self.backend.close())
-            self.driver.close()
-            self.memory.close()
+            super().close()
 
 
 @pytest.fixture

@@ -13,13 +13,7 @@ import pytest
 from controller.config.metrics import MetricsTarget
 from controller.metrics_socket import listen
 from shared.errors import HostError
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as sock:
-        sock.bind((host, 0))
-        return int(sock.getsockname()[1])
+from tests.network import free_port
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

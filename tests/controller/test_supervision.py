@@ -14,35 +14,26 @@ import pytest
 
 from controller.backends import Backend, BackendState
 from controller.fleet import Fleet, WorkerSpec
-from controller.pci.virtio import Virtqueue
 from controller.statistics import NONE_YET, merge
 from controller.supervision import OFTEN, Cause, Supervision, process_state
-from controller.vhost_frontend import Frontend
 from controller.watchdog import Limits, Watchdog
-from shared.memory import GuestMemory
 from shared.reactor import Reactor, sleep
-from tests.controller.processes import SECONDS, running
+from tests.controller.processes import running
+from tests.controller.supervised import SECTOR, VERSION_1, Supervised
 from tests.network import Network, frame
-from tests.virtqueue import Driver
 
-SECTOR, SECTORS = 512, 64
-VERSION_1 = 1 << 32
+SECTORS = 64
 OK, IO_ERROR = 0, 1
 POISON = 13
 LIMITS = Limits(period=0.2, answer={}, other=0.5)
 
 
-class Rig:
-    """One worker under supervision. `events`: (event, properties) in their order."""
+class Rig(Supervised):
+    """Any worker, watched with short limits."""
 
     def __init__(self, reactor: Reactor, fleet: Fleet, folder: Path) -> None:
-        self.reactor, self.fleet, self.folder = reactor, fleet, folder
-        self.events: list[tuple[str, dict[str, Any]]] = []
-        fleet.supervision = Supervision(lambda _, event, properties: self.events.append((event, properties or {})))
-        self.memory = GuestMemory.create(1 << 20)
-        self.driver = Driver(self.memory, 0x10000, 0, size=64)
+        super().__init__(reactor, fleet, folder)
         self.watchdog = Watchdog(reactor, fleet, LIMITS)
-        self.backend: Backend
         self.network: Network | None = None
         self.buffers: dict[int, list[int]] = {}
 
@@ -54,16 +45,7 @@ class Rig:
         return self
 
     def disk(self, **spec: Any) -> Rig:
-        image = self.folder / "disk.raw"
-        image.write_bytes(b"".join(bytes([n]) * SECTOR for n in range(SECTORS)))
-        fd = os.open(image, os.O_RDWR | os.O_CLOEXEC)
-        frontend = Frontend(self.reactor, self.memory, "_disk0")
-        spec = {"path": str(image), "num_queues": 1, "queue_size": 64, **spec}
-        made = WorkerSpec("blk", "_disk0", "blk_worker.__main__", "worker", spec)
-        self.backend = Backend(self.reactor, self.fleet, made, {"vhost": frontend}, {"disk": fd})
-        os.close(fd)
-        self.run(self.backend.start())
-        self.run(frontend.activate(VERSION_1, (self.queue(),)))
+        self.serve_disk(b"".join(bytes([n]) * SECTOR for n in range(SECTORS)), VERSION_1, **spec)
         self.watchdog.start()
         return self
 
@@ -71,21 +53,14 @@ class Rig:
         """Only its sending queue has a driver."""
         self.network = Network()
         self.driver.index = 1
-        frontend = Frontend(self.reactor, self.memory, "_net1")
         spec = {
             "mac": "52:54:00:12:34:56", "mtu": 1500, "queue_pairs": 1, "queue_size": 64, "offload_tso": True,
             "offload_ufo": True, "offload_csum": True, **spec,
         }  # fmt: skip
         made = WorkerSpec("net", "_net1", "net_worker.__main__", "worker", spec)
-        self.backend = Backend(self.reactor, self.fleet, made, {"vhost": frontend}, {"tap0": self.network.fds[0]})
-        self.run(self.backend.start())
-        self.run(frontend.activate(VERSION_1, (self.queue(),)))
+        self.serve(made, VERSION_1, {"tap0": self.network.fds[0]})
         self.watchdog.start()
         return self
-
-    def queue(self) -> Virtqueue:
-        d = self.driver
-        return Virtqueue(d.index, d.size, d.desc, d.avail, d.used, d.kick_fd, d.call_fd)
 
     def read(self, *sectors: int) -> list[int]:
         """Ask for each; the heads."""
@@ -122,15 +97,11 @@ class Rig:
         self.run(sleep(self.reactor, 0.0))
         return pid
 
-    def run(self, awaitable: Any) -> Any:
-        return self.reactor.run_until(awaitable, SECONDS)
-
-    def until(self, condition: Any) -> None:
-        async def turn() -> None:
-            while not condition():
-                await sleep(self.reactor, 0.002)
-
-        self.run(turn())
+    def close(self) -> None:
+        self.watchdog.stop()
+        super().close()
+        if self.network is not None:
+            self.network.close()
 
     def replaced(self, pid: int) -> dict[str, Any]:
         """Wait for another process than `pid` to serve; what `vmm.fleet` says of its loss."""
@@ -145,12 +116,7 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     with running(str(tmp_path)) as (reactor, fleet):
         made = Rig(reactor, fleet, tmp_path)
         yield made
-        made.watchdog.stop()
-        made.run(made.backend.close())
-        if made.network is not None:
-            made.network.close()
-        made.driver.close()
-        made.memory.close()
+        made.close()
 
 
 # Three detections -------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from shared.memory import GuestMemory
 from shared.reactor import Future, Reactor
 from shared.vhost_backend import Server
 from tests.echo_backend import Echo
-from tests.virtqueue import Driver
+from tests.virtqueue import Driver, queue_of
 
 # The machine page's example: a raw disk of 64 MiB.
 EXAMPLE = bytes.fromhex(
@@ -77,8 +77,7 @@ class Rig:
         return made
 
     def queues(self) -> tuple[Virtqueue, ...]:
-        d = self.driver
-        return (Virtqueue(0, d.size, d.desc, d.avail, d.used, d.kick_fd, d.call_fd),)
+        return (queue_of(self.driver),)
 
     def close(self) -> None:
         self.frontend.close()

@@ -12,7 +12,7 @@ from shared.memory import GuestMemory
 from shared.reactor import Future, Reactor
 from shared.vhost_backend import Server
 from tests.echo_backend import FEATURES, Echo
-from tests.virtqueue import Driver
+from tests.virtqueue import Driver, queue_of
 
 RAM = 4 << 20
 
@@ -31,9 +31,7 @@ class Rig:
         self.echo = Echo(self.reactor)
 
     def queues(self) -> tuple[Virtqueue, ...]:
-        return tuple(
-            Virtqueue(d.index, d.size, d.desc, d.avail, d.used, d.kick_fd, d.call_fd) for d in self.drivers
-        )
+        return tuple(queue_of(driver) for driver in self.drivers)
 
     def back_end(self, echo: Echo | None = None) -> socket.socket:
         """A new back end; the front end's end of its socket."""

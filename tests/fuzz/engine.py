@@ -98,9 +98,9 @@ def attempt(name: str, run: Callable[[bytes], None], data: bytes) -> Finding | N
     return None
 
 
-def files(target: Target) -> list[Path]:
-    """Corpus and regression inputs, in an order that stays the same."""
-    folders = (CORPUS / target.name, REGRESSIONS / target.name)
+def files(target: str) -> list[Path]:
+    """Corpus and regression inputs of a target by its name, in an order that stays the same."""
+    folders = (CORPUS / target, REGRESSIONS / target)
     return sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir())
 
 
@@ -184,7 +184,7 @@ def fuzz(
     done, choice, coverage = Run(target.name, seed), random.Random(seed), product()
     began = said = time.monotonic()
     with _opened(target) as run:
-        pool = [path.read_bytes() for path in files(target)] + target.seeds() or [b"\0"]
+        pool = [path.read_bytes() for path in files(target.name)] + target.seeds() or [b"\0"]
         queue = list(pool)
         with bounded():
             while inputs is None or done.inputs < inputs:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from shared import native
 from shared.errors import HostError
-from tests.fuzz.engine import CORPUS, REGRESSIONS
 
 ROOT = Path(native.ROOT)
 CLANG = "clang-14"
@@ -38,12 +37,6 @@ TARGETS = {
         Target("vcpu", "exits that vcpu_worker/vcpu.c finishes itself"),
     )
 }
-
-
-def inputs(target: Target) -> list[Path]:
-    """Corpus and regressions."""
-    folders = (CORPUS / target.name, REGRESSIONS / target.name)
-    return sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir())
 
 
 def build_replay(target: Target, folder: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz import native
+from tests.fuzz.engine import files
 
 SEED, INPUTS = 1, 500
 
@@ -15,7 +16,7 @@ SEED, INPUTS = 1, 500
 @pytest.mark.timeout(300)  # gcc, on a machine that may be busy
 @pytest.mark.parametrize("target", native.TARGETS.values(), ids=lambda target: target.name)
 def test_c_target_has_no_finding(target: native.Target, tmp_path: Path) -> None:
-    known = native.inputs(target)
+    known = files(target.name)
     assert known, "a corpus goes with every target"
     program, last = native.build_replay(target, tmp_path), tmp_path / "last"
     for words in ([], ["-random", str(SEED), str(INPUTS)]):
@@ -29,4 +30,4 @@ def test_c_target_has_no_finding(target: native.Target, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", native.TARGETS.values(), ids=lambda target: target.name)
 def test_corpus_is_small(target: native.Target) -> None:
-    assert sum(path.stat().st_size for path in native.inputs(target)) < 10_000
+    assert sum(path.stat().st_size for path in files(target.name)) < 10_000

@@ -10,8 +10,8 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from tests.guest.conftest import Machine
 from tests.net_worker.test_recovery import spawn
 from tests.netpeer import Flow, ping
 from tests.network import GUEST_MAC, Network, Wire, ipv4
+from tests.vmm import until_socket
 
 QEMU = "qemu-system-x86_64"
 MAC = GUEST_MAC.hex(":")
@@ -54,12 +55,6 @@ def qemu(sock: Path, *options: str) -> subprocess.Popen[bytes]:
         "-netdev", "vhost-user,id=net,chardev=card,queues=2", "-device", device,
     ]  # fmt: skip
     return subprocess.Popen(command)
-
-
-def until_it_listens(sock: Path) -> None:
-    """QEMU does not wait for a socket that is not there yet."""
-    while not sock.exists():
-        time.sleep(0.005)
 
 
 def end(program: subprocess.Popen[bytes]) -> int:
@@ -158,36 +153,34 @@ def test_probe_guest_verifies_its_datagrams_across_kills_under_load(
 ) -> None:
     """A foreign front end, which keeps no inflight table of a card's. Two flows of datagrams go through the guest and
     back, each checked at both ends; what is lost with a worker is sent again, and none may come back changed."""
-    lan = Network(opened=False, address=f"{HOST}/24")
     sock = runtime_folder / "load.sock"
-    worker = spawn(lan, sock)
-    until_it_listens(sock)
-    machine = Machine(
-        accel, f"mode=net {words} report_ms=100",
-        "-object", "memory-backend-memfd,id=ram,size=128M,share=on", "-machine", "memory-backend=ram",
-        "-chardev", f"socket,id=card,path={sock},reconnect=1", "-netdev", "vhost-user,id=net,chardev=card",
-        "-device", f"virtio-net-pci,disable-legacy=on,netdev=net,mac={MAC},romfile=",
-    )  # fmt: skip
-    try:
-        machine.line(NetOpen)
-        with lan.inside():
-            ping(GUEST)
-            flows = Flow(GUEST, 1400), Flow(GUEST, 200)
-            with flows[0], flows[1]:
-                for life in range(4):
-                    for flow in flows:
-                        flow.goes_on(50, 60.0)
-                    if life < 3:
-                        worker.send_signal(signal.SIGKILL)
-                        worker.wait()
-                        worker = spawn(lan, sock)
-        machine.until(lambda event: isinstance(event, NetOk), "a report of what came")
-        assert not [event for event in machine.events if isinstance(event, Bad)]
-    finally:
-        machine.close()
-        worker.terminate()
-        assert worker.wait(20) == 0
-        lan.close()
+    with closing(Network(opened=False, address=f"{HOST}/24")) as lan:
+        worker = spawn(lan, sock)
+        try:
+            until_socket(sock, worker)  # QEMU does not wait for it
+            with closing(Machine(
+                accel, f"mode=net {words} report_ms=100",
+                "-object", "memory-backend-memfd,id=ram,size=128M,share=on", "-machine", "memory-backend=ram",
+                "-chardev", f"socket,id=card,path={sock},reconnect=1", "-netdev", "vhost-user,id=net,chardev=card",
+                "-device", f"virtio-net-pci,disable-legacy=on,netdev=net,mac={MAC},romfile=",
+            )) as machine:  # fmt: skip
+                machine.line(NetOpen)
+                with lan.inside():
+                    ping(GUEST)
+                    flows = Flow(GUEST, 1400), Flow(GUEST, 200)
+                    with flows[0], flows[1]:
+                        for life in range(4):
+                            for flow in flows:
+                                flow.goes_on(50, 60.0)
+                            if life < 3:
+                                worker.send_signal(signal.SIGKILL)
+                                worker.wait()
+                                worker = spawn(lan, sock)
+                machine.until(lambda event: isinstance(event, NetOk), "a report of what came")
+                assert not [event for event in machine.events if isinstance(event, Bad)]
+        finally:
+            worker.terminate()
+            assert worker.wait(20) == 0
 
 
 # The program ----------------------------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ from controller.migration.progress import Phase
 from shared.errors import FlotillaError
 from tests.netns import network_namespace
 from tests.netpeer import Flow, ping
+from tests.network import free_port
 from tests.probe.net.rig import GUEST, HOST
-from tests.probe.test_remote_migration import free_port, listens
+from tests.probe.test_remote_migration import listens
 from tests.vmm import Vmm, environment, poll
 
 pytestmark = pytest.mark.probe

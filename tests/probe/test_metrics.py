@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from metrics_exporter.catalogue import CATALOGUE
+from tests.network import free_port
 from tests.probe.requests import SECONDS, goes_on
 from tests.prometheus import at, connect, fetch, scrape, total, until
 from tests.vmm import PROGRAM, Vmm, environment, poll, probe
@@ -23,9 +23,7 @@ LATENCY = "flotilla_device_latency_seconds"
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    return free_port()
 
 
 @pytest.fixture

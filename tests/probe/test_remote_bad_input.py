@@ -14,7 +14,8 @@ from typing import Any
 import msgpack
 import pytest
 
-from tests.probe.test_remote_migration import Receiver, Sending, child, free_port, hop, tcp
+from tests.network import free_port
+from tests.probe.test_remote_migration import Receiver, Sending, child, hop, tcp
 from tests.vmm import Vmm, poll
 
 pytestmark = [pytest.mark.probe, pytest.mark.timeout(120)]

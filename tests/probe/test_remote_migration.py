@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 
 from shared.handover import Message
 from tests.controller.migration.relay import Cut, Relay
+from tests.network import free_port
 from tests.vmm import REMOTE, Vmm, environment, poll
 
 pytestmark = pytest.mark.probe
@@ -28,12 +28,6 @@ def disk(tmp_path):
     path = tmp_path / "disk.raw"
     path.write_bytes(os.urandom(DISK_SIZE))
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Receiver:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from controller.sandbox_report import look
 from controller.supervision import process_state
 from tests.netns import network_namespace
 from tests.probe.test_migration import hop
+from tests.prometheus import scrape, total
 from tests.vmm import Vmm, environment, poll
 
 pytestmark = pytest.mark.probe
@@ -94,19 +94,10 @@ def test_every_value_of_seccomp_reaches_every_process(tmp_path, value):
         assert not [row for row in vmm.fleet().values() if row["restarts"]], vmm.errors
 
 
-def scrape(path):
-    """What the metrics exporter tells."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.connect(str(path))
-        client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-        with client.makefile("rb") as answer:
-            return answer.read().decode()
-
-
 def pss(path):
     """Bytes by process."""
-    lines = re.findall(r'^flotilla_process_pss_bytes\{.*process="([^"]+)".*\} (\S+)$', scrape(path), re.MULTILINE)
-    return {name: float(size) for name, size in lines}
+    found = scrape(path).items()
+    return {dict(labels)["process"]: size for (name, labels), size in found if name == "flotilla_process_pss_bytes"}
 
 
 @pytest.mark.parametrize("words", [(), pytest.param(("--worker-uid", f"base={UID}"), marks=needs_root)], ids=len)
@@ -140,7 +131,7 @@ def test_a_guests_whole_life_under_the_filters(tmp_path, words):
         destination.expect("blk ok ")
         kept(destination)
         destination.more("blk ok ")
-        assert "flotilla_build_info" in scrape(tmp_path / "two.metrics")
+        assert total(scrape(tmp_path / "two.metrics"), "build_info") == 1
         assert not [row for row in destination.fleet().values() if row["restarts"]], destination.errors
         assert "SIGSYS" not in vmm.errors + destination.errors
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.vmm import Vmm, poll
+from tests.vmm import Vmm, events, poll
 
 pytestmark = pytest.mark.probe
 
@@ -22,12 +21,6 @@ def disk(tmp_path: Path) -> Path:
     path = tmp_path / "disk.raw"
     path.write_bytes(os.urandom(DISK_SIZE))
     return path
-
-
-def events(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """What has been written to an event monitor, but for a record that is being written."""
-    *records, _ = path.read_text().split("\n\n")
-    return [(record["event"], record["properties"] or {}) for record in map(json.loads, records)]
 
 
 def stopped(vmm: Vmm, device: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -22,7 +21,7 @@ from tests.netpeer import Flow, ping
 from tests.other_worker import BEGUN, LIES, STEPS, WAITS, program
 from tests.probe.net.rig import GUEST, HOST
 from tests.probe.requests import ask
-from tests.vmm import SECONDS, Vmm, poll
+from tests.vmm import SECONDS, Vmm, events, poll, read_until
 
 pytestmark = pytest.mark.probe
 
@@ -93,12 +92,6 @@ def refused(vmm: Vmm, name: str, *words: str, kept: bool = True) -> str:
     return done.stderr
 
 
-def events(path: Path, *names: str) -> list[tuple[str, dict[str, Any]]]:
-    *records, _ = path.read_text().split("\n\n")
-    told = [(record["event"], record["properties"] or {}) for record in map(json.loads, records)]
-    return [record for record in told if record[0] in names]
-
-
 # Under load -----------------------------------------------------------------------------------------------------------
 
 
@@ -152,15 +145,19 @@ def test_what_is_typed_is_read_by_one_of_them_and_in_order(tmp_path: Path) -> No
         try:
             tty.setraw(fd)
             seen = b""
+
+            def given_back(new: bytes) -> bytes:
+                return re.sub(rb"console line \d+\r\n", b"", seen + new)
+
             for number in range(8):
                 typed = f"<{number:04}>".encode() * 50
                 os.write(fd, typed[: len(typed) // 2])
                 request = vmm.start_remote("worker-upgrade", "console")
                 os.write(fd, typed[len(typed) // 2 :])
-                while seen.count(f"<{number:04}>".encode()) < 50:
-                    seen += re.sub(rb"console line \d+\r\n", b"", os.read(fd, 4096))
+                mark = f"<{number:04}>".encode()
+                seen += read_until(fd, lambda new, mark=mark: given_back(new).count(mark) >= 50, PATIENCE)  # type: ignore[misc]
                 assert request.wait(PATIENCE) == 0
-            assert seen == b"".join(f"<{number:04}>".encode() * 50 for number in range(8))
+            assert given_back(b"") == b"".join(f"<{number:04}>".encode() * 50 for number in range(8))
         finally:
             os.close(fd)
 
@@ -307,10 +304,14 @@ def test_unknown_id(ticking: Vmm) -> None:
     assert "there is no _disk7" in said and "console" in said
 
 
-def test_not_a_device_worker(ticking: Vmm) -> None:
-    poll(lambda: "janitor" in fleet(ticking))
-    for name in ("vcpu0", "api", "zygote", "janitor", "controller"):
-        assert f"{name} can't be upgraded: " in refused(ticking, name)
+def test_not_a_device_worker(tmp_path: Path) -> None:
+    with Vmm.guest(tmp_path, "mode=tick", "--metrics-socket", f"{tmp_path}/figures") as vmm:
+        vmm.expect(r"tick \d")
+        vmm.wait_api()
+        poll(lambda: {"janitor", "metrics"} <= set(fleet(vmm)))
+        for name in ("vcpu0", "api", "metrics", "zygote", "janitor", "controller"):
+            assert f"{name} can't be upgraded: " in refused(vmm, name)
+        vmm.more(r"tick \d")
 
 
 def test_body_that_makes_no_sense_harms_nobody(ticking: Vmm) -> None:

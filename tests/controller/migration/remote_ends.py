@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from tests.controller.migration.conftest import Died, Lab, Remote
 from tests.controller.migration.relay import Cut, Relay
 
@@ -11,6 +13,7 @@ RECEIVE = (
 )
 SOURCE_AGENT = ("connecting", "greeting", "ready", "proposed", "copying", "rounds", "final", "handed")
 DESTINATION_AGENT = ("listening", *SOURCE_AGENT[1:])
+SECONDS = 30.0
 FAST = {"prepared": 0.5, "started": 0.5}
 
 
@@ -29,10 +32,17 @@ def still_works(lab: Lab, source: Remote, destination: Remote) -> None:
     lab.copy(source, destination)
 
 
+def ask_here(source: Remote) -> dict:
+    """Until the destination's time is over; the answer then."""
+    end = time.monotonic() + SECONDS
+    while "may still take the guest" in ((report := source.call("resolve", here=True))["error"] or [""])[0]:
+        assert time.monotonic() < end, f"still, after {SECONDS} s: {report['error']}"
+    return report
+
+
 def resolve_here(source: Remote) -> None:
-    """When the destination's time is over."""
-    while (report := source.call("resolve", here=True))["error"]:
-        assert "may still take the guest" in report["error"][0]
+    report = ask_here(source)
+    assert report["error"] is None, report["error"]
 
 
 def across(lab: Lab, cut: Cut | None, source: Remote, destination: Remote, **settings: float) -> dict:

@@ -9,21 +9,13 @@ import signal
 
 import pytest
 
-from tests.controller.migration.conftest import Died, Lab, Remote
+from tests.controller.migration.conftest import Lab, Remote
+from tests.controller.migration.remote_ends import outcome
 
 SEND = ("connecting", "building", "pausing", "saving", "offered", "handed-over")
 RECEIVE = ("listening", "greeting", "ready", "building", "built", "loading", "claimed", "running")
 SOURCE_AGENT = ("connecting", "greeting", "ready", "building", "built", "offered", "finished")
 DESTINATION_AGENT = ("listening", "greeting", "ready", "building", "built", "offered", "finished")
-
-
-def outcome(remote: Remote, what: str) -> dict | None:
-    """What became of a command; None when its controller died over it."""
-    try:
-        return remote.done(what)
-    except Died:
-        remote.wait()
-        return None
 
 
 def still_works(lab: Lab, source: Remote, destination: Remote) -> None:

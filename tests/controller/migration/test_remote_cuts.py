@@ -13,7 +13,7 @@ from shared import wire
 from shared.handover import Message
 from tests.controller.migration.conftest import Lab, Remote
 from tests.controller.migration.relay import Cut, Relay
-from tests.controller.migration.remote_ends import FAST, across, outcome, resolve_here, still_works
+from tests.controller.migration.remote_ends import FAST, across, ask_here, outcome, resolve_here, still_works
 
 BEFORE_COMMIT = [
     Cut(message, keep)
@@ -57,8 +57,7 @@ def test_stream_cut_after_the_destination_has_heard_commit_is_a_doubt_and_two_gu
     assert destination.done("receive")["error"] is None
     lab.runs_on(destination)
     # Whoever says it is here is told by the disk's lock that it is not.
-    while "may still take" in (report := source.call("resolve", here=True))["error"][0]:
-        pass
+    report = ask_here(source)
     assert "can't go on here" in report["error"][0] and "locked" in report["error"][1]
     settled = source.call("resolve", here=False)
     assert settled["error"] is None and not settled["has_vm"] and settled["progress"]["state"] == "completed"

@@ -29,6 +29,7 @@ from shared.state_versions import KINDS, refusals
 from shared.wire import HEADER, Decoder, Frame, Hello, PageList, encode, encode_hello
 from tests.fuzz.choices import Choices
 from tests.fuzz.engine import Target
+from tests.fuzz.turns import settle
 from vcpu_worker.ch_form import from_ch
 
 TAIL = {"v": 1, "id": 999_999, "verb": "hello", "args": {}}
@@ -54,7 +55,7 @@ class ControlRig:
     def run(self, data: bytes) -> None:
         choices = Choices(data)
         call = self.reactor.spawn(self.call(), "call")
-        self.turn()
+        settle(self.reactor)
         for _ in range(1 + choices.below(4)):
             self.peer.send(self.message(choices))
         # The channel answers this, whatever came before it.
@@ -63,13 +64,13 @@ class ControlRig:
         poll = zmq.Poller()
         poll.register(self.peer, zmq.POLLIN)
         for _ in range(200):
-            self.turn()
+            settle(self.reactor)
             while poll.poll(0):
                 answer = messages.decode(self.peer.recv())
                 if answer.get("id") == 1 << 40 | self.number:
                     assert answer["ok"] == {"heard": 0}, answer
                     call.cancel()
-                    self.turn()
+                    settle(self.reactor)
                     return
             poll.poll(10)
         raise AssertionError("the channel does not answer any more")
@@ -96,14 +97,6 @@ class ControlRig:
             whole = {"v": 1, "event": "progress", "args": {"a": 1}}
         packed = msgpack.packb(_packable(choices.damage(whole)))
         return packed if choices.below(8) else packed[: choices.below(40)]
-
-    def turn(self) -> None:
-        for _ in range(3):
-            self.reactor.call_soon(lambda: None)
-            self.reactor._round()
-            if self.reactor._failure is not None:
-                failure, self.reactor._failure = self.reactor._failure, None
-                raise failure
 
     def close(self) -> None:
         self.peer.close()

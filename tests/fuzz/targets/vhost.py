@@ -20,19 +20,10 @@ from shared.vhost_user import Message, Request
 from tests.echo_backend import FEATURES, Echo
 from tests.fuzz.choices import Choices
 from tests.fuzz.engine import Target
+from tests.fuzz.turns import settle
 
 SIZE = 1 << 16
 UVA = 0x7000_0000_0000
-
-
-def settle(reactor: Reactor, rounds: int = 3) -> None:
-    """Turn it until nothing is ready; a failure of a callback is the caller's."""
-    for _ in range(rounds):
-        reactor.call_soon(lambda: None)
-        reactor._round()
-        if reactor._failure is not None:
-            failure, reactor._failure = reactor._failure, None
-            raise failure
 
 
 def open_fds() -> int:
@@ -129,7 +120,7 @@ class BackendRig:
                     while ours.recv(4096):
                         pass
             if server.connected:
-                self.still_answers(ours)
+                self.hangs_up_on_nonsense(ours, server)
         finally:
             server.close()
             settle(self.reactor)
@@ -160,10 +151,12 @@ class BackendRig:
         with contextlib.suppress(OSError):
             send_fds(sock, message.pack(), tuple(fds))
 
-    def still_answers(self, sock: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            sock.send(bytes(12 + vu.MAX_PAYLOAD))  # whatever was half sent is over now, or an error
-            settle(self.reactor)
+    def hangs_up_on_nonsense(self, sock: socket.socket, server: Server) -> None:
+        """So it still listens. Zeros that end a message which may be half sent, and one more header of them."""
+        with contextlib.suppress(ConnectionError):
+            sock.send(bytes(vu.HEADER_SIZE + vu.MAX_PAYLOAD + vu.HEADER_SIZE))
+        settle(self.reactor)
+        assert not server.connected, "it does not listen any more"
 
 
 def vhost_backend() -> Iterator[Callable[[bytes], None]]:
