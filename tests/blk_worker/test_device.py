@@ -433,8 +433,8 @@ def test_a_fault_that_is_refused_leaves_the_one_before(disk: Path) -> None:
     with Rig(disk).start() as rig:
         drive = rig.drive[0]
         rig.backend.fault("fail", 0, {"first_sector": 8, "last_sector": 15})
-        with pytest.raises(ProtocolError, match="fault hang: seed='x'"):
-            rig.backend.fault("hang", 0, {"first_sector": 0, "last_sector": 7, "seed": "x"})
+        with pytest.raises(ProtocolError, match="fault delay: seed='x'"):
+            rig.backend.fault("delay", 1, {"first_sector": 0, "last_sector": 7, "seed": "x"})
         assert [drive.do(IN, n, length=512)[0] for n in (7, 8)] == [OK, IOERR]
         rig.backend.fault("withhold", 0)
         assert [drive.do(IN, n, length=512)[0] for n in (7, 8)] == [OK, OK]
