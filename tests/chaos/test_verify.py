@@ -101,5 +101,5 @@ def test_a_command_is_not_waited_for_longer_than_it_takes(tmp_path):
 
 
 def test_output_that_is_no_text_is_told_all_the_same():
-    with pytest.raises(Lost, match="ended with 1: .* seven"):
+    with pytest.raises(Lost, match=r"ended with 1: .* seven"):
         run_command(r"printf '\377 seven'; exit 1")
