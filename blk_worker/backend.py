@@ -77,10 +77,9 @@ class BlockBackend:
         self._epoch = 0
         self._reported: dict[int, tuple[int, int, int, int]] = {}
         self._report_timer = False
-        self._fault = native.blk_fault()
+        self._always: dict[str, int] = {} if die_on_sector is None else {"die_on_sector": 1, "sector": die_on_sector}
         self._device = self._create()
-        if die_on_sector is not None:
-            self.fault("die-on-sector", die_on_sector)
+        self.fault("clear", 0)
 
     # The native device ------------------------------------------------------------------------------------------
 
@@ -298,22 +297,20 @@ class BlockBackend:
 
     def fault(self, what: str, value: int, options: Mapping[str, Any] = NOTHING) -> None:
         """`delay` (ms), `fail` (how many requests, 0: all), `hang` (requests), `freeze` (ring threads), `withhold`
-        and `repeat` (so many notifications per queue), `die-<step>` (at its n-th time), `die-on-sector`, `clear`.
-        `options`: FAULT_OPTIONS.
+        and `repeat` (so many notifications per queue), `die-<step>` (at its n-th time), `clear`. `options`:
+        FAULT_OPTIONS. Each takes the place of the one before; one that is refused leaves that as it was.
 
         A queue that hangs can't be stopped before `clear`, and stop_queue() would wait for it: kill the process.
         """
-        fault, every = self._fault, sum(1 << kind for kind in Kind)
+        fault, every = native.blk_fault(**self._always), sum(1 << kind for kind in Kind)
         if what == "clear":
-            fault = native.blk_fault()
+            pass
         elif what == "delay":
             fault.kinds, fault.delay_ms = every, value
         elif what == "fail":
             fault.kinds, fault.fail, fault.count = every, ALWAYS, value
         elif what == "hang":
             fault.kinds, fault.delay_ms = every, native.HANG_FOR_EVER
-        elif what == "die-on-sector":
-            fault.die_on_sector, fault.sector = 1, value
         elif what == "freeze":
             fault.freeze = 1
         elif what == "withhold":
@@ -328,5 +325,4 @@ class BlockBackend:
             if name not in FAULT_OPTIONS or type(number) is not int or number < 0:
                 raise ProtocolError(f"block device: fault {what}: {name}={number!r}")
             setattr(fault, name, number)
-        self._fault = fault
         self._native.blk_set_fault(self._device, ctypes.byref(fault))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from shared.errors import ConfigError
-from shared.grammar import Converter, integer, integer_list, parse, string
+from shared.grammar import Converter, integer, parse, string
 
 POINTS: Final = ("state", "message", "request", "step")
 
@@ -19,14 +19,19 @@ def _rate(key: str, value: str) -> float:
 
 def _range(key: str, value: str) -> list[int]:
     """`8-15`, or one sector."""
-    first, _, last = value.partition("-")
-    return [*integer_list(key, first), *integer_list(key, last or first)]
+    first, dash, last = value.partition("-")
+    return [integer(key, first), integer(key, last if dash else first)]
+
+
+def _number_or_word(key: str, value: str) -> int | str:
+    word = string(key, value)
+    return integer(key, word) if word.isdigit() else word
 
 
 _FAULT: Final[dict[str, Converter]] = {
     **dict.fromkeys(("process", "fault", "shape", "state", "message", "step"), string),
     **dict.fromkeys(("request", "spread", "count", "duration_ms", "seed"), integer),
-    "value": string,
+    "value": _number_or_word,
     "rate": _rate,
     "sectors": _range,
 }
@@ -36,6 +41,4 @@ def fault_body(text: str) -> dict[str, Any]:
     """Only what was given: the VMM judges it. Raises ConfigError."""
     given = parse(text, _FAULT)
     at = {key: given.pop(key) for key in POINTS if key in given}
-    if str(given.get("value", "")).isdigit():
-        given["value"] = int(given["value"])
     return given | ({"at": at} if at else {})

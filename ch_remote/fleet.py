@@ -24,11 +24,16 @@ def watch(path: str, command: Command) -> int:
         try:
             with Connection(path) as connection:
                 response: Response = connection.request(command.verb.method, command.verb.target)
-        except (HostError, ServerGone):
+        except HostError:
             if not last:
                 raise
             sys.stderr.write("The VMM has ended.\n")
             return 0
+        except ServerGone:  # perhaps its API process alone: that has a successor, and somebody listens all the time
+            if not last:
+                raise
+            time.sleep(INTERVAL)
+            continue
         if not report.succeeded(response):
             report.print_refusal(response)
             return 1

@@ -17,6 +17,7 @@ from ch_remote.http import Connection, Interrupts, Response, ServerGone
 from ch_remote.migration import receive_body, send_body
 from ch_remote.verbs import MIGRATIONS, VERBS
 from shared.errors import ConfigError, FlotillaError, HostError
+from shared.grammar import integer
 
 INTERRUPTED = 130
 # Of migration-progress --watch, in seconds.
@@ -103,10 +104,7 @@ def _upgrade(command: Command) -> bytes:
     if "--exec" in command.options:
         body["exec"] = os.path.abspath(command.options["--exec"])
     if "--timeout-ms" in command.options:
-        text = command.options["--timeout-ms"]
-        if not text.isdigit():
-            raise ConfigError(f"--timeout-ms {text}: not a whole number")
-        body["timeout_ms"] = int(text)
+        body["timeout_ms"] = integer("--timeout-ms", command.options["--timeout-ms"])
     return json.dumps(body, separators=(",", ":")).encode()
 
 
@@ -186,12 +184,17 @@ def _watch(path: str, command: Command) -> int:
         try:
             with Connection(path) as connection:
                 response = connection.request(command.verb.method, command.verb.target)
-        except (HostError, ServerGone):
+        except HostError:
             if last is None:
                 raise
             bar.clear()
             sys.stderr.write("The VMM has ended, as a source does after a migration that succeeded.\n")
             return 0
+        except ServerGone:  # perhaps its API process alone, as in fleet.watch
+            if last is None:
+                raise
+            time.sleep(WATCH_INTERVAL)
+            continue
         if not report.succeeded(response):
             report.print_refusal(response)
             return 1

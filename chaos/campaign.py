@@ -2,7 +2,7 @@
 
     ┌──▶ due ──vmm.fault-inject──▶ struck ──(replaced, or over)──▶ recovered ──every n-th──▶ verified ──┐
     └───────────────────────────────────────────────────────────────────────────────────────────────────┘
-         not within RECOVERY_SECONDS: unrecovered      data lost: the end      no VMM: the end
+         not within RECOVERY_SECONDS: unrecovered      data lost: the end      no VMM: the end      else: failed
 
 The stall is what somebody sees who asks: from the answer of the injection to the first fleet in which the victim is
 another process that serves (or, of what ends by itself, to that end). It includes the asking, some milliseconds.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
@@ -40,6 +41,7 @@ class Outcome(StrEnum):
     LOST = "data lost"
     UNRECOVERED = "not recovered"
     ENDED = "the VMM has ended"
+    FAILED = "the campaign failed"
     INTERRUPTED = "interrupted"
 
 
@@ -98,7 +100,7 @@ class Checks:
 
 
 class Campaign:
-    """`tell` hears one line per event. Raises FlotillaError when it can't begin; afterwards run() tells all."""
+    """`tell` hears one line per event. Whatever ends it, run() gives what there is to tell."""
 
     def __init__(self, api: Api, plan: Sequence[Injection], checks: Checks, tell: Callable[[str], None]) -> None:
         self._api = api
@@ -114,9 +116,10 @@ class Campaign:
             for number, injection in enumerate(self._plan):
                 time.sleep(max(0.0, began + injection.at_s - time.monotonic()))
                 self._one(number, injection, began)
-                if (number + 1) % self._checks.every == 0:
+                if (number + 1) % self._checks.every == 0 or number + 1 == len(self._plan):
                     self._verify()
-            self._verify()
+            if not self._plan:
+                self._verify()
         except Lost as error:
             result.outcome, result.why = Outcome.LOST, str(error)
             result.lost = result.struck[-1].kind if result.struck else None
@@ -124,6 +127,8 @@ class Campaign:
             result.outcome, result.why = Outcome.UNRECOVERED, str(error)
         except (Ended, Gone) as error:
             result.outcome, result.why = Outcome.ENDED, str(error)
+        except FlotillaError as error:
+            result.outcome, result.why = Outcome.FAILED, str(error)
         except KeyboardInterrupt:
             result.outcome = Outcome.INTERRUPTED
         return result
@@ -137,7 +142,7 @@ class Campaign:
             answer = self._patiently(lambda: self._api.put("vmm.fault-inject", body))
         except Refused as error:
             if not self.result.struck:
-                raise  # it may not be done at all
+                raise  # faults may not be injected at all
             self._tell(f"{number}: {injection.kind} of {row['device']} was refused: {error}")
             return
         now = time.monotonic()
@@ -214,11 +219,17 @@ class Campaign:
             try:
                 for image in checks.images:
                     image.look()
-            finally:
-                self._patiently(lambda: self._api.put("vm.resume"))
+            except BaseException:
+                with suppress(FlotillaError):  # what was found says more than why the guest does not go on
+                    self._resume()
+                raise
+            self._resume()
         for command in checks.commands:
             run_command(command)
         self.result.verifications += bool(checks.images or checks.commands)
+
+    def _resume(self) -> None:
+        self._patiently(lambda: self._api.put("vm.resume"))
 
     def _pause(self) -> None:
         """What has just come back may refuse it for a moment."""

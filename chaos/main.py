@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TextIO, TypeVar
 
 from chaos.campaign import Campaign, Checks, Outcome, Result
 from chaos.client import Api, Gone, Refused
@@ -83,28 +83,32 @@ def _words(words: type[E]) -> Callable[[str], tuple[E, ...]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_argv(sys.argv[1:] if argv is None else argv)
-    api = Api(options.api_socket)
     try:
-        images = tuple(Image(path) for path in options.verify)
-        plan = _plan(api, options)
-        injections = _schedule(plan)
-        if options.dry_run:
-            for each in injections:
-                print(json.dumps(_injection(each)))
-            return 0
-        report = _open(options.report)
-        checks = Checks(images, tuple(options.verify_command), options.verify_every)
-        tell = (lambda _: None) if options.quiet else _say
-        began = time.monotonic()
-        result = Campaign(api, injections, checks, tell).run()
+        return _run(parse_argv(sys.argv[1:] if argv is None else argv))
     except FlotillaError as error:
         print(f"flotilla chaos: {error}", file=sys.stderr)
         return 1
-    if report is not None:
-        with report:
-            json.dump(_report(plan, injections, result, time.monotonic() - began), report, indent=1)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Raises FlotillaError for a campaign that can't begin, and for a report that can't be written."""
+    api = Api(options.api_socket)
+    images = tuple(Image(path) for path in options.verify)
+    plan = _plan(api, options)
+    injections = _schedule(plan)
+    if options.dry_run:
+        for each in injections:
+            print(json.dumps(_injection(each)))
+        return 0
+    report = _open(options.report)
+    checks = Checks(images, tuple(options.verify_command), options.verify_every)
+    tell = (lambda _: None) if options.quiet else _say
+    began = time.monotonic()
+    result = Campaign(api, injections, checks, tell).run()
+    seconds = time.monotonic() - began
     _print_table(result)
+    if report is not None:
+        _write(report, _report(plan, injections, result, seconds))
     return {Outcome.OK: 0, Outcome.INTERRUPTED: 130}.get(result.outcome, 1)
 
 
@@ -138,12 +142,20 @@ def _schedule(plan: Plan) -> list[Injection]:
         raise ConfigError(f"--kinds, --processes: {error}") from None
 
 
-def _open(path: str | None) -> Any:
+def _open(path: str | None) -> TextIO | None:
     """Before the campaign: nobody wants to hear of it afterwards."""
     try:
         return None if path is None else Path(path).open("w")
     except OSError as error:
         raise HostError(f"--report {path}: {error.strerror}") from error
+
+
+def _write(file: TextIO, report: dict[str, Any]) -> None:
+    try:
+        with file:
+            json.dump(report, file, indent=1)
+    except OSError as error:
+        raise HostError(f"--report {file.name}: {error.strerror}") from error
 
 
 def _injection(each: Injection) -> dict[str, Any]:

@@ -66,7 +66,6 @@ class NetBackend:
         self._refusals = 0  # frames from the guest that were reported as dropped
         self._announcer = Announcer(reactor, self._send_rarp)
         self._taps = Taps(taps)
-        self._fault = native.net_fault()
         self._native = native.load()
         device: int | None = self._native.net_create(pairs, (ctypes.c_int32 * pairs)(*taps))
         if device is None:
@@ -329,12 +328,13 @@ class NetBackend:
 
     def fault(self, what: str, value: int, options: Mapping[str, Any] = NOTHING) -> None:
         """`die-<step>`: end at the step's n-th time in a queue, as a kill there would. `freeze`: the pairs' threads;
-        `delay`: ms before each of their turns; `withhold` and `repeat`: so many notifications per queue. `clear`."""
+        `delay`: ms before each of their turns; `withhold` and `repeat`: so many notifications per queue. `clear`.
+        Each takes the place of the one before; one that is refused leaves that as it was."""
         if options:
             raise ProtocolError(f"{self.name}: fault {what} has no {', '.join(options)}")
-        fault = self._fault
+        fault = native.net_fault()
         if what == "clear":
-            fault = native.net_fault()
+            pass
         elif what == "freeze":
             fault.freeze = 1
         elif what == "delay":
@@ -347,5 +347,4 @@ class NetBackend:
             fault.die_at, fault.die_after = Step[what[4:].upper()], max(1, value)
         else:
             raise ProtocolError(f"{self.name}: unknown fault {what!r}")
-        self._fault = fault
         self._native.net_set_fault(self._device, ctypes.byref(fault))

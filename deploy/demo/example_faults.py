@@ -50,5 +50,5 @@ def chaos(process: str, strikes: Strikes, console: str, report: str) -> str:
     return (
         f"flotilla chaos --api-socket {api(1)} --seed {SEED} --processes {process} --kinds {strikes.fault} \\\n"
         f"    --count {strikes.count} --rate {strikes.rate:g} --report {report} \\\n"
-        f"    --verify-command \"! grep -aq '^fio: BAD' {console}\""
+        f"    --verify-command \"test -r {console} && ! grep -aq '^fio: BAD' {console}\""
     )

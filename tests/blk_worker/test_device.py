@@ -412,6 +412,34 @@ def test_errors_by_sector_range_number_and_rate(disk: Path) -> None:
         assert failures[0] == failures[1] and 10 < failures[0].count(IOERR) < 60
 
 
+def test_a_fault_is_not_armed_again_by_the_next_one(disk: Path) -> None:
+    with Rig(disk).start() as rig:
+        drive = rig.drive[0]
+        rig.backend.fault("fail", 1, {"first_sector": 8, "last_sector": 15})
+        assert drive.do(IN, 8, length=512)[0] == IOERR
+        rig.backend.fault("delay", 1)
+        assert drive.do(IN, 8, length=512)[0] == OK
+        rig.until(lambda: rig.backend.counters(0).inflight == 0)
+        rig.backend.fault("withhold", 1)
+        drive.submit(IN, 8, length=512)
+        drive.kick()
+        rig.until(lambda: drive.used_idx() == 3 and rig.backend.counters(0).inflight == 0)
+        rig.backend.fault("delay", 1)
+        drive.reap()
+        assert drive.do(IN, 8, length=512)[0] == OK
+
+
+def test_a_fault_that_is_refused_leaves_the_one_before(disk: Path) -> None:
+    with Rig(disk).start() as rig:
+        drive = rig.drive[0]
+        rig.backend.fault("fail", 0, {"first_sector": 8, "last_sector": 15})
+        with pytest.raises(ProtocolError, match="fault delay: seed='x'"):
+            rig.backend.fault("delay", 1, {"first_sector": 0, "last_sector": 7, "seed": "x"})
+        assert [drive.do(IN, n, length=512)[0] for n in (7, 8)] == [OK, IOERR]
+        rig.backend.fault("withhold", 0)
+        assert [drive.do(IN, n, length=512)[0] for n in (7, 8)] == [OK, OK]
+
+
 @pytest.mark.parametrize("options", [{"fail": -1}, {"colour": 1}, {"seed": "x"}])
 def test_a_fault_with_options_that_make_no_sense_is_refused(disk: Path, options: dict[str, object]) -> None:
     with Rig(disk) as rig, pytest.raises(ProtocolError, match="fault delay"):

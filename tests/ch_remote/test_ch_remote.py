@@ -312,12 +312,28 @@ def test_watch_prints_each_change_until_the_end(server: Server, capfd: pytest.Ca
 
 
 def test_watch_ends_with_the_vmm(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
-    answers = iter([reply(b'{"state":"precopy"}'), b""])
-    server.handler = lambda head, body: next(answers)
+    answers = iter([reply(b'{"state":"precopy"}')])
+
+    def answer(head: str, body: bytes) -> bytes:
+        try:
+            return next(answers)
+        except StopIteration:
+            server.path.unlink()
+            return b""
+
+    server.handler = answer
     server.close_after = True
     assert run(server, "migration-progress", "--watch") == 0
     out, err = capfd.readouterr()
     assert out == '{"state":"precopy"}\n' and "The VMM has ended" in err
+
+
+def test_watch_does_not_end_with_the_api_process(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    answers = iter([reply(b'{"state":"precopy"}'), b"", reply(b'{"state":"completed"}')])
+    server.handler = lambda head, body: next(answers)
+    server.close_after = True
+    assert run(server, "migration-progress", "--watch") == 0
+    assert capfd.readouterr() == ('{"state":"precopy"}\n{"state":"completed"}\n', "")
 
 
 def test_an_answer_is_taken_though_the_server_did_not_read_the_body(server: Server, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from shared.errors import ConfigError
             {"process": "_disk0", "fault": "error", "rate": 0.5, "sectors": [8, 15], "count": 3},
         ),
         ("sectors=9", {"sectors": [9, 9]}),
+        ('value="20"', {"value": 20}),
         ("fault=corrupt-protocol,value=control", {"fault": "corrupt-protocol", "value": "control"}),
         ("fault=stop,duration_ms=300,state=saving", {"fault": "stop", "duration_ms": 300, "at": {"state": "saving"}}),
     ],
@@ -33,7 +34,13 @@ def test_body(text, body):
     assert fault_body(text) == body
 
 
-@pytest.mark.parametrize("text", ["kill", "victim=_disk0", "rate=often", "request=first", "sectors=a-b"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "kill", "victim=_disk0", "rate=often", "request=first", "request=²", "value=²", "sectors=a-b", "sectors=8-",
+        "sectors=[1,2]-9",
+    ],
+)  # fmt: skip
 def test_what_can_not_be_understood(text):
     with pytest.raises(ConfigError):
         fault_body(text)

@@ -24,13 +24,29 @@ def body(state: str) -> bytes:
 def test_each_change_is_printed_and_the_end_of_the_vmm_ends_it(
     server: Server, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    answers = iter([body("running"), body("running"), body("restarting"), b""])
-    server.handler = lambda head, _: next(answers)
+    answers = iter([body("running"), body("running"), body("restarting")])
+
+    def answer(head: str, _: bytes) -> bytes:
+        try:
+            return next(answers)
+        except StopIteration:
+            server.path.unlink()
+            return b""
+
+    server.handler = answer
     server.close_after = True
     assert run(server, "fleet", "--watch") == 0
     out, err = capfd.readouterr()
     assert out == TABLE.format("running") + "\n" + TABLE.format("restarting")
-    assert "The VMM has ended" in err
+    assert err == "The VMM has ended.\n"
+
+
+def test_api_process_that_dies_does_not_end_it(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    answers = iter([body("running"), b"", body("restarting"), reply(b'["no"]', "500 Internal Server Error")])
+    server.handler = lambda head, _: next(answers)
+    server.close_after = True
+    assert run(server, "fleet", "--watch") == 1
+    assert capfd.readouterr().out == TABLE.format("running") + "\n" + TABLE.format("restarting")
 
 
 def test_refusal_ends_it_with_an_error(server: Server, capfd: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,7 @@ def test_usage_errors(words: list[str], message: str, capsys: pytest.CaptureFixt
     assert message in capsys.readouterr().err
 
 
-def test_time_limit_that_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--api-socket=/nobody/there", "worker-upgrade", "_disk0", "--timeout-ms", "soon"]) == 1
-    assert "--timeout-ms soon: not a whole number" in capsys.readouterr().err
+@pytest.mark.parametrize("limit", ["soon", "²", "-1", "1_0"])
+def test_time_limit_that_is_no_number(limit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--api-socket=/nobody/there", "worker-upgrade", "_disk0", f"--timeout-ms={limit}"]) == 1
+    assert f"Unable to convert {limit} for --timeout-ms (expected a whole number)" in capsys.readouterr().err

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import select
+
 import pytest
 
 from chaos.verify import Image, Lost, run_command
@@ -37,8 +40,11 @@ def test_what_is_whole_and_what_goes_on_is_fine(disk):
         (encode(Sector(3, 4, 1)), "sector 3 has generation 4, and had 5"),
         (encode(Sector(9, 6, 1)), "sector 3 holds sector 9"),
         (encode(Sector(3, 6, 1))[:-1] + b"\0", "damaged"),
+        (encode(Sector(3, 5, 1))[:-1] + b"\0", "damaged"),
+        (encode(Sector(4, 5, 1)), "sector 3 holds sector 4"),
+        (b"\xa5" * SECTOR, "sector 3 is no sector of the guest's, and had generation 5"),
     ],
-    ids=["older", "misplaced", "damaged"],
+    ids=["older", "misplaced", "damaged", "damaged body under the header of before", "its neighbour's", "no magic"],
 )
 def test_a_sector_that_is_wrong_is_named(disk, sector, message):
     image = Image(str(disk))
@@ -46,6 +52,13 @@ def test_a_sector_that_is_wrong_is_named(disk, sector, message):
     put(disk, 3, sector)
     with pytest.raises(Lost, match=message):
         image.look()
+
+
+def test_what_was_never_the_guests_is_not_judged(disk):
+    image = Image(str(disk))
+    image.look()
+    put(disk, 20, b"\xa5" * SECTOR)
+    assert image.look() == 16
 
 
 def test_an_image_that_is_not_there_is_named(tmp_path):
@@ -57,3 +70,36 @@ def test_a_command_that_fails_means_lost_data():
     run_command("true")
     with pytest.raises(Lost, match="ended with 3: seven bytes"):
         run_command("echo seven bytes; exit 3")
+
+
+def test_a_command_that_is_not_done_in_time_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr("chaos.verify.COMMAND_SECONDS", 0.3)
+    alive, survived = tmp_path / "alive", tmp_path / "survived"
+    os.mkfifo(alive)
+    reader = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with pytest.raises(Lost, match="not done within 0 s"):
+            run_command(f"exec 3>{alive}; (sleep 20; touch {survived}) & wait")
+        assert select.select([reader], [], [], 60)[0] and os.read(reader, 1) == b""
+    finally:
+        os.close(reader)
+    assert not survived.exists()
+
+
+def test_a_command_is_not_waited_for_longer_than_it_takes(tmp_path):
+    """Whatever it leaves in the background has its output, and may stay."""
+    go, done = tmp_path / "go", tmp_path / "done"
+    os.mkfifo(go)
+    os.mkfifo(done)
+    reader = os.open(done, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        run_command(f"(exec 3>{done}; read line <{go}) &")
+        go.write_text("on\n")
+        assert select.select([reader], [], [], 60)[0] and os.read(reader, 1) == b""
+    finally:
+        os.close(reader)
+
+
+def test_output_that_is_no_text_is_told_all_the_same():
+    with pytest.raises(Lost, match=r"ended with 1: .* seven"):
+        run_command(r"printf '\377 seven'; exit 1")

@@ -6,11 +6,13 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chaos.main import parse_argv
+from chaos.verify import Lost, run_command
 from deploy import floors
 from deploy.demo import __main__ as demo
 from deploy.demo import display, vmm
@@ -48,7 +50,19 @@ def test_campaign_is_one_that_flotilla_chaos_takes(process: str) -> None:
     head, _, verify = command.partition('"')
     options = parse_argv([*head.split()[2:], verify.rstrip('"')])
     assert (options.count, options.minutes, options.kinds, options.processes) == (20, None, ("kill",), (process,))
-    assert options.verify_command == ["! grep -aq '^fio: BAD' /out/console"]
+    assert options.verify_command == ["test -r /out/console && ! grep -aq '^fio: BAD' /out/console"]
+
+
+def test_campaign_without_the_consoles_file_is_not_taken_for_a_good_one(tmp_path: Path) -> None:
+    console = tmp_path / "console"
+    command = example.chaos("blk", example.STRIKES[0], str(console), "/out/kill.json").partition('"')[2].rstrip('"')
+    with pytest.raises(Lost):
+        run_command(command)
+    console.write_text("fio: ok 1\n")
+    run_command(command)
+    console.write_text("fio: ok 1\nfio: BAD pass 2\n")
+    with pytest.raises(Lost):
+        run_command(command)
 
 
 # ---- the echo -------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import select
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
@@ -511,3 +512,21 @@ def test_what_can_be_rehearsed_and_what_has_no_options(rig: Rig) -> None:
     rig.settled()
     with pytest.raises(ProtocolError, match="has no seed"):
         rig.backend.fault("delay", 1, {"seed": 1})
+
+
+def test_a_fault_is_not_armed_again_by_the_next_one(rig: Rig) -> None:
+    rig.start()
+    rig.settled()
+    tx = rig.tx[0]
+    rig.backend.fault("withhold", 1)
+    tx.arm()
+    tx.put(frame(1))
+    tx.kick()
+    rig.until(lambda: tx.reap() == 1)
+    rig.backend.fault("delay", 1)
+    with suppress(BlockingIOError):
+        os.eventfd_read(tx.call_fd)
+    tx.arm()
+    tx.put(frame(2))
+    tx.kick()
+    assert select.select([tx.call_fd], [], [], 20)[0] and tx.reap() == 1
