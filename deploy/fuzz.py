@@ -12,7 +12,7 @@ from deploy.floors import kvm_missing
 from deploy.install import SetupError, apt_install, present
 from shared.errors import HostError
 from tests.fuzz import native
-from tests.fuzz.engine import FINDINGS
+from tests.fuzz.engine import FINDINGS, files
 from tests.fuzz.targets import TARGETS
 
 # Debian package -> the program or file by which one sees that it is there.
@@ -44,7 +44,7 @@ def run_native(name: str, seconds: float, work: Path) -> bool:
     found.mkdir(parents=True, exist_ok=True)
     before, grown, log = set(found.iterdir()), work / "corpus", work / "log"
     grown.mkdir()
-    folders = [str(folder) for folder in (grown, *{path.parent for path in native.inputs(target)})]
+    folders = [str(folder) for folder in (grown, *{path.parent for path in files(name)})]
     bounds = [f"-max_total_time={seconds:.0f}", "-timeout=10", "-rss_limit_mb=2048", f"-max_len={native.MAX_INPUT}"]
     command = [str(program), *bounds, "-print_final_stats=1", f"-artifact_prefix={found}/", *folders]
     with open(log, "wb") as output:

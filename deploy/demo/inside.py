@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from deploy.demo import example, vmm
@@ -146,8 +147,7 @@ class Local(Play):
         self.step("Ctrl-C into the console; is it the same boot?")
         if self._setting.disks > 2:
             guest.await_match(r"verify: ok \d", ANSWER, "verified block at the destination")
-        guest.type("\x03")
-        self.which_boot(guest, ANSWER)
+        self.interrupt(partial(guest.type, "\x03"), partial(self.which_boot, guest), ANSWER)
         self.count()
         if self.report.not_equal:
             raise DemoError(f"a disk says something else than before:\n{guest.tail()}")

@@ -16,6 +16,7 @@ import re
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from deploy.demo import example_nested as example
@@ -94,10 +95,10 @@ class Nested(Play):
         if self.report.ping != [PINGS, PINGS]:
             raise DemoError(f"the ping from VM 2 to VM 1 lost packets: {self.report.ping}\n{two.terminal.tail()}")
 
-    def _which_boot(self, host: HostVm, window: str) -> None:
+    def _which_boot(self, host: HostVm, window: str, seconds: float = ANSWER) -> None:
         since = host.terminal.mark()
         host.type(window, WHICH_BOOT)
-        match = host.await_text(window, BOOT_PATTERN, ANSWER, since)
+        match = host.await_text(window, BOOT_PATTERN, seconds, since)
         self.booted(match[1], match[2])
 
     def _start_load(self, one: HostVm) -> None:
@@ -155,8 +156,8 @@ class Nested(Play):
         self.report.processes = two.api(example.DESTINATION_API, "vmm.fleet", ANSWER)
         self.events.emit("fleet", name="destination", rows=self.report.processes)
         self.step("Ctrl-C into the console; is it the same boot?")
-        two.type("destination", "\x03")
-        self._which_boot(two, "destination")
+        press, ask = partial(two.type, "destination", "\x03"), partial(self._which_boot, two, "destination")
+        self.interrupt(press, ask, ANSWER)
         self.count()
         if self.report.not_equal:
             raise DemoError(f"the disk says something else than before:\n{two.terminal.tail()}")

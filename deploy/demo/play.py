@@ -18,9 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from deploy.demo import vmm
-from deploy.demo.report import DemoError, Events, Report
+from deploy.demo.report import DemoError, Events, Report, TooLate
 from deploy.demo.terminal import Terminal
 
+PRESSES = 4
 # What a person types to learn which boot this is; the echo of the typed line does not match the pattern.
 WHICH_BOOT = "echo boot=$(cat /proc/sys/kernel/random/boot_id) up=$(cut -d' ' -f1 /proc/uptime)\n"
 BOOT_PATTERN = r"boot=([0-9a-f-]{36}) up=([0-9]+\.[0-9]{2})"  # whole, also when the line comes in pieces
@@ -84,6 +85,21 @@ class Play(ABC):
         guest.type(WHICH_BOOT)
         match = guest.await_match(BOOT_PATTERN, seconds, "answer to the typed command", since)
         self.booted(match[1], match[2])
+
+    def interrupt(self, press: Callable[[], None], ask: Callable[[float], None], seconds: float) -> None:
+        """Ctrl-C into a shell's loop, and again when the shell does not answer: as a person does it. Raises as `ask`.
+
+        bash takes a Ctrl-C that comes as the loop's command ends for that command's own, and goes on. What was typed
+        behind it is gone with the next one, which empties the terminal's input.
+        """
+        for left in reversed(range(PRESSES)):
+            press()
+            try:
+                ask(seconds / PRESSES)
+                return
+            except TooLate:
+                if not left:
+                    raise
 
     def booted(self, boot_id: str, uptime: str) -> None:
         """Note an answer to WHICH_BOOT. Raises DemoError when the guest is not the one that it was before."""

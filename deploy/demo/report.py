@@ -24,6 +24,10 @@ class DemoError(Exception):
     """The example did not go as the document says; the message has all that is known."""
 
 
+class TooLate(DemoError):
+    """What was waited for has not come in its time, and still could."""
+
+
 class Events:
     """A writer of events to a pipe or a port (`path`), or to nowhere; lines of several threads stay whole."""
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from deploy.demo.report import DemoError
+from deploy.demo.report import DemoError, TooLate
 
 ROWS, COLUMNS = 50, 200
 TAIL = 3000
@@ -102,7 +102,7 @@ class Terminal:
             return self._text[since:]
 
     def await_match(self, pattern: str, seconds: float, what: str, since: int = 0) -> re.Match[str]:
-        """Wait until a pattern is on the terminal after `since`. Raises DemoError: too late, or the program ended."""
+        """Wait until a pattern is on the terminal after `since`. Raises TooLate; DemoError when the program ended."""
         with self._bell:
             found: list[re.Match[str]] = []
 
@@ -113,8 +113,9 @@ class Terminal:
             in_time = self._bell.wait_for(arrived, seconds)
         if found:
             return found[0]
-        why = "its program has ended" if in_time else f"not within {seconds:.0f} s"
-        raise DemoError(f"{self.name}: no {what}: {why}\n{self.tail()}")
+        if in_time:
+            raise DemoError(f"{self.name}: no {what}: its program has ended\n{self.tail()}")
+        raise TooLate(f"{self.name}: no {what}: not within {seconds:.0f} s\n{self.tail()}")
 
     def await_lines(self, line: str, count: int, seconds: float, *, after_anything: bool = False) -> None:
         """Wait for so many lines that are exactly this, or that end with it."""

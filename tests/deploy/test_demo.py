@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from deploy import floors, install
 from deploy.demo import __main__ as demo
 from deploy.demo import display, example, inside, vmm
+from deploy.demo.play import PRESSES, Play
 from deploy.demo.report import DemoError, Events, Hop, Report
 from deploy.demo.terminal import Terminal, plain
 from deploy.lab.debian import DebianError
@@ -100,6 +102,31 @@ def test_wait_ends_at_its_limit_with_what_was_seen(terminals: Any) -> None:
         terminal.await_lines("equal", 3, 0.01)
     with pytest.raises(DemoError, match="still runs"):
         terminal.await_end(0.01)
+
+
+class Loop(Play):
+    """A shell that takes no notice of the first Ctrl-C, as bash does not when its loop's command has just ended."""
+
+    def play(self) -> None:
+        deaf = "trap 'heard=x$heard' INT; while [ ${#heard} -lt 2 ]; do sleep 0.05; done; read line; eval \"$line\""
+        shell = self.type("shell", f"echo loop; {deaf}")
+        shell.await_match("loop", 20, "loop")
+        self.interrupt(partial(shell.type, "\x03"), partial(self.which_boot, shell), 20)
+
+
+def test_ctrl_c_that_a_shell_did_not_hear_is_pressed_again(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, Events(None), Report(), "shell")
+    loop.run()
+    assert loop.report.ok and len(loop.report.boot_id) == 1
+
+
+def test_shell_that_never_hears_a_ctrl_c_is_told(tmp_path: Path, terminals: Any) -> None:
+    deaf = terminals("trap '' INT; echo loop; while sleep 0.05; do :; done")
+    deaf.await_match("loop", 20, "loop")
+    loop = Loop(tmp_path, Events(None), Report(), "shell")
+    with pytest.raises(DemoError, match="no answer to the typed command: not within"):
+        loop.interrupt(partial(deaf.type, "\x03"), partial(loop.which_boot, deaf), 0.2)
+    assert deaf.text().count("^C") == PRESSES
 
 
 def test_exit_code_that_is_not_0_is_an_error_with_the_command(terminals: Any) -> None:

@@ -32,6 +32,9 @@ echo "source $ended"
 
 ch-remote --api-socket=/tmp/api2 info | python3 -c 'import json, sys; print("state", json.load(sys.stdin)["state"])'
 await 120 grep -q '^equal' "$OUT/destination"
-printf '\003echo boot=$(cat /proc/sys/kernel/random/boot_id)\npoweroff\n' >&7
+ask() { printf '\003echo boot=$(cat /proc/sys/kernel/random/boot_id)\n' >&7; }
+answered() { grep -qa 'boot=[0-9a-f]' "$OUT/destination"; }
+interrupt ask answered
+echo poweroff >&7
 await_end 120 $destination
 echo "destination $ended"

@@ -86,7 +86,10 @@ echo "receive $(window_end 2 receive 120)"
 await_equals 2 destination 300
 grep -hE '(source|destination)\| not equal' "$OUT/vm-1" "$OUT/vm-2"
 
-in_vm 2 120 "printf '\\003\\npoweroff\\n' > /tmp/destination"
+ask() { in_vm 2 120 "printf '\\003\\necho shell=\$((6 * 7))\\n' > /tmp/destination"; }
+answered() { grep -qa 'destination| .*shell=42' "$OUT/vm-2"; }
+interrupt ask answered
+in_vm 2 120 'echo poweroff > /tmp/destination'
 echo "destination $(window_end 2 destination 240)"
 echo poweroff >&3
 echo poweroff >&4
