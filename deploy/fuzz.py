@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 from deploy.floors import kvm_missing
@@ -24,6 +26,7 @@ PACKAGES = {
 GUEST = "guest"
 ABOUT_GUEST = "the probe guest programs every device at random, on /dev/kvm"
 GRACE = 120  # seconds beyond its time until a target is ended
+MOST_JOBS = 64
 PROGRESS = 30  # seconds between two lines
 
 
@@ -102,7 +105,7 @@ def run_one(name: str, minutes: float) -> bool:
 
 
 def usage(wrong: str) -> int:
-    print(f"fuzz: {wrong}\nusage: deploy/fuzz.sh MINUTES [TARGET…] | --list", file=sys.stderr)
+    print(f"fuzz: {wrong}\nusage: deploy/fuzz.sh [--jobs N] MINUTES [TARGET…] | --list", file=sys.stderr)
     return 2
 
 
@@ -112,6 +115,11 @@ def main(arguments: list[str]) -> int:
         for name, text in about.items():
             say(f"{name:18} {text}")
         return 0
+    jobs = 1
+    if arguments[:1] == ["--jobs"]:
+        number, arguments = "".join(arguments[1:2]), arguments[2:]
+        if not number.isdecimal() or not 0 < (jobs := int(number)) <= MOST_JOBS:
+            return usage(f"--jobs {number}: how many targets at a time? 1 to {MOST_JOBS}")
     try:
         minutes = float(arguments[0])
     except (IndexError, ValueError):
@@ -124,7 +132,9 @@ def main(arguments: list[str]) -> int:
     try:
         if set(names) & set(native.TARGETS):
             install_clang()
-        failed = [name for name in names if not run_one(name, minutes)]
+        with ThreadPoolExecutor(jobs) as pool:
+            fine = list(pool.map(run_one, names, repeat(minutes)))
+        failed = [name for name, was_fine in zip(names, fine, strict=True) if not was_fine]
     except (SetupError, HostError) as error:
         print(f"fuzz: {error}", file=sys.stderr)
         return 1

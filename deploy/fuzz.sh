@@ -1,5 +1,5 @@
 #!/bin/bash
-# Fuzz what guests and peers write: deploy/fuzz.sh MINUTES [TARGET…], each target that long, one after the other.
+# Fuzz what guests and peers write: deploy/fuzz.sh [--jobs N] MINUTES [TARGET…], each target that long, N at a time (1).
 #
 # Sets up first, clang too (deploy/setup.sh leaves that out). Exits 1 at a finding and says where the input is and how it is
 # replayed; the other targets still run. `deploy/fuzz.sh --list` names the targets. Leave the machine some room: nice -n 15.
