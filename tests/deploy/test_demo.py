@@ -108,8 +108,8 @@ class Loop(Play):
     """A shell that takes no notice of the first Ctrl-C, as bash does not when its loop's command has just ended."""
 
     def play(self) -> None:
-        deaf = "trap 'heard=x$heard' INT; while [ ${#heard} -lt 2 ]; do sleep 0.05; done; read line; eval \"$line\""
-        shell = self.type("shell", f"echo loop; {deaf}")
+        loop = "while [ ${#heard} -lt 2 ]; do sleep 0.05; done"
+        shell = self.type("shell", f"trap 'heard=x$heard' INT; echo loop; {loop}; read line; eval \"$line\"")
         shell.await_match("loop", 20, "loop")
         self.interrupt(partial(shell.type, "\x03"), partial(self.which_boot, shell), 20)
 
