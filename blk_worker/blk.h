@@ -98,8 +98,8 @@ struct blk_counters {
     uint64_t last_malformed; /* enum vring_error */
     uint64_t broken;      /* enum vring_error that stopped the queue, 0 while it works */
     uint64_t io_errno;    /* errno of the last failed system call */
-    uint64_t poisoned;    /* requests failed because each had killed its worker time and again */
-    uint64_t poisoned_sector; /* … the last one's sector */
+    uint64_t poisoned;    /* of `errors`: requests failed because each had killed its worker time and again */
+    uint64_t poisoned_sector; /* … the last one's sector; UINT64_MAX: its header could not be read */
     struct blk_op_counters op[BLK_KINDS];
 };
 
