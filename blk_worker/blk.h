@@ -236,7 +236,10 @@ BLK_API void blk_nudge(struct blk_device *device);
  * something to do if blk_nudge came after that call.
  */
 BLK_API int blk_alive(struct blk_device *device);
-/* Signalled when there is something to look at: a drained queue, a malformed chain, a broken queue. */
+/*
+ * Signalled when there is something to look at: a drained or broken queue, a request that was malformed or poisoned or
+ * whose system call failed.
+ */
 BLK_API int blk_event_fd(struct blk_device *device);
 BLK_API const struct blk_counters *blk_counters(struct blk_device *device, uint32_t index);
 BLK_API void blk_set_fault(struct blk_device *device, const struct blk_fault *fault);
