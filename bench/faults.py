@@ -48,6 +48,7 @@ REPLACED_SECONDS: Final = 15.0
 COMMON_US: Final = 1000  # a gap that no clock takes for one of its own
 DISK_BYTES: Final = 16 << 20
 DAEMON: Final = "qemu-storage-daemon"
+STALL_US: Final = 500_000  # half of what QEMU rests before it asks for the daemon again; no healthy request takes that
 GOALS: Final = (
     "goals: kill at most 20 ms median and 50 ms p99 for blk, net and vcpu; a hang is found within its deadline plus "
     "100 ms (docs/fault-isolation.md)"
@@ -261,37 +262,49 @@ def qemu(kernel: str, case: Case, runs: int, patience: float, row: report.Row) -
                 began = time.monotonic()
                 daemon.kill()
                 daemon.start(patience)
-                done = _after(recorder, began, patience)
+                done = answered(recorder, began, patience)
                 steady, waited = stall(began, done)
                 row.add(stall_ms=waited, steady_ms=steady)
         except BenchError as error:
             raise BenchError(f"{error}; {child.errors}") from error
 
 
-def _after(recorder: Recorder, began: float, patience: float) -> float:
-    """When a report told of a request that had waited for the daemon, or of two periods without one."""
+def answered(recorder: Recorder, began: float, patience: float) -> float:
+    """When a report told of a request that had waited for the daemon. The guest goes on reporting while it waits."""
     first = recorder.until(
-        lambda heard: isinstance(heard.event, BlkOk) and heard.at > began + 2 * MARGIN_SECONDS, patience, "report"
-    )
+        lambda heard: isinstance(heard.event, BlkOk) and heard.at > began and heard.event.recent_us >= STALL_US,
+        patience, "report of a request that waited for the daemon",
+    )  # fmt: skip
     return recorder.events[first].at
 
 
 class Daemon:
-    """qemu-storage-daemon on an image of its own, at one socket."""
+    """qemu-storage-daemon on an image of its own, at one socket. What it says is kept for messages."""
 
     def __init__(self, folder: Path) -> None:
         self.socket = folder / "vhost"
+        self._said = folder / "daemon.output"
         self._image = image(folder)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, patience: float) -> None:
-        """Returns when it listens."""
+        """Returns when it listens. Raises BenchError, with what it said."""
         self.socket.unlink(missing_ok=True)
-        self._process = subprocess.Popen([
-            DAEMON, "--blockdev", f"driver=file,node-name=file,filename={self._image}", "--export",
-            f"type=vhost-user-blk,id=export,node-name=file,addr.type=unix,addr.path={self.socket},writable=on",
-        ])  # fmt: skip
-        _wait(self.socket.exists, patience, f"socket of {DAEMON}")
+        with open(self._said, "wb") as said:
+            self._process = subprocess.Popen([
+                DAEMON, "--blockdev", f"driver=file,node-name=file,filename={self._image}", "--export",
+                f"type=vhost-user-blk,id=export,node-name=file,addr.type=unix,addr.path={self.socket},writable=on",
+            ], stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT)  # fmt: skip
+        process = self._process
+        try:
+            _wait(lambda: self.socket.exists() or process.poll() is not None, patience, f"socket of {DAEMON}")
+        except BenchError as error:
+            raise BenchError(f"{error}; {self._words()}") from error
+        if process.poll() is not None:
+            raise BenchError(f"{DAEMON} ended with {process.returncode}; {self._words()}")
+
+    def _words(self) -> str:
+        return " ".join(self._said.read_text(errors="replace").split())[-400:]
 
     def kill(self) -> None:
         if self._process is not None:

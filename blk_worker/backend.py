@@ -33,6 +33,7 @@ ALWAYS = 1_000_000  # of a million requests
 # Fields of struct blk_fault that go with `delay`, `fail`, `hang`.
 FAULT_OPTIONS = ("first_sector", "last_sector", "seed", "after", "count", "spread_ms", "shape", "fail")
 NEVER = (1 << 64) - 1  # a latency before the first request, as in Cloud Hypervisor's counters
+NO_SECTOR = (1 << 64) - 1  # `poisoned_sector` of a request whose header was not to be read
 
 
 class BlockBackend:
@@ -196,8 +197,10 @@ class BlockBackend:
 
     def _report(self) -> None:
         for index, counters in enumerate(self._counters):
-            now = (counters.malformed, counters.errors, counters.broken, counters.poisoned)
             before = self._reported.get(index, (0, 0, 0, 0))
+            # A poisoned request is an error as well, counted a moment later: `errors` is read first.
+            errors, poisoned = counters.errors, counters.poisoned
+            now = (counters.malformed, max(before[1], errors - poisoned), counters.broken, poisoned)
             self._reported[index] = now
             where = f"disk path={self.disk.path}, queue {index}"
             if now[0] > before[0]:
@@ -207,8 +210,10 @@ class BlockBackend:
                 cause = os.strerror(counters.io_errno) if counters.io_errno else "requests out of range"
                 log.error(f"{where}: {now[1] - before[1]} requests failed: {cause}")
             if now[3] > before[3]:
+                sector = counters.poisoned_sector
+                last = f", the last at sector {sector}" if sector != NO_SECTOR else ""
                 log.error(f"{where}: {now[3] - before[3]} requests that had killed their worker again and again were "
-                          f"failed, the last at sector {counters.poisoned_sector}")  # fmt: skip
+                          f"failed{last}")  # fmt: skip
             if now[2] and not before[2]:
                 log.error(f"{where}: the guest broke the ring ({VringError(counters.broken).name}); it stays stopped")
                 self.on_broken(index)
@@ -231,7 +236,8 @@ class BlockBackend:
         return {}
 
     def stats(self) -> dict[str, int]:
-        """Sums over the queues. Latencies in µs; the minimum is 2^64-1 before the first request."""
+        """Sums over the queues. Latencies in µs; the minimum is 2^64-1 before the first request. `poisoned_sector` is
+        there when one is known."""
         result: dict[str, int] = {}
         for kind in Kind:
             name = kind.name.lower()
@@ -249,8 +255,9 @@ class BlockBackend:
                 result |= latency.told(name, total, buckets)
         for name in SUMS:
             result[name] = sum(getattr(counters, name) for counters in self._counters)
-        if result["poisoned"]:
-            result["poisoned_sector"] = next(c.poisoned_sector for c in self._counters if c.poisoned)
+        sectors = [counters.poisoned_sector for counters in self._counters if counters.poisoned]
+        if known := [sector for sector in sectors if sector != NO_SECTOR]:
+            result["poisoned_sector"] = known[0]
         result["broken_queues"] = sum(bool(counters.broken) for counters in self._counters)
         return result
 

@@ -98,8 +98,8 @@ struct blk_counters {
     uint64_t last_malformed; /* enum vring_error */
     uint64_t broken;      /* enum vring_error that stopped the queue, 0 while it works */
     uint64_t io_errno;    /* errno of the last failed system call */
-    uint64_t poisoned;    /* requests failed because each had killed its worker time and again */
-    uint64_t poisoned_sector; /* … the last one's sector */
+    uint64_t poisoned;    /* of `errors`: requests failed because each had killed its worker time and again */
+    uint64_t poisoned_sector; /* … the last one's sector; UINT64_MAX: its header could not be read */
     struct blk_op_counters op[BLK_KINDS];
 };
 
@@ -236,7 +236,10 @@ BLK_API void blk_nudge(struct blk_device *device);
  * something to do if blk_nudge came after that call.
  */
 BLK_API int blk_alive(struct blk_device *device);
-/* Signalled when there is something to look at: a drained queue, a malformed chain, a broken queue. */
+/*
+ * Signalled when there is something to look at: a drained or broken queue, a request that was malformed or poisoned or
+ * whose system call failed.
+ */
 BLK_API int blk_event_fd(struct blk_device *device);
 BLK_API const struct blk_counters *blk_counters(struct blk_device *device, uint32_t index);
 BLK_API void blk_set_fault(struct blk_device *device, const struct blk_fault *fault);

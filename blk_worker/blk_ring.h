@@ -88,7 +88,7 @@ static void blk_complete(struct blk_request *request, const struct vring_chain *
     pthread_mutex_unlock(&q->lock);
 }
 
-/* While suspects are about, whatever else is carried out keeps out of their trials. */
+/* With BLK_TRIAL, suspects about or not, whatever else is carried out keeps out of their trials. */
 static bool blk_enter(struct blk_device *d)
 {
     bool trial = d->config.flags & BLK_TRIAL;
@@ -137,7 +137,7 @@ static void blk_run_suspect(struct blk_request *request, struct blk_scratch *scr
         loop_signal(q->device->event_fd);
 }
 
-/* Only if it need not wait for the disk; blk_publish_locked is to follow. */
+/* Only if it need not wait for the disk, though perhaps for a trial; blk_publish_locked is to follow. */
 static bool blk_run_cached(struct blk_request *request, struct blk_scratch *scratch)
 {
     struct blk_outcome outcome;
@@ -284,7 +284,7 @@ static void blk_resubmit(struct blk_queue *q, struct blk_scratch *scratch)
     loop_signal(q->call_fd);
 }
 
-/* Wait for a kick or a control event: of the latter, a heartbeat repairs a notification that got lost. */
+/* Wait for a kick or a control event, a heartbeat or a stop: either repairs a notification that got lost. */
 static void blk_wait(struct blk_queue *q)
 {
     struct pollfd fds[2] = {{q->control_fd, POLLIN, 0}, {q->kick_fd, POLLIN, 0}};

@@ -304,7 +304,8 @@ class Backend:
         """New statistics of our process."""
         stats = self.process.stats if self.process is not None else {}
         if (failed := stats.get("poisoned", 0)) > self._failed_requests:
-            what = f"the last one at sector {stats['poisoned_sector']}" if "poisoned_sector" in stats else "frames"
+            nowhere = "frames" if self._spec.kind == "net" else "no sector of theirs could be read"
+            what = f"the last one at sector {stats['poisoned_sector']}" if "poisoned_sector" in stats else nowhere
             new, self._failed_requests = failed - self._failed_requests, failed
             self._fleet.supervision.failed_request(self._spec.kind, self.name, new, what)
 

@@ -51,7 +51,8 @@ CATALOGUE: Final = (
     _gauge("device_worker_up", ("device",), "1 if the device's worker answered this time"),
     _counter("device_operations", _DEVICE, "Operations that went well; of a network card, frames"),
     _counter("device_bytes", _DEVICE, "Bytes that they moved"),
-    _counter("device_errors", ("device", "error"), "What went wrong, by how"),
+    _counter("device_errors", ("device", "error"), "What went wrong, by how; what is poisoned is also in io or "
+             "transmit_dropped"),
     Metric("flotilla_device_latency_seconds", Kind.HISTOGRAM, _DEVICE, "From taking a request to its completion"),
     _gauge("device_queue_depth", ("device",), "Requests that were taken and are not completed"),
     _counter("device_kicks", ("device",), "Notifications by the guest"),

@@ -45,8 +45,9 @@ BLK_OPERATIONS: Final = {
 }  # fmt: skip
 NET_OPERATIONS: Final = {"rx": "receive", "tx": "transmit"}
 ERRORS: Final = {
-    "errors": "io", "unsupported": "unsupported", "malformed": "malformed", "rx_dropped": "receive_dropped",
-    "tx_dropped": "transmit_dropped", "tap_gone": "tap_gone", "console_errors": "console", "rng_errors": "rng",
+    "errors": "io", "unsupported": "unsupported", "malformed": "malformed", "poisoned": "poisoned",
+    "rx_dropped": "receive_dropped", "tx_dropped": "transmit_dropped", "tap_gone": "tap_gone",
+    "console_errors": "console", "rng_errors": "rng",
 }  # fmt: skip
 OF_A_DEVICE: Final = {
     "inflight": "flotilla_device_queue_depth",

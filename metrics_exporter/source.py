@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Final
 import msgpack
 
 from shared.control import Channel
-from shared.errors import FlotillaError, ProtocolError
+from shared.errors import FlotillaError, HostError, ProtocolError
 from shared.figures import Figures, from_wire
 from shared.linux import close_fds, recv_fds
 from shared.messages import Verb
@@ -23,6 +24,7 @@ CONNECT_SECONDS: Final = 20.0
 FRESH_SECONDS: Final = 0.5
 MAX_NOTE: Final = 4096
 MAX_ROLLUP: Final = 4096
+PSS: Final = re.compile(rb"^Pss:\s+(\d{1,15}) kB$", re.M)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +65,25 @@ class Source:
     async def _collect(self, result: Future[Measured]) -> None:
         """A task of its own: a client that goes away takes nobody's answer with it."""
         try:
-            began = time.monotonic()
-            wire = await self._channel.call(Verb.METRICS, ANSWER_SECONDS)
-            pss = await self._read_files()
-            self._taken = time.monotonic()
-            self._last = Measured(from_wire(wire), pss, self._taken - began)
+            measured = await self._measured()
         except FlotillaError as error:
-            self._pending = None
             result.set_exception(error)
+        except BaseException as error:
+            result.set_exception(error)
+            raise
         else:
+            result.set_result(measured)
+        finally:
             self._pending = None
-            result.set_result(self._last)
+
+    async def _measured(self) -> Measured:
+        began = time.monotonic()
+        wire = await self._channel.call(Verb.METRICS, ANSWER_SECONDS)
+        pss = await self._read_files()
+        figures = from_wire(wire)
+        self._taken = time.monotonic()
+        self._last = Measured(figures, pss, self._taken - began)
+        return self._last
 
     async def _read_files(self) -> dict[int, int]:
         """All that lie in the sidecar; of an answer that came too late, too. One a turn: clients wait no longer."""
@@ -83,31 +93,37 @@ class Source:
                 note, fds = recv_fds(self._sidecar, MAX_NOTE)
             except BlockingIOError:
                 return pss
-            if not note:
-                return pss
-            pids = [*_pids(note)]
-            for pid, fd in zip(pids, fds, strict=False):
-                if (size := _pss(fd)) is not None:
-                    pss[pid] = size
-                await sleep(self._reactor, 0)
-            close_fds(fds)
+            except OSError as error:
+                raise HostError(f"metrics: {error}") from error
+            try:
+                if not note:
+                    return pss
+                for pid, fd in zip(_pids(note), fds, strict=False):
+                    if (size := _pss(fd)) is not None:
+                        pss[pid] = size
+                    await sleep(self._reactor, 0)
+            finally:
+                close_fds(fds)
 
 
 def _pids(note: bytes) -> list[int]:
-    message = msgpack.unpackb(note)
+    try:
+        message = msgpack.unpackb(note)
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:  # TypeError: a list as a key
+        raise ProtocolError("metrics: a note that is not msgpack") from error
     pids = message.get("pids") if isinstance(message, dict) else None
     if not isinstance(pids, list):
         raise ProtocolError("metrics: a note without pids")
+    if not all(type(pid) is int for pid in pids):
+        raise ProtocolError("metrics: a note with a pid that is no number")
     return pids
 
 
 def _pss(fd: int) -> int | None:
-    """Proportional set size in bytes, of a process's smaps_rollup; None when it is gone."""
+    """Proportional set size in bytes, of a process's smaps_rollup; None when it is gone, or this is no such file."""
     try:
         text = os.pread(fd, MAX_ROLLUP, 0)
     except OSError:
         return None
-    for line in text.splitlines():
-        if line.startswith(b"Pss:"):
-            return int(line.split()[1]) << 10
-    return None
+    found = PSS.search(text)
+    return int(found[1]) << 10 if found else None

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Final, TypeVar
+from types import UnionType
+from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 from shared.errors import ProtocolError
 
@@ -91,6 +92,7 @@ class Figures:
 
 
 _LISTS: Final = {"processes": ProcessFigures, "workers": WorkerFigures, "exits": ExitFigures, "kvm": KvmFigures}
+_HINTS: Final = {kind: get_type_hints(kind) for kind in (Figures, MigrationFigures, *_LISTS.values())}
 
 
 def to_wire(figures: Figures) -> dict[str, Any]:
@@ -102,20 +104,40 @@ def to_wire(figures: Figures) -> dict[str, Any]:
 
 
 def from_wire(wire: object) -> Figures:
-    """Raises ProtocolError for what is no map of lists of maps."""
+    """Raises ProtocolError for what is no map of lists of maps, and for a field of another type than ours."""
     whole = dict(_map(wire, "figures"))
     for name, kind in _LISTS.items():
         entries = whole.get(name, [])
         if not isinstance(entries, list):
             raise ProtocolError(f"figures: {name} is no list")
-        whole[name] = tuple(known(kind, _map(entry, name)) for entry in entries)
-    whole["migration"] = known(MigrationFigures, _map(whole.get("migration", {}), "migration"))
-    return known(Figures, whole)
+        whole[name] = tuple(_read(kind, _map(entry, name), name) for entry in entries)
+    whole["migration"] = _read(MigrationFigures, _map(whole.get("migration", {}), "migration"), "migration")
+    return _read(Figures, whole, "figures")
 
 
 def known(kind: type[T], values: Mapping[str, Any]) -> T:
     """An instance from those of the values that it has a field for."""
     return kind(**{name: values[name] for name in _names(kind) if name in values})
+
+
+def _read(kind: type[T], values: Mapping[str, Any], what: str) -> T:
+    for name, hint in _HINTS[kind].items():
+        if name in values and not _fits(values[name], hint):
+            raise ProtocolError(f"figures: {what} with {name}={values[name]!r:.40}")
+    return known(kind, values)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin, of = get_origin(hint), get_args(hint)
+    if origin is UnionType:
+        return any(_fits(value, each) for each in of)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, of[0]) and _fits(v, of[1]) for k, v in value.items())
+    if origin is list:
+        return isinstance(value, list) and all(_fits(each, of[0]) for each in value)
+    if hint is float:
+        return isinstance(value, int | float)
+    return isinstance(value, origin or hint)
 
 
 def _plain(record: Any) -> dict[str, Any]:

@@ -29,13 +29,14 @@ class Rig:
         inflight: bool = False,
         io_threads: int = 4,
         memory: Memory | None = None,
+        trial: bool = False,
         **disk: Any,
     ) -> None:
         self.reactor = Reactor()
         sparse = disk.pop("sparse", True)
         self.backend = BlockBackend(
             self.reactor, open_disk(str(path), **disk), num_queues=queues, queue_size=size, sparse=sparse,
-            io_threads=io_threads,
+            io_threads=io_threads, trial=trial,
         )  # fmt: skip
         self.memory = memory or memory_for(queues, size)
         self.drive = [Driver(self.memory, size, n, event_idx, indirect) for n in range(queues)]

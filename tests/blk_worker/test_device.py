@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -444,6 +445,57 @@ def test_a_fault_that_is_refused_leaves_the_one_before(disk: Path) -> None:
 def test_a_fault_with_options_that_make_no_sense_is_refused(disk: Path, options: dict[str, object]) -> None:
     with Rig(disk) as rig, pytest.raises(ProtocolError, match="fault delay"):
         rig.backend.fault("delay", 1, options)
+
+
+# Requests that killed worker after worker -------------------------------------------------------------------------
+
+
+POISON, BLINDLY = 3, 4  # deaths: to be failed, and without a look at it
+
+
+def taken_over(rig: Rig, head: int, deaths: int) -> None:
+    """As if a predecessor had taken `head`, the only request, and so many had died of it."""
+    assert rig.inflight is not None
+    address = rig.inflight.address
+    ctypes.memmove(address, struct.pack("<QHHHH", 0, 1, rig.size, 0, 0), 16)
+    ctypes.memmove(address + 16 + 16 * head, struct.pack("<BB4xHQ", 1, deaths, 0, 0), 16)
+
+
+@pytest.mark.parametrize(
+    ("deaths", "where", "stats"),
+    [(POISON, ", the last at sector 9", {"poisoned_sector": 9}), (BLINDLY, "", {})],
+    ids=["seen", "blindly"],
+)
+def test_a_poisoned_request_is_told_once_and_with_its_sector_if_there_is_one(
+    disk: Path, capfd: pytest.CaptureFixture[str], deaths: int, where: str, stats: dict[str, int]
+) -> None:
+    with Rig(disk, inflight=True, trial=True) as rig:
+        drive = rig.drive[0]
+        head = drive.submit(IN, 9, length=512)
+        taken_over(rig, head, deaths)
+        rig.start()
+        status = IOERR if deaths == POISON else 0xEE
+        assert drive.wait(1)[head][0] == status
+        rig.until(lambda: rig.backend.stats()["inflight"] == 0)
+        told = ""
+
+        def reported() -> bool:
+            nonlocal told
+            told += capfd.readouterr().err
+            return "killed" in told
+
+        rig.until(reported)
+        rig.backend._report()
+        lines = (told + capfd.readouterr().err).splitlines()
+        assert len(lines) == 1
+        assert lines[0].endswith(f"1 requests that had killed their worker again and again were failed{where}")
+        found = rig.backend.stats()
+        assert (found["errors"], found["poisoned"]) == (1, 1)
+        assert {key: value for key, value in found.items() if key == "poisoned_sector"} == stats
+        rig.backend.fault("fail", 1)
+        assert drive.do(IN, 8, length=512)[0] == IOERR
+        rig.backend._report()
+        assert "1 requests failed: Input/output error" in capfd.readouterr().err
 
 
 def drained(fd: int) -> int:

@@ -53,10 +53,11 @@ FIGURES = Figures(
     workers=(
         WorkerFigures("blk", "_disk0", {
             "read_ops": 3, "read_bytes": 1536, "read_latency_sum": 250, "read_latency_bucket_0": 1,
-            "read_latency_bucket_3": 2, "errors": 4, "malformed": 5, "inflight": 6, "kicks": 7, "calls": 8,
+            "read_latency_bucket_3": 2, "errors": 4, "malformed": 5, "poisoned": 2, "inflight": 6, "kicks": 7,
+            "calls": 8,
         }),
         WorkerFigures("net", "_net1", {
-            "rx_frames": 9, "rx_bytes": 90, "tx_frames": 8, "tx_bytes": 80, "rx_dropped": 1,
+            "rx_frames": 9, "rx_bytes": 90, "tx_frames": 8, "tx_bytes": 80, "rx_dropped": 1, "poisoned": 3,
         }),
         WorkerFigures("console", "console", None),
     ),
@@ -105,12 +106,14 @@ def test_devices(found: Samples) -> None:
     assert at(found, "device_bytes_total", device="_disk0", operation="read") == 1536
     assert at(found, "device_errors_total", device="_disk0", error="io") == 4
     assert at(found, "device_errors_total", device="_disk0", error="malformed") == 5
+    assert at(found, "device_errors_total", device="_disk0", error="poisoned") == 2
     assert at(found, "device_queue_depth", device="_disk0") == 6
     assert at(found, "device_kicks_total", device="_disk0") == 7
     assert at(found, "device_interrupts_total", device="_disk0") == 8
     assert at(found, "device_operations_total", device="_net1", operation="transmit") == 8
     assert at(found, "device_bytes_total", device="_net1", operation="receive") == 90
     assert at(found, "device_errors_total", device="_net1", error="receive_dropped") == 1
+    assert at(found, "device_errors_total", device="_net1", error="poisoned") == 3
 
 
 def test_a_worker_that_does_not_answer_has_no_figures_and_says_so(found: Samples) -> None:
