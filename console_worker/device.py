@@ -55,10 +55,10 @@ class RingDevice(ABC):
             ring.log = self._log
 
     def start_queue(self, ring: Ring) -> None:
+        self.reactor.add_reader(ring.kick_fd, partial(self._kicked, ring.index))
         self.rings[ring.index] = SplitRing(ring, self._memory, self._log)
         self._kicks[ring.index] = ring.kick_fd
         self._broken.discard(ring.index)
-        self.reactor.add_reader(ring.kick_fd, partial(self._kicked, ring.index))
         self.process(ring.index)
 
     def stop_queue(self, index: int) -> int:

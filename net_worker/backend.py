@@ -131,9 +131,18 @@ class NetBackend:
         )  # fmt: skip
         check(self._native.net_start(self._device, ctypes.byref(setup)), f"{self.name}: queue {ring.index}")
         self._running.add(ring.index)
+        try:
+            self._attend(ring)
+        except (FlotillaError, OSError):
+            self._native.net_stop(self._device, ring.index)
+            self._running.discard(ring.index)
+            raise
+
+    def _attend(self, ring: Ring) -> None:
+        """What the native loop does not do for a queue that it has begun to serve."""
         if ring.index == self.num_queues - 1:
-            self._control_kick = ring.kick_fd
             self._reactor.add_reader(ring.kick_fd, self._on_control_kick)
+            self._control_kick = ring.kick_fd
             self._serve_control()
         else:
             self._attach_queues()

@@ -194,20 +194,25 @@ class Reactor:
         else:
             self._epoll.register(fd, mask)
 
-    def add_reader(self, fd: int, callback: Callback) -> None:
-        """Call back whenever the fd is readable or hung up (level-triggered)."""
+    def _add(self, callbacks: dict[int, Callback], fd: int, callback: Callback) -> None:
         known = fd in self._readers or fd in self._writers
-        self._readers[fd] = callback
-        self._update(fd, known)
+        callbacks[fd] = callback
+        try:
+            self._update(fd, known)
+        except OSError:
+            del callbacks[fd]  # the next file with this number would be taken for one that is in the set
+            raise
+
+    def add_reader(self, fd: int, callback: Callback) -> None:
+        """Call back whenever the fd is readable or hung up (level-triggered). PermissionError: it is a plain file."""
+        self._add(self._readers, fd, callback)
 
     def remove_reader(self, fd: int) -> None:
         if self._readers.pop(fd, None) is not None:
             self._update(fd, True)
 
     def add_writer(self, fd: int, callback: Callback) -> None:
-        known = fd in self._readers or fd in self._writers
-        self._writers[fd] = callback
-        self._update(fd, known)
+        self._add(self._writers, fd, callback)
 
     def remove_writer(self, fd: int) -> None:
         if self._writers.pop(fd, None) is not None:

@@ -50,7 +50,10 @@ class Backend(Protocol):
         """
 
     def start_queue(self, ring: Ring) -> None:
-        """Serve the ring, beginning with what is available already: its kick may have been consumed."""
+        """Serve the ring, beginning with what is available already: its kick may have been consumed.
+
+        When this raises, nothing of the ring may be in use: no stop_queue() follows.
+        """
 
     def stop_queue(self, index: int) -> int:
         """The next avail index; returns when nothing of the queue is in flight any more."""

@@ -51,8 +51,12 @@ class Echo:
         self.starts += 1
         self.started[ring.index] = ring
         self.rings[ring.index] = SplitRing(ring, self.memory, self.log)
-        self.reactor.add_reader(ring.kick_fd, lambda: self._kicked(ring))
-        self._kicked(ring)
+        try:
+            self.reactor.add_reader(ring.kick_fd, lambda: self._kicked(ring))
+            self._kicked(ring)
+        except BaseException:
+            self.stop_queue(ring.index)
+            raise
 
     def stop_queue(self, index: int) -> int:
         self.reactor.remove_reader(self.started.pop(index).kick_fd)

@@ -22,6 +22,7 @@ from shared.errors import GuestError, HostError, ProtocolError
 from shared.memory import GuestMemory
 from shared.reactor import Future, Reactor
 from shared.vhost_backend import Server
+from shared.vhost_device import Ring
 from tests.echo_backend import drained
 from tests.virtqueue import WRITE, Driver, queue_of
 
@@ -358,6 +359,21 @@ def test_a_state_that_makes_no_sense_is_refused_and_changes_nothing(bench: Bench
     with pytest.raises(ProtocolError):
         bench.worker.load({"console": state})
     assert bench.console._in_buffer == b"typed"
+
+
+def test_queue_whose_kick_can_not_be_waited_for_does_not_run(tmp_path: Path) -> None:
+    """And can be started again with an eventfd."""
+    bench = Bench(tmp_path)
+    with open(os.memfd_create("no-eventfd"), "rb") as file:
+        ring = Ring(TRANSMITQ, 16, 0, 0, 0, 0, file.fileno(), -1, False, 0, 0, 0)
+        with pytest.raises(PermissionError):
+            bench.console.start_queue(ring)
+    assert not bench.console.rings and not bench.console._kicks
+    bench.activate_console()
+    bench.tx.add([b"still here"])
+    bench.tx.kick()
+    assert bench.printed(10) == b"still here"
+    bench.close()
 
 
 def test_rings_started_while_quiet_wait_for_resume(bench: Bench) -> None:

@@ -9,6 +9,7 @@ import select
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,6 +84,16 @@ def test_descriptor_that_is_no_tap_costs_the_start_of_its_queue(network: Network
     network.fds = fds
     os.close(read_end)
     os.close(write_end)
+
+
+def test_control_queue_whose_kick_can_not_be_waited_for_does_not_run(rig: Rig) -> None:
+    """And can be started again with an eventfd."""
+    index = rig.ctrl.index
+    with open(os.memfd_create("no-eventfd"), "rb") as file, pytest.raises(PermissionError):
+        rig.backend.start_queue(replace(rig.ring(index), kick_fd=file.fileno()))
+    assert rig.backend._running == set() and rig.backend._control_kick == -1
+    rig.start(index)
+    assert rig.command(OFFLOADS, 0, bytes(8)) == OK
 
 
 def test_tap_is_not_touched_before_a_queue_starts(network: Network) -> None:

@@ -37,6 +37,23 @@ def test_readable_wakes_when_the_fd_has_data(reactor):
     os.close(fd)
 
 
+def test_file_that_can_not_be_waited_for_is_refused_and_leaves_nothing_behind(reactor, tmp_path):
+    with (tmp_path / "file").open("wb") as file:
+        number = file.fileno()
+        for add in (reactor.add_reader, reactor.add_writer):
+            with pytest.raises(PermissionError):
+                add(number, lambda: None)
+    read_end, write_end = os.pipe()
+    os.dup2(read_end, number)  # the next file with this number
+    os.write(write_end, b"x")
+    seen = []
+    reactor.add_reader(number, lambda: seen.append(reactor.stop()))
+    reactor.run()
+    assert seen
+    for fd in {read_end, write_end, number}:
+        os.close(fd)
+
+
 def test_within_says_what_was_waited_for(reactor):
     with pytest.raises(Timeout, match="the answer of life"):
         reactor.run_until(within(reactor, 0.01, Future(), "the answer of life"), 5)

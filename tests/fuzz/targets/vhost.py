@@ -17,7 +17,7 @@ from shared.memory import GuestMemory
 from shared.reactor import Reactor, Task
 from shared.vhost_backend import Server
 from shared.vhost_user import Message, Request
-from tests.echo_backend import FEATURES, Echo
+from tests.echo_backend import FEATURES, Echo, drained
 from tests.fuzz.choices import Choices
 from tests.fuzz.engine import Target
 from tests.fuzz.turns import settle
@@ -107,11 +107,14 @@ class BackendRig:
         self.files, self.reactor = files, reactor
 
     def run(self, data: bytes) -> None:
+        """Nothing of the inputs before is left in the files, so that a finding shows again."""
+        os.pwrite(self.files.ram, bytes(SIZE), 0)
+        drained(self.files.event)
         choices = Choices(data)
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         server = Server(self.reactor, theirs, Echo(self.reactor))
-        before = open_fds()
+        before, watched = open_fds(), set(self.reactor._readers)
         try:
             while choices.left and server.connected:
                 self.step(choices, ours)
@@ -126,6 +129,7 @@ class BackendRig:
             settle(self.reactor)
             ours.close()
         assert open_fds() <= before, "descriptors were left open"
+        assert set(self.reactor._readers) <= watched, "descriptors are watched that nobody has"
 
     def step(self, choices: Choices, sock: socket.socket) -> None:
         kind = choices.below(16)
