@@ -100,7 +100,10 @@ class Checks:
 
 
 class Campaign:
-    """`tell` hears one line per event. Whatever ends it, run() gives what there is to tell."""
+    """`tell` hears one line per event. Whatever ends it after the first strike, run() gives what there is to tell.
+
+    Raises FlotillaError when it can't begin: faults may not be injected, say.
+    """
 
     def __init__(self, api: Api, plan: Sequence[Injection], checks: Checks, tell: Callable[[str], None]) -> None:
         self._api = api
@@ -128,6 +131,8 @@ class Campaign:
         except (Ended, Gone) as error:
             result.outcome, result.why = Outcome.ENDED, str(error)
         except FlotillaError as error:
+            if not result.struck:
+                raise  # it has not begun
             result.outcome, result.why = Outcome.FAILED, str(error)
         except KeyboardInterrupt:
             result.outcome = Outcome.INTERRUPTED
