@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from controller.supervision import thread_places
+
 CLONE_NEWNS = 0x00020000
 MS_REC, MS_PRIVATE = 0x4000, 1 << 18
 PR_SET_CHILD_SUBREAPER = 36
@@ -60,13 +62,19 @@ def _is_zombie(pid: int) -> bool:
         return True
 
 
-def descendants() -> set[int]:
-    """Every process below this one, zombies included."""
+def descendants(of: int | None = None) -> set[int]:
+    """Every process below one (this), zombies included."""
     parents = {int(name): _parent(int(name)) for name in os.listdir("/proc") if name.isdigit()}
-    found = {os.getpid()}
+    root = os.getpid() if of is None else of
+    found = {root}
     while new := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= new
-    return found - {os.getpid()}
+    return found - {root}
+
+
+def places(pid: int) -> str:
+    """A line for it and for each process below it: what its threads wait for in the kernel."""
+    return "\n".join(f"  {describe(each)}: {thread_places(each)}" for each in sorted({pid, *descendants(pid)}))
 
 
 def describe(pid: int) -> str:

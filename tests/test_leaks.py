@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 from tests import leaks
@@ -46,3 +47,13 @@ def test_runtime_folder_is_found(tmp_path: Path) -> None:
     before = leaks.Snapshot.take(tmp_path)
     os.mkdir(tmp_path / "vm")
     assert leaks.find(before, None) == [f"runtime folder {tmp_path / 'vm'}"]
+
+
+def test_places_are_those_of_a_process_and_of_all_below_it() -> None:
+    with subprocess.Popen(["sh", "-c", "sleep 1000 & wait"]) as shell:
+        end = time.monotonic() + 20
+        while "sleep 1000" not in (told := leaks.places(shell.pid)):
+            assert time.monotonic() < end, told
+        first, second = told.splitlines()
+        assert f"{shell.pid} (sh: sh -c" in first and "(sleep: sleep 1000): " in second
+        subprocess.run(["pkill", "-P", str(shell.pid)], check=True)

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from guest import build
+from tests.leaks import places
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = float(os.environ.get("FLOTILLA_TEST_SECONDS", "30"))  # longer on a host that has other work
+END_SECONDS = 15
 PROGRAM = "import sys; from controller.main import main; sys.exit(main())"
 REMOTE = "import sys; from ch_remote.main import main; sys.exit(main())"
 
@@ -88,8 +90,9 @@ class Vmm:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(15)
+                self.process.wait(END_SECONDS)
             except subprocess.TimeoutExpired:
+                print(f"not ended {END_SECONDS} s after SIGTERM:\n{places(self.process.pid)}", file=sys.stderr)
                 self.process.kill()
                 self.process.wait()
         assert self.process.stdin is not None and self.process.stdout is not None
