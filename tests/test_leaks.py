@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -50,10 +51,14 @@ def test_runtime_folder_is_found(tmp_path: Path) -> None:
 
 
 def test_places_are_those_of_a_process_and_of_all_below_it() -> None:
-    with subprocess.Popen(["sh", "-c", "sleep 1000 & wait"]) as shell:
+    shell = subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!; wait"], stdout=subprocess.PIPE)
+    assert shell.stdout is not None
+    child = int(shell.stdout.readline())
+    try:
         end = time.monotonic() + 20
-        while "sleep 1000" not in (told := leaks.places(shell.pid)):
+        while f"{child} (sleep: sleep 1000): {child} S " not in (told := leaks.places(shell.pid)):
             assert time.monotonic() < end, told
-        first, second = told.splitlines()
-        assert f"{shell.pid} (sh: sh -c" in first and "(sleep: sleep 1000): " in second
-        subprocess.run(["pkill", "-P", str(shell.pid)], check=True)
+        assert len(told.splitlines()) == 2 and f"{shell.pid} (sh: sh -c" in told
+    finally:
+        os.kill(child, signal.SIGKILL)
+        shell.communicate(timeout=20)
