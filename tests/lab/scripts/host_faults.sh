@@ -58,7 +58,7 @@ echo f > /proc/sysrq-trigger
 await 60 eval '! [ -e /proc/'"$disk"' ]'
 verified
 [ "$(pid_of _disk1)" != "$disk" ] || die "the disk's process is the same"
-echo "out of memory: $(grep -q "_disk1 (pid $disk) ended with 9" "$OUT/stderr" && echo replaced)"
+echo "out of memory: $(restarts) restarts"
 
 echo 1 > "/sys/block/$pulled/device/delete"
 echo 'dd if=/dev/vdc of=/dev/null bs=4k count=1 iflag=direct; echo read=$?' >&7
