@@ -134,8 +134,7 @@ class NetBackend:
         try:
             self._attend(ring)
         except (FlotillaError, OSError):
-            self._native.net_stop(self._device, ring.index)
-            self._running.discard(ring.index)
+            self.stop_queue(ring.index)
             raise
 
     def _attend(self, ring: Ring) -> None:

@@ -6,8 +6,6 @@ from shared.errors import ConfigError
 from shared.records import Record
 
 FORM = "give an address of this host and a port, as 127.0.0.1:9100 or [::1]:9100"
-
-
 V4_MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0.0.0.0 listens on every address, too
 
 

@@ -19,6 +19,7 @@ from types import TracebackType
 
 import pytest
 
+from tests.leaks import descendants
 from tests.netns import ip, network_namespace
 from tests.vmm import Vmm, poll
 
@@ -28,18 +29,6 @@ PATIENCE = 120.0
 INTERVALS = (0.05, 0.6)  # seconds between two kills
 AT_ONCE = (0.01, 0.05)  # a boot takes little longer
 KILLS = 5  # at least
-
-
-def descendants(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        try:
-            children = (task / "children").read_text().split()
-        except OSError:  # it has ended
-            continue
-        for child in map(int, children):
-            found += [child, *(descendants(child) if Path(f"/proc/{child}").exists() else [])]
-    return found
 
 
 class Killer:
@@ -74,7 +63,7 @@ class Killer:
     def _run(self) -> None:
         while not self._over.wait(self._pause()):
             try:
-                os.kill(self._random.choice(descendants(self._pid)), signal.SIGKILL)
+                os.kill(self._random.choice(sorted(descendants(self._pid))), signal.SIGKILL)
             except (ProcessLookupError, IndexError, FileNotFoundError):
                 continue
             self.kills += 1

@@ -99,45 +99,37 @@ def test_what_cannot_be_encoded_is_written_all_the_same(sink):
     assert sink.writes()[0].endswith("a path ?\n")
 
 
-def test_pipe_that_nobody_reads_loses_lines_stops_nobody_and_says_so_afterwards():
-    """The descriptor blocks, as standard error of a program in a pipeline does."""
+@pytest.fixture
+def full_pipe():
+    """The read end of a pipe without room, which is the log. The descriptor blocks, as standard error of a program in a
+    pipeline does."""
     read_end, write_end = os.pipe()
     log.configure(Level.ERROR, write_end)
-    try:
-        os.set_blocking(write_end, False)
-        with pytest.raises(BlockingIOError):
-            while True:
-                os.write(write_end, bytes(4096))
-        os.set_blocking(write_end, True)
-        log.error("one")
-        log.error("two")
-        os.read(read_end, 1 << 20)
-        log.error("three")
-        assert os.read(read_end, 65536).decode().endswith("-- three (2 lines before this one were lost)\n")
-    finally:
-        log.configure(Level.WARN)
-        os.close(read_end)
-        os.close(write_end)
+    os.set_blocking(write_end, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(write_end, bytes(select.PIPE_BUF))
+    os.set_blocking(write_end, True)
+    yield read_end
+    log.configure(Level.WARN)
+    os.close(read_end)
+    os.close(write_end)
 
 
-def test_line_that_is_longer_than_what_a_pipe_has_room_for_stops_nobody():
-    read_end, write_end = os.pipe()
-    log.configure(Level.ERROR, write_end)
-    try:
-        os.set_blocking(write_end, False)
-        with pytest.raises(BlockingIOError):
-            while True:
-                os.write(write_end, bytes(select.PIPE_BUF))
-        os.set_blocking(write_end, True)
-        os.read(read_end, select.PIPE_BUF)  # room for one
-        log.error("x" * 100_000)
-        os.read(read_end, 1 << 20)
-        log.error("three")
-        assert os.read(read_end, 65536).decode().endswith("-- three (1 lines before this one were lost)\n")
-    finally:
-        log.configure(Level.WARN)
-        os.close(read_end)
-        os.close(write_end)
+def test_pipe_that_nobody_reads_loses_lines_stops_nobody_and_says_so_afterwards(full_pipe):
+    log.error("one")
+    log.error("two")
+    os.read(full_pipe, 1 << 20)
+    log.error("three")
+    assert os.read(full_pipe, 65536).decode().endswith("-- three (2 lines before this one were lost)\n")
+
+
+def test_line_that_is_longer_than_what_a_pipe_has_room_for_stops_nobody(full_pipe):
+    os.read(full_pipe, select.PIPE_BUF)  # room for one
+    log.error("x" * 100_000)
+    os.read(full_pipe, 1 << 20)
+    log.error("three")
+    assert os.read(full_pipe, 65536).decode().endswith("-- three (1 lines before this one were lost)\n")
 
 
 def test_full_disk_under_the_log_stops_nobody_and_is_said_afterwards(tmp_path):
