@@ -21,7 +21,7 @@ from controller.vhost_session import Batch, DirtyLog, Inflight, Queue, Session
 from shared import vhost_user as vu
 from shared.errors import FlotillaError, HostError, ProtocolError, Timeout, WorkerLost
 from shared.memory import GuestMemory
-from shared.reactor import Event, Future, Lock, Reactor, within
+from shared.reactor import Cancelled, Event, Future, Lock, Reactor, within
 from shared.typed import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
@@ -284,7 +284,9 @@ class Frontend:
     async def stop(self, seconds: float | None = STOP_SECONDS) -> dict[int, int]:
         """Stop all rings; when this returns nothing is in flight. {queue index: next avail index}.
 
-        Raises Timeout. A back end that dies meanwhile is waited for: its successor finishes what was in flight.
+        Raises Timeout, and ProtocolError for an answer that is none: a back end that was asked is given up then
+        (`on_lost`), and the rings run again with its successor. A back end that dies meanwhile is waited for: its
+        successor finishes what was in flight.
         """
         session = self._session
         if session is None:
@@ -300,6 +302,18 @@ class Frontend:
         session = self._session
         if session is None:
             return {}
+        try:
+            return await self._ask_bases(link, session)
+        # It may have stopped any of the rings, or do so when nobody listens any more. Only one that is told anew runs
+        # them for certain. Here and not in stop(): whoever gets the lock next, or judges by it, must find it given up.
+        except ProtocolError as error:
+            link.fail(error)
+            raise
+        except Cancelled:
+            link.fail(Timeout(f"{self.name}: the back end did not stop its rings in time"))
+            raise
+
+    async def _ask_bases(self, link: Link, session: Session) -> dict[int, int]:
         batch = Batch()
         for queue in session.queues:
             batch.add(link.call(Request.GET_VRING_BASE, VringState(queue.index, 0).pack()))

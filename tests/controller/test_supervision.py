@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ from controller.fleet import Fleet, WorkerSpec
 from controller.statistics import NONE_YET, merge
 from controller.supervision import OFTEN, Cause, Supervision, process_state
 from controller.watchdog import Limits, Watchdog
+from shared.errors import Timeout
 from shared.reactor import Reactor, sleep
+from shared.vhost_user import INFLIGHT_ENTRY_SIZE, INFLIGHT_HEADER_SIZE
 from tests.controller.processes import running
 from tests.controller.supervised import SECTOR, VERSION_1, Supervised
 from tests.network import Network, frame
@@ -285,6 +288,33 @@ def test_slow_disk_is_no_hang(rig: Rig, requests: int) -> None:
     rig.done(requests)
     assert rig.backend.process is process and rig.events == []
     assert [rig.result(head)[0] for head in heads] == [OK] * requests
+
+
+def deaths(rig: Rig) -> list[int]:
+    """For which each request that is in flight is blamed."""
+    session = rig.frontend._session
+    assert session is not None and session.inflight is not None
+    region = os.pread(session.inflight.fd, session.inflight.area.mmap_size, 0)
+    entries = region[INFLIGHT_HEADER_SIZE:][: 64 * INFLIGHT_ENTRY_SIZE]
+    return [blamed for busy, blamed in struct.iter_unpack("BB14x", entries) if busy]
+
+
+def test_nobody_is_to_blame_when_a_slow_disk_takes_longer_than_a_pause_waits(rig: Rig) -> None:
+    """Its worker is replaced all the same: it may stop its rings when nobody waits for that any more."""
+    process = rig.disk().backend.process
+    assert process is not None
+    rig.run(process.call("fault", what="delay", value=3000))
+    heads = rig.read(1, 2, 3, 4)
+    rig.until(lambda: len(deaths(rig)) == 4)
+    with pytest.raises(Timeout, match="_disk0: stopping the rings"):
+        rig.run(rig.frontend.stop(0.2))
+    rig.run(rig.frontend.resume())
+    columns = rig.replaced(process.pid)
+    assert not process.blameable and not any(deaths(rig))
+    assert columns["last_cause"] == "hung" and "did not stop its rings in time" in columns["last_reason"]
+    rig.done(4)
+    assert [rig.result(head) for head in heads] == [(OK, bytes([sector]) * SECTOR) for sector in (1, 2, 3, 4)]
+    assert [event for event, _ in rig.events] == ["worker-lost", "worker-restarted"]
 
 
 # States -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -16,6 +17,7 @@ from controller.foreign import ForeignBackend
 from controller.pci.virtio import Virtqueue
 from controller.supervision import Supervision
 from controller.vhost_frontend import Frontend, dial
+from shared.errors import Timeout
 from shared.linux import memfd
 from tests.controller.vhost_rig import RAM, Rig, pages
 
@@ -174,4 +176,27 @@ def test_foreign_back_end_is_dialled_until_one_makes_sense(disk: Disk, daemon: D
     disk.until(lambda: foreign.absence() is None)
     assert disk.request(0, 3, [], [512])[0] == 0
     assert events == ["worker-lost", "worker-restarted"]
+    foreign.close()
+
+
+def test_back_end_that_wakes_after_its_stop_took_too_long_serves_again(disk: Disk, daemon: Daemon) -> None:
+    """It stops its rings then, for nobody: it has to be told anew to run them."""
+    events: list[str] = []
+    supervision = Supervision(lambda _source, event, _properties: events.append(event))
+    foreign = ForeignBackend(disk.reactor, disk.frontend, "_disk0", daemon.socket, supervision)
+    disk.run(foreign.connect())
+    disk.run(disk.frontend.activate(QSD_FEATURES, disk.queues()))
+    daemon.process.send_signal(signal.SIGSTOP)
+    try:
+        os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED)
+        with pytest.raises(Timeout, match="_disk0: stopping the rings"):
+            disk.run(disk.frontend.stop(0.2))
+        disk.run(disk.frontend.resume())  # what follows a pause that failed; it has nothing to wait for
+        assert foreign.absence() is not None
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+    disk.until(lambda: foreign.absence() is None)
+    assert disk.request(0, 3, [], [512]) == (0, daemon.image.read_bytes()[3 * 512 : 4 * 512])
+    assert events == ["worker-lost", "worker-restarted"]
+    assert supervision.columns("vhost-user", "_disk0")["last_cause"] == "hung"
     foreign.close()

@@ -14,6 +14,7 @@ import pytest
 
 from controller.pci.virtio import Virtqueue
 from controller.vhost_frontend import dial
+from shared import vhost_backend
 from shared import vhost_user as vu
 from shared.errors import BadGuestAddress, HostError, ProtocolError, Timeout, WorkerLost
 from shared.linux import memfd, send_fds
@@ -238,6 +239,26 @@ def test_stop_has_a_deadline_and_can_be_asked_again(rig: Rig) -> None:
         rig.run(rig.frontend.stop(0.05))
     rig.run(rig.frontend.replay(rig.back_end()))
     assert rig.run(rig.frontend.stop()) == [{0: 0, 1: 0}]
+
+
+def test_a_back_end_that_says_nonsense_while_it_stops_is_given_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of the rings have stopped, and which nobody knows: the successor runs all of them."""
+    rig.up()
+    rig.echo_once(b"one")
+    stop = vhost_backend._HANDLERS[vu.Request.GET_VRING_BASE]
+
+    def lie(server: vhost_backend.Server, message: vu.Message) -> bytes:
+        stop(server, message)
+        return vu.VringState(0, 0).pack()
+
+    with monkeypatch.context() as patch:
+        patch.setitem(vhost_backend._HANDLERS, vu.Request.GET_VRING_BASE, lie)
+        with pytest.raises(ProtocolError, match="asked for queue 1, told of 0"):
+            rig.run(rig.frontend.stop())
+    assert [type(error) for error in rig.lost] == [ProtocolError]
+    rig.run(rig.frontend.resume(), rig.frontend.replay(rig.back_end()))
+    assert rig.echo_once(b"two") == b"owt"
+    assert rig.echo_once(b"two", 1) == b"owt"
 
 
 def test_a_stopped_device_stays_stopped_over_a_death(rig: Rig) -> None:
