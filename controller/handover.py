@@ -35,7 +35,7 @@ from controller.devices.state import Fields
 from controller.fleet import Fleet, Process, ProcessState
 from controller.sandbox_report import look
 from controller.statistics import checked
-from controller.supervision import Cause, Change, process_state
+from controller.supervision import Cause, Change, process_state, thread_states
 from controller.vhost_standby import Mark, Standby
 from controller.vm_state import worker_state
 from shared.errors import FlotillaError, ProtocolError, Timeout, WorkerError, WorkerLost
@@ -43,7 +43,7 @@ from shared.reactor import Reactor, describe, within
 from shared.typed import Any, Final
 from shared.worker import CONTRACT
 
-# For the old one's `resume`, which may stand behind a `quiesce` that waits for the disk.
+# Without a sign of life from the old one, whose `resume` may stand behind a `quiesce` that waits for the disk.
 RESUME_SECONDS: Final = 60.0
 # Kinds whose configuration space is state; a console's is the terminal's size, which may change at any moment.
 SAME_CONFIG: Final = ("blk", "net")
@@ -232,13 +232,27 @@ class Handover:
             await old.ended.wait()
             return
         try:
-            await old.call("resume", RESUME_SECONDS)
+            await self._resume_old()
         except WorkerLost:
             pass  # supervision sees to it
-        except Timeout as error:
-            self._fleet.condemn(old, Cause.HUNG, describe(error), since=self._stalled)
         except FlotillaError as error:
-            self._fleet.condemn(old, Cause.REFUSED, describe(error), since=self._stalled)
+            # Without `since`: its requests are not to blame for a disk that is slow, or for what it makes of `quiesce`.
+            self._fleet.condemn(old, Cause.HUNG if isinstance(error, Timeout) else Cause.REFUSED, describe(error))
+            await old.ended.wait()
+
+    async def _resume_old(self) -> None:
+        """However long the disk takes: as long as requests are finished, or the kernel holds one, it is no hang. A
+        process that is stopped meanwhile is the watchdog's to find. Raises FlotillaError."""
+        old, seen = self._old, None
+        answer = self._reactor.spawn(old.call("resume", None), f"resume {old.name}")
+        while True:
+            try:
+                await within(self._reactor, RESUME_SECONDS, answer, f"{old.name} to resume")
+                return
+            except Timeout:
+                before, seen = seen, [standby.mark() for standby in self._standbys.values()]
+                if answer.done() or (seen == before and "D" not in thread_states(old.pid)):
+                    raise
 
     async def _discard(self) -> None:
         if self.step is Step.END:

@@ -20,6 +20,7 @@ from controller.handover import Handover, Owner, Step, bases_of, differing, less
 from controller.sandbox_report import look
 from controller.vhost_frontend import Frontend
 from controller.vhost_standby import Standby
+from controller.watchdog import Limits, Watchdog
 from shared.errors import ProtocolError, WorkerError
 from shared.memory import GuestMemory
 from shared.reactor import Reactor, sleep
@@ -33,6 +34,7 @@ READ_REQUEST, WRITE_REQUEST = 0, 1
 SECONDS = 120.0
 KILLS = int(os.environ.get("FLOTILLA_KILLS", "12"))
 NEXT_AND = 1
+UNIFORM = 1  # enum blk_shape
 # Time limits for what is to run into one, the shortest first: on a busy host it may run out before that is reached.
 LIMITS = (0.3, 1.0, 3.0, 10.0, 30.0)
 
@@ -360,6 +362,51 @@ def test_old_process_that_is_slow_to_finish_goes_on_when_the_time_is_over(rig: R
     assert "quiesce: no answer within 0.2 s" in rig.refused(rig.handover(done=0.2))
     rig.run(before.call("fault", None, what="clear"))
     rig.kept(before)
+
+
+def test_old_process_keeps_its_disk_as_long_as_that_finishes_requests(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its backlog lasts 6.5 s and a request is finished every 0.8 s or sooner: the seed's doing."""
+    monkeypatch.setattr("controller.handover.RESUME_SECONDS", 3.0)
+    before = rig.process
+    slow = {"spread_ms": 3000, "shape": UNIFORM, "seed": 34361, "count": LANES}
+    rig.run(before.call("fault", what="delay", value=4500, options=slow))
+    assert "quiesce: no answer within 0.2 s" in rig.refused(rig.handover(done=0.2))
+    rig.kept(before)
+    assert rig.process is before
+
+
+def test_old_process_that_hangs_is_replaced_and_its_requests_are_not_blamed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("controller.handover.RESUME_SECONDS", 0.2)
+    before = rig.process
+    rig.run(before.call("fault", what="hang"))
+    assert "its worker is started again: quiesce: no answer within 0.2 s" in rig.refused(rig.handover(done=0.2))
+    assert before.ended.is_set() and not before.blameable
+    rig.until(lambda: rig.backend.state is BackendState.SERVING)
+    assert rig.fleet.supervision.columns("blk", "_disk0")["last_cause"] == "hung"
+    rig.goes_on()
+
+
+def test_old_process_that_is_stopped_before_it_resumes_is_found(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has a time limit for it: the watchdog looks."""
+    monkeypatch.setattr("controller.handover.RESUME_SECONDS", SECONDS)
+    before, handover = rig.process, rig.handover(done=0.2)
+    rig.run(before.call("fault", what="hang"))
+    watchdog = Watchdog(rig.reactor, rig.fleet, Limits(period=0.2, answer={}, other=SECONDS))
+    watchdog.start()
+    task = rig.reactor.spawn(handover.run(), "upgrade")
+    task.add_done_callback(lambda _: None)
+    rig.until(lambda: handover._new is not None and handover._new.ended.is_set())
+    os.kill(before.pid, signal.SIGSTOP)
+    with pytest.raises(WorkerError, match="its worker is started again: quiesce: no answer within"):
+        rig.run(task)
+    assert before.ended.is_set() and not before.blameable
+    rig.until(lambda: rig.backend.state is BackendState.SERVING)
+    watchdog.stop()
+    rig.goes_on()
 
 
 @pytest.mark.timeout(60 + 4 * KILLS)
