@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from shared import log
 from shared.errors import Timeout, WorkerError, WorkerLost
 from shared.linux import memfd, recv_fds, send_fds
-from shared.reactor import Lock, Reactor, describe, readable
+from shared.reactor import Event, Lock, Reactor, describe, readable
 from shared.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class Zygote:
         self._lock = Lock()
         self._socket: socket.socket | None = None
         self._note = -1
+        self._released = Event()
+        self._released.set()
 
     def start(self) -> None:
         """Exec it, unless that has been done. From the main thread: PDEATHSIG watches the thread, not the process."""
@@ -116,11 +118,21 @@ class Zygote:
         self.start()
         return True
 
+    def hold(self) -> None:
+        """Until release(), fork() serves only who is to outlive us: whoever tidies up is there before all others."""
+        self._released.clear()
+
+    def release(self) -> None:
+        """Idempotent."""
+        self._released.set()
+
     async def fork(self, reactor: Reactor, request: dict[str, Any], fds: Mapping[str, int]) -> int:
         """The pid of a new worker, a child of ours. Raises WorkerError, OSError; there is no new process then."""
         import msgpack
 
         data = msgpack.packb({**request, "fds": list(fds), "log": log.settings()})
+        if not request["orphan"]:
+            await self._released.wait()
         async with self._lock:
             for attempt in (1, 2):
                 if self._socket is None:

@@ -147,6 +147,16 @@ def test_what_a_zygote_had_forked_when_the_start_was_cancelled_is_ended(reactor,
     assert reactor.run_until(process.call(Verb.STATS), SECONDS) == {"count": 2}
 
 
+def test_while_it_is_held_a_zygote_forks_only_who_outlives_the_controller(reactor, fleet):
+    fleet.zygote.hold()
+    held = reactor.spawn(fleet.start(toy(count=1), {}, ignore))
+    spec = WorkerSpec("toy", "_toy1", "tests.toy_worker", "worker", {"count": 2}, orphan=True)
+    first = reactor.run_until(fleet.start(spec, {}, ignore), SECONDS)
+    assert fleet.processes == [first] and not held.done()
+    fleet.zygote.release()
+    assert reactor.run_until(reactor.run_until(held, SECONDS).call(Verb.STATS), SECONDS) == {"count": 1}
+
+
 def test_worker_that_exits_at_once_is_an_error_that_names_it(reactor, fleet):
     with pytest.raises(WorkerLost, match="_toy0"):
         reactor.run_until(fleet.start(toy(refuse=True), {}, ignore), SECONDS)
