@@ -242,6 +242,10 @@ class Fleet:
             pid = await self.zygote.fork(self._reactor, request, {**fds, LAST_WORDS: theirs})
         except BaseException:
             os.close(last_words)
+            if endpoint:  # a process that was ended again may have bound it
+                from shared.control import unlink_endpoint
+
+                unlink_endpoint(endpoint)
             raise
         finally:
             os.close(theirs)

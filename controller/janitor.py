@@ -2,7 +2,7 @@
 
 It holds a pidfd of the controller and a list of paths (sockets, runtime directory) and terminal settings. A clean end
 tells it "done"; any other end of the controller makes it tidy up by itself. Updates are one msgpack datagram each:
-{"add": path} {"remove": path} {"termios": [fd attributes], "tty": path} {"done": true}.
+{"add": path} {"remove": path} {"termios": attributes, null: as they were} {"done": true}.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def main(start: Start) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     paths: list[str] = list(start.spec["paths"])
     terminals: dict[int, list[Any]] = {}
+    if "termios" in start.spec:
+        terminals[start.fds["tty"]] = start.spec["termios"]
     controller, updates = start.fds["controller"], start.fds["updates"]
     start.sandbox.seal()
     poll = select.poll()
@@ -60,11 +62,10 @@ def _update(message: dict[str, Any], paths: list[str], terminals: dict[int, list
     if "remove" in message and message["remove"] in paths:
         paths.remove(message["remove"])
     if "termios" in message:
-        fd = start.fds["tty"]
         if message["termios"] is None:
-            terminals.pop(fd, None)
+            terminals.clear()
         else:
-            terminals[fd] = message["termios"]
+            terminals[start.fds["tty"]] = message["termios"]
 
 
 def _drain(updates: int, paths: list[str], terminals: dict[int, list[Any]], start: Start) -> None:

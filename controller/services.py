@@ -119,34 +119,37 @@ class Services:
 
     async def _launch_janitor(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)  # a janitor that is stopped keeps nobody
         self_fd = os.pidfd_open(os.getpid())
-        known = {"paths": list(self._leavings.paths)}
-        spec = WorkerSpec("janitor", "janitor", "controller.janitor", "janitor", known, orphan=True, control=False)
-        fds = {"controller": self_fd, "updates": theirs.fileno()}
         terminal = self._leavings.terminal
+        known: dict[str, Any] = {"paths": list(self._leavings.paths)}
+        fds = {"controller": self_fd, "updates": theirs.fileno()}
         if terminal is not None:
-            fds["tty"] = terminal[0]
+            fds["tty"], known["termios"] = terminal
+        spec = WorkerSpec("janitor", "janitor", "controller.janitor", "janitor", known, orphan=True, control=False)
+        self._updates = ours  # what changes before it reads waits there
         try:
             self._janitor = await self._fleet.start(spec, fds, self._janitor_ended, self._janitors)
         except BaseException:
-            ours.close()
+            self._hang_up()
             raise
         finally:
             theirs.close()
             os.close(self_fd)
-        ours.setblocking(False)  # a janitor that is stopped keeps nobody
         self._fleet.cgroups.send_home(self._janitor.pid)  # it removes the others'
-        self._updates = ours
         self._janitors += 1
         self._fleet.supervision.restored("janitor", "janitor", self._janitor.pid)
-        if terminal is not None:
-            self._tell({"termios": terminal[1]})
+        if self._leavings.terminal is not terminal:
+            self._terminal_changed()
 
-    def _janitor_ended(self, process: Process) -> None:
-        self._janitor = None
+    def _hang_up(self) -> None:
         if self._updates is not None:
             self._updates.close()
             self._updates = None
+
+    def _janitor_ended(self, process: Process) -> None:
+        self._janitor = None
+        self._hang_up()
         if not self._stopping:
             self._fleet.report_loss(process)
             self._reactor.call_later(0.1, self._restart_janitor)

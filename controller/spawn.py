@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Mapping
 
 from shared import log
-from shared.errors import WorkerError, WorkerLost
-from shared.linux import recv_fds, send_fds
-from shared.reactor import Lock, Reactor, readable
+from shared.errors import Timeout, WorkerError, WorkerLost
+from shared.linux import memfd, recv_fds, send_fds
+from shared.reactor import Event, Lock, Reactor, describe, readable
 from shared.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ SPAWN_SECONDS = 30.0
 # The name of the descriptor on which a worker that can't go on says why, in at most so many bytes.
 LAST_WORDS = "last-words"
 LAST_WORDS_BYTES = 1024
+# Of a pid_t, in the memory in which the kernel notes the zygote's latest child.
+NOTE_BYTES = 4
 
 
 def interpreter(code: str, *arguments: str) -> list[str]:
@@ -45,7 +47,11 @@ def exec_python(code: str, arguments: list[str], fds: Mapping[int, int]) -> int:
 
 
 class Zygote:
-    """The controller's end. Requests are answered in order; a dead zygote is started again at the next request."""
+    """The controller's end. Requests are answered in order; one that is dead or silent is replaced at the next request.
+
+    The kernel notes each new pid in memory that both share, in the very call that forks: a zygote that ends before it
+    has answered leaves no process that nobody knows.
+    """
 
     def __init__(self) -> None:
         self.pid = 0
@@ -53,6 +59,9 @@ class Zygote:
         self.on_start: Callable[[int], None] = lambda _pid: None
         self._lock = Lock()
         self._socket: socket.socket | None = None
+        self._note = -1
+        self._released = Event()
+        self._released.set()
 
     def start(self) -> None:
         """Exec it, unless that has been done. From the main thread: PDEATHSIG watches the thread, not the process."""
@@ -61,26 +70,40 @@ class Zygote:
         import socket
 
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        code = "import sys; from controller.zygote import main; sys.exit(main(3, int(sys.argv[1])))"
-        self.pid = exec_python(code, [str(os.getpid())], {3: theirs.fileno()})
+        note = memfd("forked", NOTE_BYTES)
+        code = "import sys; from controller.zygote import main; sys.exit(main(3, int(sys.argv[1]), 4))"
+        try:
+            self.pid = exec_python(code, [str(os.getpid())], {3: theirs.fileno(), 4: note})
+        except BaseException:
+            os.close(note)
+            raise
         self.starts += 1
         self.on_start(self.pid)
         theirs.close()
         ours.setblocking(False)
-        self._socket = ours
+        self._socket, self._note = ours, note
 
     @property
     def running(self) -> bool:
         """As far as is known: its death is noticed at the next request, or by the watchdog."""
         return self._socket is not None
 
-    def stop(self) -> None:
-        """End the zygote and reap it. It holds nothing that a SIGKILL could harm."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-            os.kill(self.pid, signal.SIGKILL)
-            _reap(self.pid)
+    def stop(self) -> int:
+        """End the zygote and reap it: it holds nothing that a SIGKILL could harm. The pid of what it has forked for the
+        latest request, 0 if nothing."""
+        if self._socket is None:
+            return 0
+        self._socket.close()
+        self._socket = None
+        os.kill(self.pid, signal.SIGKILL)
+        _reap(self.pid)
+        if self._note < 0:
+            return 0
+        note, self._note = self._note, -1
+        try:
+            return int.from_bytes(os.pread(note, NOTE_BYTES, 0), sys.byteorder)
+        finally:
+            os.close(note)
 
     def kill(self) -> None:
         """It hangs: whoever waits for its answer gets its end instead."""
@@ -95,33 +118,61 @@ class Zygote:
         self.start()
         return True
 
+    def hold(self) -> None:
+        """Until release(), fork() serves only who is to outlive us: whoever tidies up is there before all others."""
+        self._released.clear()
+
+    def release(self) -> None:
+        """Idempotent."""
+        self._released.set()
+
     async def fork(self, reactor: Reactor, request: dict[str, Any], fds: Mapping[str, int]) -> int:
-        """The pid of a new worker, a child of ours. Raises WorkerError."""
+        """The pid of a new worker, a child of ours. Raises WorkerError, OSError; there is no new process then."""
         import msgpack
 
         data = msgpack.packb({**request, "fds": list(fds), "log": log.settings()})
+        if not request["orphan"]:
+            await self._released.wait()
         async with self._lock:
             for attempt in (1, 2):
                 if self._socket is None:
                     self.start()
-                assert self._socket is not None
-                cause: OSError | None = None
+                cause: Exception | None = None
                 try:
-                    send_fds(self._socket, data, list(fds.values()))
-                    await readable(reactor, self._socket.fileno(), SPAWN_SECONDS)
-                    answer, _ = recv_fds(self._socket, MAX_ANSWER)
-                except OSError as error:
-                    answer, cause = b"", error
-                if answer:
-                    pid = int(msgpack.unpackb(answer)["pid"])
-                    if pid <= 0:
-                        raise WorkerError(f"{request['name']}: the zygote could not fork")
+                    pid = await self._ask(reactor, data, list(fds.values()))
+                except (OSError, Timeout) as error:
+                    # Its answer may still come, and the next request would take it for its own.
+                    pid, cause = self.stop(), error
+                    log.warn(f"the zygote does not answer (attempt {attempt}): {describe(error)}; it is replaced")
+                except BaseException:
+                    _end(self.stop())
+                    raise
+                if pid < 0:
+                    raise WorkerError(f"{request['name']}: the zygote could not fork")
+                if pid:
                     return pid
-                # The zygote died. Whether it had forked is not known: a worker whose pid nobody learnt finds
-                # its control endpoint unclaimed and its vhost socket closed, and ends.
-                self.stop()
-                log.warn(f"the zygote ended (attempt {attempt}); starting another")
             raise WorkerLost(f"{request['name']}: no zygote to fork it") from cause
+
+    async def _ask(self, reactor: Reactor, data: bytes, fds: list[int]) -> int:
+        """The pid that it answers, -1 if it could not fork. Raises OSError and Timeout for one that is of no use."""
+        import msgpack
+
+        assert self._socket is not None
+        if self._note >= 0:
+            os.pwrite(self._note, bytes(NOTE_BYTES), 0)
+        send_fds(self._socket, data, fds)
+        await readable(reactor, self._socket.fileno(), SPAWN_SECONDS)
+        answer, _ = recv_fds(self._socket, MAX_ANSWER)
+        if not answer:
+            raise ConnectionResetError("it has ended")
+        return int(msgpack.unpackb(answer)["pid"])
+
+
+def _end(pid: int) -> None:
+    """Of a child of ours that nobody wants; 0: there is none."""
+    if pid:
+        os.kill(pid, signal.SIGKILL)
+        _reap(pid)
 
 
 def _reap(pid: int) -> None:

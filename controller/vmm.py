@@ -121,6 +121,7 @@ class Vmm:
         )
         try:
             self.events.emit("vmm", "starting")
+            self.zygote.hold()
             if self.options.vm is not None:
                 self.config = assign_ids(self.options.vm)
                 # Without a wait from here to the first KVM_RUN: the workers come up while the guest boots.
@@ -133,6 +134,13 @@ class Vmm:
         return code
 
     async def _start_services(self, api_socket: Any, metrics_socket: Any) -> None:
+        """The janitor first, and only then any worker: whoever is killed leaves nothing behind from there on."""
+        try:
+            await self._warm_up_and_start(api_socket, metrics_socket)
+        finally:
+            self.zygote.release()
+
+    async def _warm_up_and_start(self, api_socket: Any, metrics_socket: Any) -> None:
         await sleep(self.reactor, HEAD_START)
         self.zygote.start()  # it warms up on another core meanwhile
         await warm_up(self.reactor)

@@ -19,29 +19,30 @@ import socket
 import sys
 from typing import Any, NoReturn
 
-from controller.spawn import LAST_WORDS
+from controller.spawn import LAST_WORDS, NOTE_BYTES
 from shared import log
 from shared.ancestry import Ancestry, parent_in_proc
 from shared.errors import HostError
-from shared.linux import die_with_parent, recv_fds, set_name
+from shared.linux import MADV_DONTFORK, die_with_parent, madvise, mmap_fd, recv_fds, set_name
 from shared.worker_program import become, carry_out
 
 MAX_REQUEST = 256 << 10
 SYS_CLONE = 56
-CLONE_PARENT = 0x8000
+CLONE_PARENT, CLONE_PARENT_SETTID = 0x8000, 0x10_0000
 # What a terminal or `timeout` sends to the whole process group is the controller's to answer, not a worker's.
 TERMINAL_SIGNALS = tuple(
     getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "QUIT", "HUP", "TSTP", "TTIN", "TTOU")
 )
 
 
-def main(request_fd: int, controller: int) -> int:
-    """Serve until the controller closes its end."""
+def main(request_fd: int, controller: int, note_fd: int = -1) -> int:
+    """Serve until the controller closes its end. `note_fd`: a file in which each child's pid is noted."""
     die_with_parent(controller)
     set_name("zygote")
     for number in TERMINAL_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     requests = socket.socket(fileno=request_fd)
+    note = _map_note(note_fd) if note_fd >= 0 else 0
     in_proc = parent_in_proc()
     import msgpack
 
@@ -59,7 +60,8 @@ def main(request_fd: int, controller: int) -> int:
         if not data:
             return 0
         request = msgpack.unpackb(data)
-        pid = _fork_for_parent(shared.sandbox.PROFILES[request["sandbox"]].namespaces & shared.sandbox.CLONE_NEWPID)
+        namespaces = shared.sandbox.PROFILES[request["sandbox"]].namespaces & shared.sandbox.CLONE_NEWPID
+        pid = _fork_for_parent(namespaces, note)
         if pid == 0:
             requests.close()
             _become(request, fds, controller, in_proc)
@@ -71,17 +73,28 @@ def main(request_fd: int, controller: int) -> int:
             return 0  # the controller is ending; PDEATHSIG takes the worker with it
 
 
-def _fork_for_parent(namespaces: int) -> int:
+def _map_note(fd: int) -> int:
+    """The address. No child has it: what is noted there, the controller takes for a process of its own."""
+    address = mmap_fd(fd, NOTE_BYTES)
+    os.close(fd)
+    madvise(address, NOTE_BYTES, MADV_DONTFORK)
+    ctypes.memset(address, 0, NOTE_BYTES)  # so that the page is there when the kernel writes
+    return address
+
+
+def _fork_for_parent(namespaces: int, note: int = 0) -> int:
     """fork() with CLONE_PARENT. os.fork() can't pass flags; the interpreter is told by hand what os.fork() tells it.
 
-    `namespaces`: CLONE_NEWPID or 0; a host that refuses it gets a worker without.
+    `namespaces`: CLONE_NEWPID or 0; a host that refuses it gets a worker without. `note`: where the kernel writes the
+    pid, in the call and before the child runs; 0: nowhere.
     """
     python = ctypes.PyDLL(None)  # PyDLL: the GIL stays held across the call, as it is across os.fork()
     python.syscall.restype = ctypes.c_long
+    flags, at = CLONE_PARENT | signal.SIGCHLD | (CLONE_PARENT_SETTID if note else 0), ctypes.c_void_p(note)
     python.PyOS_BeforeFork()
-    pid: int = python.syscall(SYS_CLONE, CLONE_PARENT | namespaces | signal.SIGCHLD, 0, 0, 0, 0)
+    pid: int = python.syscall(SYS_CLONE, flags | namespaces, 0, at, 0, 0)
     if pid < 0 and namespaces:
-        pid = python.syscall(SYS_CLONE, CLONE_PARENT | signal.SIGCHLD, 0, 0, 0, 0)
+        pid = python.syscall(SYS_CLONE, flags, 0, at, 0, 0)
     if pid == 0:
         python.PyOS_AfterFork_Child()
     else:

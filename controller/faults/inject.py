@@ -3,7 +3,8 @@
     request ──parse──▶ armed ──(at once, or when a migration enters the state)──▶ struck ──(duration_ms)──▶ lifted
                          └── at a message or request: the worker itself waits for it
 
-A fault belongs to one process: its successor has none. What is lifted is lifted only of the process that was struck.
+A fault belongs to one process: its successor has none. What is lifted is lifted only of the process that was struck,
+and only if no later fault has taken its place there: SIGSTOP that of SIGSTOP, a word to the worker that of a word.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ class Injector:
         self._fleet = fleet
         self._events = events
         self._vcpus = vcpus
+        # The latest of each process, by pid: a successor with the same one is struck anew.
+        self._stops: dict[int, Fault] = {}
+        self._words: dict[int, Fault] = {}
 
     def processes(self) -> dict[str, Process]:
         """Those that can be named now."""
@@ -124,13 +128,20 @@ class Injector:
             _limit_memory(pid)
         what, value, options = words(fault)
         arguments: dict[str, Any] = {"what": what, "value": value} | ({"options": options} if options else {})
+        before = self._words.get(pid)
+        if not fault.at.message:  # that one stands beside whatever else there is
+            self._words[pid] = fault
         try:
             await process.call(Verb.FAULT, CALL_SECONDS, **arguments)
         except WorkerLost:
             log.debug(f"{fault.process} died of {fault.kind} before it answered")
+        except FlotillaError:  # refused: the one before is as it was
+            if before is not None and self._words.get(pid) is fault:
+                self._words[pid] = before
+            raise
         self._tell("fault-injected", fault, pid)
         if fault.duration_ms and not fault.at.message:
-            self._reactor.spawn(self._clear(process, fault), f"clear {fault.process}")
+            self._reactor.spawn(self._clear(process, pid, fault), f"clear {fault.process}")
 
     def _signal(self, fault: Fault, pid: int) -> None:
         """Its parent is this process, which reaps on this very thread: the pid can't be a stranger's."""
@@ -144,13 +155,27 @@ class Injector:
             os.close(pidfd)
             raise HostError(f"{fault.process} (pid {pid}): {error.strerror}") from error
         self._tell("fault-injected", fault, pid)
+        if fault.kind is Kind.STOP:
+            self._stops[pid] = fault
         if fault.kind is Kind.STOP and fault.duration_ms:
-            self._reactor.call_later(fault.duration_ms / 1000, lambda: _continue(pidfd))
+            self._reactor.call_later(fault.duration_ms / 1000, lambda: self._continue(pidfd, pid, fault))
         else:
             os.close(pidfd)
 
-    async def _clear(self, process: Running, fault: Fault) -> None:
+    def _continue(self, pidfd: int, pid: int, fault: Fault) -> None:
+        """SIGCONT, to the very process that was stopped, if it still lives."""
+        try:
+            if self._stops.get(pid) is fault:
+                signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+        except ProcessLookupError:
+            pass
+        finally:
+            os.close(pidfd)
+
+    async def _clear(self, process: Running, pid: int, fault: Fault) -> None:
         await sleep(self._reactor, fault.duration_ms / 1000)
+        if self._words.get(pid) is not fault:
+            return
         try:
             await process.call(Verb.FAULT, CALL_SECONDS, what="clear")
         except FlotillaError as error:
@@ -218,13 +243,3 @@ def _limit_memory(pid: int) -> None:
         resource.prlimit(pid, resource.RLIMIT_AS, (size, hard))
     except (OSError, ValueError) as error:
         raise WorkerError(f"pid {pid}: its memory can't be limited: {error}") from error
-
-
-def _continue(pidfd: int) -> None:
-    """SIGCONT, to the very process that was stopped, if it still lives."""
-    try:
-        signal.pidfd_send_signal(pidfd, signal.SIGCONT)
-    except ProcessLookupError:
-        pass
-    finally:
-        os.close(pidfd)

@@ -9,10 +9,13 @@ import signal
 
 import pytest
 
+from controller import spawn
 from controller.fleet import Process, ProcessState, WorkerSpec
+from controller.supervision import process_state
 from shared.errors import FlotillaError, ProtocolError, WorkerError, WorkerLost
 from shared.messages import Verb
-from shared.reactor import Future
+from shared.reactor import Cancelled, Future, sleep
+from tests.leaks import descendants
 
 SECONDS = 20
 
@@ -69,6 +72,89 @@ def test_workers_survive_the_zygotes_death_and_the_next_one_starts_a_new_zygote(
     assert fleet.zygote.pid != zygote
     assert reactor.run_until(first.call(Verb.STATS), SECONDS) == {"count": 1}
     assert reactor.run_until(second.call(Verb.STATS), SECONDS) == {"count": 2}
+
+
+def test_a_zygote_that_does_not_answer_in_time_is_replaced_and_its_late_answer_is_nobodys(reactor, fleet, monkeypatch):
+    before = descendants()
+    first = reactor.run_until(fleet.start(toy(count=1), {}, ignore), SECONDS)
+    silent = fleet.zygote.pid
+    os.kill(silent, signal.SIGSTOP)
+    # Only the one that is stopped: its successor has its imports before it.
+    monkeypatch.setattr("controller.spawn.SPAWN_SECONDS", 0.1)
+    fleet.zygote.on_start = lambda _: monkeypatch.undo()
+    with contextlib.suppress(FlotillaError):
+        reactor.run_until(fleet.start(toy(count=2), {}, ignore), SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(silent, signal.SIGCONT)
+    third = reactor.run_until(fleet.start(toy(count=3), {}, ignore), SECONDS)
+    assert reactor.run_until(third.call(Verb.STATS), SECONDS) == {"count": 3}
+    second = next(process for process in fleet.processes if process not in (first, third))
+    assert reactor.run_until(second.call(Verb.STATS), SECONDS) == {"count": 2}
+    assert descendants() - before == {fleet.zygote.pid, first.pid, second.pid, third.pid}
+    assert fleet.zygote.pid != silent
+
+
+# A zygote stops between the fork and the answer.
+HALF_WAY = """
+import msgpack, os, signal
+pack = msgpack.packb
+def stop_at_the_answer(message, *rest, **named):
+    if isinstance(message, dict) and message.keys() == {"pid"}:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return pack(message, *rest, **named)
+msgpack.packb = stop_at_the_answer
+"""
+
+
+@pytest.fixture
+def half_way(monkeypatch):
+    exec_python = spawn.exec_python
+
+    def start(code, arguments, fds):
+        monkeypatch.undo()
+        return exec_python(HALF_WAY + code, arguments, fds)
+
+    monkeypatch.setattr("controller.spawn.exec_python", start)
+
+
+async def stopped(reactor, zygote):
+    while process_state(zygote.pid)[0] != "T":
+        await sleep(reactor, 0.002)
+
+
+def test_what_a_zygote_had_forked_when_it_was_killed_is_the_worker(reactor, fleet, half_way):
+    before = descendants()
+    start = reactor.spawn(fleet.start(toy(count=1), {}, ignore))
+    start.add_done_callback(lambda _: None)
+    reactor.run_until(stopped(reactor, fleet.zygote), SECONDS)
+    fleet.zygote.kill()
+    process = reactor.run_until(start, SECONDS)
+    assert reactor.run_until(process.call(Verb.STATS), SECONDS) == {"count": 1}
+    assert descendants() - before == {process.pid}
+
+
+def test_what_a_zygote_had_forked_when_the_start_was_cancelled_is_ended(reactor, fleet, half_way):
+    before = descendants()
+    start = reactor.spawn(fleet.start(toy(count=1), {}, ignore))
+    start.add_done_callback(lambda _: None)
+    reactor.run_until(stopped(reactor, fleet.zygote), SECONDS)
+    assert len(descendants() - before) == 2
+    start.cancel()
+    with pytest.raises(Cancelled):
+        reactor.run_until(start, SECONDS)
+    assert descendants() == before
+    process = reactor.run_until(fleet.start(toy(count=2), {}, ignore), SECONDS)
+    assert reactor.run_until(process.call(Verb.STATS), SECONDS) == {"count": 2}
+
+
+def test_while_it_is_held_a_zygote_forks_only_who_outlives_the_controller(reactor, fleet):
+    fleet.zygote.hold()
+    held = reactor.spawn(fleet.start(toy(count=1), {}, ignore))
+    spec = WorkerSpec("toy", "_toy1", "tests.toy_worker", "worker", {"count": 2}, orphan=True)
+    first = reactor.run_until(fleet.start(spec, {}, ignore), SECONDS)
+    assert fleet.processes == [first] and not held.done()
+    fleet.zygote.release()
+    assert reactor.run_until(reactor.run_until(held, SECONDS).call(Verb.STATS), SECONDS) == {"count": 1}
 
 
 def test_worker_that_exits_at_once_is_an_error_that_names_it(reactor, fleet):

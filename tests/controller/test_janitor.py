@@ -19,7 +19,7 @@ from tests.controller.processes import SECONDS, running
 class Rig:
     """A janitor for `victim`, a process that stands for the controller."""
 
-    def __init__(self, reactor, fleet, paths=(), terminal=None):
+    def __init__(self, reactor, fleet, paths=(), terminal=None, settings=None):
         self.reactor, self.fleet = reactor, fleet
         self.victim = subprocess.Popen(["sleep", "60"])
         self.updates, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -27,10 +27,8 @@ class Rig:
         fds = {"controller": pidfd, "updates": theirs.fileno()}
         if terminal is not None:
             fds["tty"] = terminal
-        spec = WorkerSpec(
-            "janitor", "janitor", "controller.janitor", "janitor", {"paths": [str(path) for path in paths]},
-            orphan=True, control=False,
-        )  # fmt: skip
+        known = {"paths": [str(path) for path in paths]} | ({} if settings is None else {"termios": settings})
+        spec = WorkerSpec("janitor", "janitor", "controller.janitor", "janitor", known, orphan=True, control=False)
         self.process = reactor.run_until(fleet.start(spec, fds, lambda _: None), SECONDS)
         theirs.close()
         os.close(pidfd)
@@ -59,8 +57,8 @@ def start(tmp_path):
     rigs = []
     with running(str(folder)) as (reactor, fleet):
 
-        def make(*paths, terminal=None):
-            rigs.append(Rig(reactor, fleet, paths, terminal))
+        def make(*paths, **terminal):
+            rigs.append(Rig(reactor, fleet, paths, **terminal))
             return rigs[-1]
 
         yield make
@@ -137,15 +135,17 @@ def test_a_closed_line_alone_is_no_reason_to_tidy_up(start, tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("told", ["at its start", "later"])
 @pytest.mark.parametrize("forgotten", [False, True], ids=["raw", "restored by the controller"])
-def test_a_raw_terminal_gets_its_settings_back(start, forgotten):
+def test_a_raw_terminal_gets_its_settings_back(start, forgotten, told):
     user, terminal = pty.openpty()
     before = termios.tcgetattr(terminal)
-    rig = start(terminal=terminal)
+    rig = start(terminal=terminal, settings=before if told == "at its start" else None)
     tty.setraw(terminal)
     raw = termios.tcgetattr(terminal)
     assert raw != before
-    rig.tell(termios=before)
+    if told == "later":
+        rig.tell(termios=before)
     if forgotten:
         rig.tell(termios=None)
     rig.kill_victim()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import time
 
 import pytest
 
@@ -66,6 +68,32 @@ def test_a_directory_without_a_lock_file_may_be_one_that_is_being_made(base):
     young.mkdir(parents=True)
     runtime.sweep(str(base))
     assert young.exists()
+
+
+@pytest.mark.parametrize("inside", [None, "precious"])
+def test_an_empty_directory_that_has_been_without_a_lock_file_for_long_is_removed(base, inside):
+    old = base / "vm.old"
+    old.mkdir(parents=True)
+    if inside is not None:
+        (old / inside).touch()
+    then = time.time() - 2 * runtime.UNLOCKED_SECONDS
+    os.utime(old, (then, then))
+    runtime.sweep(str(base))
+    assert old.exists() == (inside is not None)
+
+
+def test_a_directory_whose_lock_file_can_not_be_made_is_removed(base, monkeypatch):
+    opened = os.open
+
+    def full(path, *rest, **named):
+        if str(path).endswith("/lock"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return opened(path, *rest, **named)
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(HostError, match="No space left on device"):
+        RuntimeDir()
+    assert os.listdir(base) == []
 
 
 def test_what_is_not_a_vms_is_not_touched(base):

@@ -168,6 +168,23 @@ def test_killed_janitor_is_replaced_and_knows_the_paths(rig, tmp_path):
     extra.close()
 
 
+def test_what_changes_while_the_janitor_is_being_forked_is_known_to_it(tmp_path):
+    gone, late = ApiSocket.listen(str(tmp_path / "gone")), ApiSocket.listen(str(tmp_path / "late"))
+    with running(str(tmp_path)) as (reactor, fleet):
+        rig = Rig(reactor, fleet, tmp_path)
+        rig.leavings.path(str(tmp_path / "gone"), True)
+        start = reactor.spawn(rig.services.start())
+        rig.run(sleep(reactor, 0))
+        assert fleet.zygote.running and rig.process("janitor") is None
+        rig.leavings.path(str(tmp_path / "gone"), False)
+        rig.leavings.path(str(tmp_path / "late"), True)
+        rig.run(start)
+        rig.run(rig.services.stop())
+    assert (tmp_path / "gone").exists() and not (tmp_path / "late").exists()
+    gone.close()
+    late.close()
+
+
 def test_stop_answers_what_is_under_way_and_leaves_no_socket(rig):
     slow = rig.reactor.spawn(rig.remote("info"))
     rig.run(rig.entered.wait())

@@ -12,7 +12,7 @@ import termios
 
 import pytest
 
-from tests.vmm import PROGRAM, REMOTE, Vmm, environment, poll, probe
+from tests.vmm import PROGRAM, REMOTE, SECONDS, Vmm, environment, poll, probe
 
 pytestmark = pytest.mark.probe
 
@@ -228,6 +228,42 @@ def test_killed_controller_gives_the_terminal_its_settings_back(tmp_path):
         vmm.wait()
         poll(lambda: termios.tcgetattr(slave) == before)
         poll(lambda: not api.exists())
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+# A controller that is killed in the moment in which its first worker exists.
+KILLED_AT_ONCE = """
+import os, signal, sys
+from controller.fleet import Fleet
+from controller.main import main
+adopt = Fleet.adopt
+def adopt_and_end(fleet, kind, *rest):
+    process = adopt(fleet, kind, *rest)
+    if kind in ("blk", "console"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return process
+Fleet.adopt = adopt_and_end
+sys.exit(main())
+"""
+
+
+def test_controller_killed_as_soon_as_there_is_a_worker_leaves_nothing_behind(tmp_path, disk, runtime_folder):
+    master, slave = os.openpty()
+    before = termios.tcgetattr(slave)
+    names = [tmp_path / name for name in ("api", "api.lock", "console")]
+    program = [sys.executable, "-c", KILLED_AT_ONCE, "--kernel", probe(), "--cmdline", "mode=rng"]
+    program += ["--serial", "tty", "--console", f"socket={names[2]}", "--disk", f"path={disk}"]
+    try:
+        vmm = subprocess.Popen(
+            ["setsid", "--ctty", *program, "--api-socket", str(names[0])], stdin=slave, stdout=slave,
+            env=environment(), cwd=tmp_path,
+        )  # fmt: skip
+        assert vmm.wait(SECONDS) == -signal.SIGKILL
+        poll(lambda: not any(name.exists() for name in names))
+        poll(lambda: termios.tcgetattr(slave) == before)
+        poll(lambda: not (runtime_folder / "flotilla").exists())
     finally:
         os.close(master)
         os.close(slave)
