@@ -4,6 +4,8 @@
     └───────────────────────────────────────────────────────────────────────────────────────────────────┘
          not within RECOVERY_SECONDS: unrecovered      data lost: the end      no VMM: the end      else: failed
 
+The guest that is verified must write, or there is nothing to verify: before the first strike, and before each look.
+
 The stall is what somebody sees who asks: from the answer of the injection to the first fleet in which the victim is
 another process that serves (or, of what ends by itself, to that end). It includes the asking, some milliseconds.
 """
@@ -20,15 +22,18 @@ from typing import Any, Final
 
 from chaos.client import Api, Gone, Refused
 from chaos.schedule import Injection
-from chaos.verify import Image, Lost, run_command
+from chaos.verify import BegunAnew, Image, Lost, run_command
 from shared.errors import FlotillaError
 from shared.faults import DEVICES, Kind, Process
 
 # A starved host needs long to start an interpreter; somebody who watches a campaign sees earlier that it hangs.
 RECOVERY_SECONDS: Final = 180.0
 GONE_SECONDS: Final = 120.0
+# Until the guest has written something more. It ends with the first write, so only a guest that is stuck takes it all.
+WRITE_SECONDS: Final = 180.0
 PAUSE_ATTEMPTS: Final = 20
 POLL_SECONDS: Final = 0.01
+WRITE_POLL_SECONDS: Final = 0.1  # it reads the whole image
 ZYGOTE_PATIENCE: Final = 0.5
 # The victim's end, and a successor, are what it takes; of the others supervision may or may not make it one.
 DEADLY: Final = frozenset({Kind.KILL, Kind.CORRUPT, Kind.OUT_OF_MEMORY})
@@ -50,7 +55,7 @@ class Ended(FlotillaError):
 
 
 class Unrecovered(FlotillaError):
-    """A process that was struck did not come back."""
+    """A process that was struck did not come back, or the guest does nothing any more."""
 
 
 @dataclass(slots=True)
@@ -114,8 +119,10 @@ class Campaign:
 
     def run(self) -> Result:
         result = self.result
-        began = time.monotonic()
         try:
+            if silence := self._await_writes():
+                raise silence
+            began = time.monotonic()
             for number, injection in enumerate(self._plan):
                 time.sleep(max(0.0, began + injection.at_s - time.monotonic()))
                 self._one(number, injection, began)
@@ -126,7 +133,7 @@ class Campaign:
         except Lost as error:
             result.outcome, result.why = Outcome.LOST, str(error)
             result.lost = result.struck[-1].kind if result.struck else None
-        except Unrecovered as error:
+        except (Unrecovered, BegunAnew) as error:
             result.outcome, result.why = Outcome.UNRECOVERED, str(error)
         except (Ended, Gone) as error:
             result.outcome, result.why = Outcome.ENDED, str(error)
@@ -220,6 +227,7 @@ class Campaign:
     def _verify(self) -> None:
         checks = self._checks
         if checks.images:
+            silence = self._await_writes()
             self._pause()
             try:
                 for image in checks.images:
@@ -229,9 +237,25 @@ class Campaign:
                     self._resume()
                 raise
             self._resume()
+            if silence is not None:
+                raise silence
         for command in checks.commands:
             run_command(command)
         self.result.verifications += bool(checks.images or checks.commands)
+
+    def _await_writes(self) -> Unrecovered | None:
+        """One to each image, from now on; the error that says to which there are none."""
+        for image in self._checks.images:
+            image.note()
+        deadline = time.monotonic() + WRITE_SECONDS
+        for image in self._checks.images:
+            while not image.wrote():
+                if time.monotonic() > deadline:
+                    more = " any more" if self.result.struck else ""
+                    why = f"nothing new is there after {WRITE_SECONDS:.0f} s"
+                    return Unrecovered(f"the guest writes nothing to {image.path}{more}: {why}")
+                time.sleep(WRITE_POLL_SECONDS)
+        return None
 
     def _resume(self) -> None:
         self._patiently(lambda: self._api.put("vm.resume"))

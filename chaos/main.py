@@ -1,7 +1,7 @@
 """`flotilla chaos`: the command line, the table, the report.
 
-Exit codes: 0 everything came back and nothing was lost, 1 data was lost, a process did not come back or the campaign
-could not be done, 2 the command line is wrong, 130 interrupted.
+Exit codes: 0 everything came back and nothing was lost, 1 data was lost, a process did not come back, the guest
+did not go on or the campaign could not be done, 2 the command line is wrong, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -35,9 +35,13 @@ class ForeignBackend:
         self._reason = ""  # why nobody serves; "" while somebody does
 
     async def connect(self) -> None:
-        """For the first time. Raises HostError."""
+        """For the first time. Raises WorkerError."""
         self._frontend.on_lost = self._lost
-        await self._frontend.connect(await dial(self._reactor, self._path))
+        try:
+            await self._frontend.connect(await dial(self._reactor, self._path))
+        except (FlotillaError, OSError) as error:
+            reason = f"{self._id}: its vhost-user back end at {self._path} does not serve: {describe(error)}"
+            raise WorkerError(reason) from error
 
     def close(self) -> None:
         """No more attempts; the front end is its owner's to close."""

@@ -10,10 +10,11 @@ import os
 import time
 from collections.abc import Callable
 
+from controller.backends import DEGRADED, BackendState
 from controller.bus import Bus, Effect
 from controller.config.cli import Seccomp
 from controller.fleet import row
-from controller.supervision import Cause, Supervision
+from controller.supervision import OFTEN, Cause, Supervision
 from shared import kvm, log
 from shared.errors import FlotillaError, HostError
 from shared.reactor import Future, Reactor, describe, drain_eventfd, within
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
 PAUSE_SECONDS = 10.0
 # A vCPU that is killed again and again is started again and again, but not in a busy loop.
 STEADY_SECONDS = 0.2
-RESTART_DELAY = 0.02
+FIRST_DELAY, LAST_DELAY = 0.02, 2.0
+BORN_SECONDS = 0.02
 # Exit codes of vcpu.c for a process that never came as far as the guest.
 BIRTH_FAILURES = {125: "its parent thread is gone", 126: "no signals", 127: "its seccomp filter is refused"}
-MAX_STILLBORN = 5
 # An entry that KVM refuses is tried again, so often within a second: an emulated CPU refuses one in millions for a
 # reason of its own, and what is really wrong with a vCPU is wrong the next time, too.
 ENTRY_TRIES = 3
@@ -85,7 +86,7 @@ class Vcpus:
         self.on_spawn: Callable[[str, int], None] = lambda _name, _pid: None
         self._parking: Future[None] | None = None
         self._closing = False
-        self._stillborn = 0  # starts in a row that came to nothing
+        self._delays = [0.0] * len(self.all)  # before the next start, where the last ones came to nothing
         self._refused: list[list[float]] = [[] for _ in self.all]  # when entries were refused, of the last second
         reactor.add_reader(self._event_fd, self._on_event)
 
@@ -97,11 +98,25 @@ class Vcpus:
             self._spawn(vcpu)
 
     def _spawn(self, vcpu: Vcpu) -> None:
+        births = vcpu.births
         vcpu.spawn()
         self.on_spawn(vcpu.name, vcpu.pid)
         self._spawned[vcpu.index] = time.monotonic()
-        self._supervision.restored("vcpu", vcpu.name, vcpu.pid)
         self._reactor.add_reader(vcpu.pidfd, lambda: self._ended(vcpu))
+        if self._delays[vcpu.index]:
+            self._expect(vcpu, vcpu.pid, births)
+        else:
+            self._supervision.restored("vcpu", vcpu.name, vcpu.pid)
+
+    def _expect(self, vcpu: Vcpu, pid: int, births: int) -> None:
+        """After starts that came to nothing: it serves once it has come as far as the guest, which nobody tells us."""
+        if self._closing or vcpu.pid != pid:
+            return
+        if vcpu.births == births:
+            self._reactor.call_later(BORN_SECONDS, lambda: self._expect(vcpu, pid, births))
+            return
+        self._delays[vcpu.index] = 0.0
+        self._supervision.restored("vcpu", vcpu.name, pid)
 
     def _ended(self, vcpu: Vcpu) -> None:
         """Killed: its successor finishes the exit that was under way. Reaped first: two on one stack would be the
@@ -114,19 +129,18 @@ class Vcpus:
         if self._closing:
             return
         if status in BIRTH_FAILURES:
-            self._stillborn += 1
-            if self._stillborn > MAX_STILLBORN:
-                self._machine.vcpu_failed(vcpu.name, f"its process can't start ({BIRTH_FAILURES[status]})")
-                return
-        else:
-            self._stillborn = 0
+            why = f"its process can't start ({BIRTH_FAILURES[status]})"
+            if not self._delays[vcpu.index]:  # otherwise nobody has been told that it serves
+                self._supervision.lost("vcpu", vcpu.name, pid, Cause.ENDED, why)
+            self._stillborn(vcpu, why)
+            return
         cause = Cause.HUNG if verdict else Cause.ENDED
         self._supervision.lost("vcpu", vcpu.name, pid, cause, verdict or f"it ended with {status}")
         lived = time.monotonic() - self._spawned[vcpu.index]
         if lived > STEADY_SECONDS:
             self._respawn(vcpu)
         else:
-            self._reactor.call_later(RESTART_DELAY, lambda: self._respawn(vcpu))
+            self._reactor.call_later(FIRST_DELAY, lambda: self._respawn(vcpu))
 
     def _respawn(self, vcpu: Vcpu) -> None:
         if self._closing:
@@ -134,8 +148,17 @@ class Vcpus:
         try:
             self._spawn(vcpu)
         except HostError as error:
-            log.error(f"{describe(error)}; trying again")
-            self._reactor.call_later(1.0, lambda: self._respawn(vcpu))
+            self._stillborn(vcpu, describe(error))
+
+    def _stillborn(self, vcpu: Vcpu, why: str) -> None:
+        """Its exit waits where it is: another start, and another, for as long as the VM lives."""
+        delay = self._delays[vcpu.index]
+        if delay == LAST_DELAY:
+            self._supervision.quarantined("vcpu", vcpu.name, why)
+        else:
+            log.warn(f"{vcpu.name}: {why}; trying again")
+        self._delays[vcpu.index] = delay = min(max(2 * delay, FIRST_DELAY), LAST_DELAY)
+        self._reactor.call_later(delay, lambda: self._respawn(vcpu))
 
     def patients(self) -> Iterable[Patient]:
         """For the watchdog: a vCPU that is stopped is as good as dead, and its successor goes on where it was."""
@@ -259,7 +282,18 @@ class Vcpus:
 
     def describe(self) -> list[dict[str, Any]]:
         """Rows for `vmm.fleet`. A vCPU shares the controller's address space, whose PSS is in the controller's row."""
-        return [row("vcpu", vcpu.name, vcpu.pid, vcpu.state.name.lower(), vcpu.restarts) for vcpu in self.all]
+        return [row("vcpu", vcpu.name, vcpu.pid, self._state(vcpu), vcpu.restarts) for vcpu in self.all]
+
+    def _state(self, vcpu: Vcpu) -> str:
+        """The page tells what a process does that is there; of one that is not, it tells the past."""
+        account = self._supervision.accounts.get(("vcpu", vcpu.name))
+        if account is not None and account.quarantine:
+            return BackendState.QUARANTINED
+        if not vcpu.pid:
+            return BackendState.RESTARTING
+        if self._supervision.often("vcpu", vcpu.name) >= OFTEN:
+            return DEGRADED
+        return vcpu.state.name.lower()
 
 
 def _access(bus: Bus, exit: Exit) -> list[Effect]:

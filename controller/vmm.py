@@ -11,6 +11,7 @@ While a migration is under way, requests that would change the VM are refused; a
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -26,6 +27,7 @@ from controller.devices.events import GuestEvent
 from controller.events import EventMonitor
 from controller.faults.permission import fault_inject
 from controller.fleet import Fleet, fill_in_pss
+from controller.foreign import KIND as FOREIGN
 from controller.leavings import Leavings
 from controller.runtime import RuntimeDir
 from controller.signals import Signals
@@ -35,8 +37,16 @@ from controller.upgrade import worker_upgrade
 from controller.vm import Vm
 from controller.warmup import HEAD_START, warm_up
 from shared import log
-from shared.errors import FlotillaError, GuestLost, NotFoundError, StateError
-from shared.reactor import Lock, Reactor, describe, sleep, within
+from shared.errors import (
+    FlotillaError,
+    GuestLost,
+    NotFoundError,
+    ProtocolError,
+    StateError,
+    Timeout,
+    WorkerError,
+)
+from shared.reactor import Cancelled, Lock, Reactor, Task, describe, sleep, within
 from shared.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,6 +58,9 @@ if TYPE_CHECKING:
 
 END_SECONDS = 20.0
 MIGRATION_SECONDS = 5.0
+BOOT_AGAIN_SECONDS = 1.0
+# What a host lacks for a while; anything else that keeps a VM from booting is somebody's to put right.
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC)
 
 
 class VmState(StrEnum):
@@ -75,6 +88,8 @@ class Vmm:
         self.migration: Outgoing | Departure | Incoming | None = None
         self._arrived: Incoming | None = None  # the last one that was received; its source may still ask for it
         self._operations = Lock()
+        self._unbooted = ""  # why the guest that has reset itself does not run yet
+        self._attempt: Task[None] | None = None  # to boot it
         self._ending = False
         self._leavings = Leavings(self.runtime.path)
         self._context = VmContext(
@@ -171,6 +186,12 @@ class Vmm:
             if self.migration is not None and self.migration.progress()["state"] != "in-doubt":
                 self.migration.cancel()
                 await within(self.reactor, MIGRATION_SECONDS, self.migration.ended.wait(), "the migration's end")
+            if (attempt := self._attempt) is not None:
+                attempt.cancel()
+                try:
+                    await attempt  # so that nothing of it is left behind
+                except (FlotillaError, OSError, Cancelled) as error:
+                    log.debug(f"booting the guest that has reset itself: {describe(error)}")
             if self._arrived is not None:
                 await self._arrived.forget()
             if self.vm is not None:
@@ -217,12 +238,54 @@ class Vmm:
             self.reactor.spawn(self._guest_power_off(), "guest power-off")
 
     async def _guest_reset(self) -> None:
+        """Boot again. A shortage of the host's and a back end of somebody else's are waited for, however long: nobody
+        asked who could ask again. vm.shutdown, vm.delete and vm.boot end the wait."""
         async with self._operations:
-            try:
-                await self._reboot()
-            except FlotillaError as error:
-                log.error(f"the guest asked for a reset, which failed: {describe(error)}")
-                self.end(1)
+            if self.vm is None or self._ending:
+                return
+            self.events.emit("vm", "rebooting")
+            absence = self._foreign_absence(self.vm)
+            await self._stop_vm()
+            if absence is not None:
+                self._waits_to_boot(absence)
+            await self._boot_again()
+        while self._unbooted:
+            await sleep(self.reactor, BOOT_AGAIN_SECONDS)
+            async with self._operations:
+                if self._unbooted and not self._ending:
+                    await self._boot_again()
+
+    async def _boot_again(self) -> None:
+        self._attempt = self.reactor.spawn(self._boot_now(), "boot again")
+        try:
+            await self._attempt
+            self.events.emit("vm", "rebooted")
+        except Cancelled:
+            self._unbooted = ""
+        except (FlotillaError, OSError) as error:
+            if _may_pass(error):
+                self._waits_to_boot(error)
+                return
+            self._unbooted = ""
+            log.error(f"the guest asked for a reset, which failed: {describe(error)}")
+            self.end(1)
+        finally:
+            self._attempt = None
+
+    def _waits_to_boot(self, error: Exception) -> None:
+        reason = describe(error)
+        if reason != self._unbooted:
+            log.error(f"the guest has reset itself and can't boot: {reason}; trying again until it can")
+            self.events.emit("vm", "reset-waits", {"reason": reason})
+        self._unbooted = reason
+
+    def _foreign_absence(self, vm: Vm) -> WorkerError | None:
+        """What to tell about a back end of somebody else's that is away."""
+        for row in vm.describe():
+            if row["kind"] == FOREIGN and row["state"] != "running":
+                last = self.fleet.supervision.columns(FOREIGN, row["device"])["last_reason"]
+                return WorkerError(f"{row['device']}: its vhost-user back end is away: {last}")
+        return None
 
     async def _guest_power_off(self) -> None:
         async with self._operations:
@@ -284,7 +347,8 @@ class Vmm:
     def need_vm(self) -> Vm:
         self._need_config()
         if self.vm is None:
-            raise StateError("VM is not running", "boot it first")
+            waits = f"its guest has reset itself and can't boot: {self._unbooted}" if self._unbooted else ""
+            raise StateError("VM is not running", waits or "boot it first")
         return self.vm
 
     def change(self) -> Lock:
@@ -324,6 +388,7 @@ class Vmm:
         config = self._need_config()
         self.events.emit("vm", "booting")
         self.vm = await Vm.boot(self._context, config)
+        self._unbooted = ""
         self.config = self.vm.config
         self.state = VmState.RUNNING
         self.events.emit("vm", "booted")
@@ -349,6 +414,7 @@ class Vmm:
             self.events.emit("vm", "resumed")
 
     async def _stop_vm(self) -> None:
+        self._unbooted = ""
         if self.vm is not None:
             vm, self.vm = self.vm, None
             self.state = VmState.CREATED
@@ -356,22 +422,31 @@ class Vmm:
             self.events.emit("vm", "shutdown")
 
     async def shutdown(self, _: None) -> None:
+        waited = self._give_reset_up()
         async with self.change():
-            self.need_vm()
+            if not waited:
+                self.need_vm()
             await self._stop_vm()
 
-    async def _reboot(self) -> None:
-        self.events.emit("vm", "rebooting")
-        await self._stop_vm()
-        await self._boot_now()
-        self.events.emit("vm", "rebooted")
+    def _give_reset_up(self) -> bool:
+        """The guest that has reset itself is not to boot any more; False when there is no such guest."""
+        if self._attempt is not None:
+            self._attempt.cancel()
+            return True
+        return bool(self._unbooted)
 
     async def reboot(self, _: None) -> None:
         async with self.change():
-            self.need_vm()
-            await self._reboot()
+            absence = self._foreign_absence(self.need_vm())
+            if absence is not None:
+                raise absence  # it could not boot
+            self.events.emit("vm", "rebooting")
+            await self._stop_vm()
+            await self._boot_now()
+            self.events.emit("vm", "rebooted")
 
     async def delete(self, _: None) -> None:
+        self._give_reset_up()
         async with self.change():
             await self._stop_vm()
             if self.config is not None:
@@ -511,3 +586,12 @@ class Vmm:
             raise StateError(f"Too late to cancel: {waits_for}")
 
 
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether a boot that failed for it is worth another try. Only other people's back ends are talked to at boot."""
+    while error is not None:
+        if isinstance(error, (WorkerError, ProtocolError, Timeout)):
+            return True
+        if isinstance(error, OSError) and error.errno in SHORTAGES:
+            return True
+        error = error.__cause__
+    return False

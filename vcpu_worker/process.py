@@ -128,11 +128,16 @@ class Vcpu:
     def restarts(self) -> int:
         return max(self.starts - 1, 0)
 
+    @property
+    def births(self) -> int:
+        """How many of its processes have come as far as the guest."""
+        return int(self.page.stats[Stat.STARTS])
+
     def spawn(self) -> None:
         """Start the process, or its successor after reap(). Raises HostError."""
         pid = library().vcpu_spawn(ctypes.addressof(self._start))
         if pid < 0:
-            raise HostError(f"{self.name}: clone3 failed: {os.strerror(-pid)}")
+            raise HostError(f"{self.name}: clone3 failed: {os.strerror(-pid)}") from OSError(-pid, os.strerror(-pid))
         self.pid, self.pidfd = pid, self._start.pidfd
         os.set_inheritable(self.pidfd, False)
         self.starts += 1

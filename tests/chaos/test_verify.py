@@ -7,7 +7,7 @@ import select
 
 import pytest
 
-from chaos.verify import Image, Lost, run_command
+from chaos.verify import BegunAnew, Image, Lost, run_command
 from guest.pattern import SECTOR, Sector, encode
 from shared.errors import HostError
 
@@ -59,6 +59,30 @@ def test_what_was_never_the_guests_is_not_judged(disk):
     image.look()
     put(disk, 20, b"\xa5" * SECTOR)
     assert image.look() == 16
+
+
+def test_whether_the_guest_has_written(disk):
+    image = Image(str(disk))
+    for at, sector in ((3, Sector(3, 6, 1)), (20, Sector(20, 1, 1))):
+        image.note()
+        assert not image.wrote()
+        put(disk, at, encode(sector))
+        assert image.wrote()
+    image.note()
+    put(disk, 5, encode(Sector(5, 6, 1))[:100])
+    assert not image.wrote()
+
+
+def test_a_guest_that_writes_with_another_seed_was_reset_and_what_another_run_has_left_is_not_judged(disk):
+    image = Image(str(disk))
+    image.note()
+    for number in (3, 4):
+        put(disk, number, encode(Sector(number, 1, 2)))
+        assert image.wrote() and image.look() == 16
+    put(disk, 5, encode(Sector(5, 1, 3)))
+    image.note()
+    with pytest.raises(BegunAnew, match=r"sector 5 was written with seed 3, and the campaign began with 2"):
+        image.look()
 
 
 def test_an_image_that_is_not_there_is_named(tmp_path):

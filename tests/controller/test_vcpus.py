@@ -1,19 +1,25 @@
-"""controller.vcpus: what becomes of an exit that says that the guest could not be entered. The rest of it is shown by
-real vCPUs, in tests/vcpu_worker and tests/probe.
+"""controller.vcpus: what becomes of an exit that says that the guest could not be entered, and of a process that can't
+start. The rest of it is shown in tests/vcpu_worker and tests/probe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import mmap
+import os
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from controller import vcpus
 from controller.config.cli import Seccomp
-from controller.supervision import Supervision
+from controller.supervision import OFTEN, Supervision
 from controller.vcpus import ENTRY_TRIES, Vcpus
-from shared.reactor import Reactor
+from shared.reactor import Reactor, sleep
+from tests.vcpu_worker.rig import SPIN, Rig, rig
+from vcpu_worker.layout import StatePages, state_size
 from vcpu_worker.process import Exit, ExitKind
 
 
@@ -81,3 +87,97 @@ def test_any_other_failure_is_final(all_vcpus) -> None:
     vcpu.entry_refused = False
     fails(made, vcpu)
     assert machine.failed and vcpu.finished == 0
+
+
+class Real:
+    """One vCPU on /dev/kvm, whose process can be kept from starting. `events`: name, state of its row, reason."""
+
+    def __init__(self, machine: Rig) -> None:
+        self.reactor, self.machine = Reactor(), Machine()
+        self.events: list[tuple[str, str, str]] = []
+        self.supervision = Supervision(self._told)
+        pages = StatePages(mmap.mmap(-1, state_size(1)), 1)
+        vcpu_machine: Any = self.machine
+        self.vcpus = Vcpus(self.reactor, machine.vm, pages, [1], vcpu_machine, Seccomp.TRAP, self.supervision)
+        self.vcpu = self.vcpus.all[0]
+        machine.set_registers(self.vcpu)
+
+    def _told(self, _source: str, event: str, properties: dict[str, Any] | None) -> None:
+        self.events.append((event, self.state, (properties or {})["reason"]))
+
+    @property
+    def state(self) -> str:
+        return str(self.vcpus.describe()[0]["state"])
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        async def wait() -> None:
+            while not condition():
+                await sleep(self.reactor, 0.001)
+
+        self.reactor.run_until(wait(), 30)
+
+    def kill(self) -> None:
+        """And wait for its successor."""
+        pid, births = self.vcpu.pid, self.vcpu.births
+        os.kill(pid, signal.SIGKILL)
+        self.until(lambda: self.vcpu.births > births)
+
+    def break_it(self, how: str) -> Callable[[], None]:
+        """No process of it starts until the answer is called: its filter is refused, or there is no clone."""
+        start = self.vcpu._start
+        name, before = ("seccomp", start.seccomp) if how == "filter" else ("stack_size", start.stack_size)
+        empty = ctypes.create_string_buffer(16)
+        setattr(start, name, ctypes.addressof(empty) if how == "filter" else 0)
+
+        def repair(_: Any = empty) -> None:
+            setattr(start, name, before)
+
+        return repair
+
+
+@pytest.fixture
+def real() -> Iterator[Real]:
+    with rig(SPIN, started=False) as machine:
+        made = Real(machine)
+        made.vcpus.start()
+        made.until(lambda: made.vcpu.births == 1)
+        yield made
+        made.vcpus.close()
+        made.reactor.close()
+
+
+@pytest.mark.probe
+@pytest.mark.parametrize(
+    ("how", "reason", "first"),
+    [("filter", "its seccomp filter is refused", ["worker-lost", "worker-restarted", "worker-lost"]),
+     ("clone", "clone3 failed", ["worker-lost"])],
+)  # fmt: skip
+def test_vcpu_whose_process_can_not_start_is_tried_for_ever_and_the_guest_goes_on(
+    real: Real, monkeypatch: pytest.MonkeyPatch, how: str, reason: str, first: list[str]
+) -> None:
+    monkeypatch.setattr(vcpus, "LAST_DELAY", 0.04)
+    repair = real.break_it(how)
+    os.kill(real.vcpu.pid, signal.SIGKILL)
+    tries: list[str] = []
+    again = real.vcpus._stillborn
+    monkeypatch.setattr(real.vcpus, "_stillborn", lambda vcpu, why: (tries.append(why), again(vcpu, why)))
+    real.until(lambda: len(tries) > 20)
+    assert real.state == "quarantined" and reason in real.supervision.columns("vcpu", "vcpu0")["last_reason"]
+    repair()
+    real.until(lambda: real.state == "running")
+    assert [event for event, *_ in real.events] == [*first, "worker-quarantined", "worker-restarted"]
+    assert reason in real.events[-2][2]
+    assert real.machine.failed == ""
+    told = len(real.events)
+    real.kill()
+    assert [event for event, *_ in real.events[told:]] == ["worker-lost", "worker-restarted"]
+
+
+@pytest.mark.probe
+def test_vcpu_that_is_away_is_shown_and_one_that_is_replaced_often_is_degraded(real: Real) -> None:
+    for lost in range(1, OFTEN + 1):
+        assert real.state == "running"
+        real.kill()
+        assert len(real.events) == 2 * lost
+    assert real.state == "degraded"
+    assert {state for event, state, _ in real.events if event == "worker-lost"} == {"restarting"}

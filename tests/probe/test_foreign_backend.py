@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
+from contextlib import contextmanager
 
 import pytest
 
-from tests.vmm import Vmm, poll
+from tests.vmm import Vmm, events, poll
 
 pytestmark = pytest.mark.probe
 
@@ -98,6 +101,73 @@ def test_back_end_that_is_away_is_shown_and_refuses_a_pause_by_name(tmp_path, da
         vmm.ask("pause")
         vmm.ask("resume")
         vmm.more("equal ")
+
+
+def test_reboot_is_refused_by_name_while_the_back_end_is_away_and_the_guest_runs_on(tmp_path, daemon):
+    running = daemon()
+    with Vmm.guest(tmp_path, "mode=equal", "--disk", f"vhost_user=on,socket={daemon.sock}") as vmm:
+        vmm.expect("equal 1 ")
+        vmm.wait_api()
+        running.kill()
+        running.wait()
+        poll(lambda: vmm.fleet()["_disk0"]["state"] == "restarting")
+        refused = vmm.remote("reboot")
+        assert refused.returncode == 1
+        assert "_disk0: its vhost-user back end is away" in refused.stderr and str(daemon.sock) in refused.stderr
+        assert vmm.ask("info")["state"] == "Running"
+        daemon()
+        vmm.more("equal ")
+        assert vmm.output.count(b"probe: up") == 1
+        vmm.ask("reboot")
+        vmm.more("equal 1 ")
+
+
+@contextmanager
+def waiting(tmp_path, daemon):
+    """A guest that has reset itself while its disk's back end is away."""
+    running = daemon()
+    told = tmp_path / "events"
+    devices = ["--disk", f"vhost_user=on,socket={daemon.sock}", "--event-monitor", f"path={told}"]
+    with Vmm.guest(tmp_path, "mode=acpi reset", *devices) as vmm:
+        vmm.expect("probe: up")
+        vmm.wait_api()
+        running.kill()
+        running.wait()
+        _, what = poll(lambda: events(told, "reset-waits"))[0]
+        assert "_disk0: its vhost-user back end" in what["reason"] and str(daemon.sock) in what["reason"]
+        yield vmm
+
+
+def test_guest_that_resets_itself_while_the_back_end_is_away_boots_when_it_is_back(tmp_path, daemon):
+    with waiting(tmp_path, daemon) as vmm:
+        assert "can't boot: _disk0: its vhost-user back end" in vmm.errors
+        assert vmm.ask("info")["state"] == "Created"
+        refused = vmm.remote("pause")
+        assert refused.returncode == 1 and "its guest has reset itself and can't boot: _disk0: " in refused.stderr
+        daemon()
+        vmm.more("probe: up")
+
+
+@pytest.mark.parametrize("how", ["shutdown", "delete"])
+def test_guest_that_waits_for_a_back_end_after_its_reset_can_be_shut_down_and_deleted(tmp_path, daemon, how):
+    with waiting(tmp_path, daemon) as vmm:
+        config = vmm.ask("info")["config"]
+        vmm.ask(how)
+        refused = vmm.remote("pause")
+        assert refused.returncode == 1 and "has reset itself" not in refused.stderr
+        daemon()
+        if how == "delete":
+            (tmp_path / "config").write_text(json.dumps(config))
+            vmm.ask("create", str(tmp_path / "config"))
+        vmm.ask("boot")
+        vmm.more("probe: up")
+
+
+def test_vmm_whose_guest_waits_for_a_back_end_after_its_reset_ends_when_it_is_told_to(tmp_path, daemon):
+    with waiting(tmp_path, daemon) as vmm:
+        vmm.process.send_signal(signal.SIGTERM)
+        assert vmm.wait() == 0
+        assert not vmm.api.exists()
 
 
 def test_missing_back_end_is_an_error_that_names_the_socket(tmp_path):

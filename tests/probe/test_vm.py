@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +41,30 @@ def test_guest_reset_boots_again_in_place(tmp_path, how):
     with Vmm.guest(tmp_path, f"mode=acpi reset {how}") as vmm:
         vmm.expect("probe: up.*probe: up.*probe: up".replace(".*", "(?s:.*)"))
         assert vmm.process.poll() is None
+
+
+def test_guest_reset_on_a_host_without_descriptors_boots_when_there_are_some(tmp_path):
+    with Vmm.guest(tmp_path, "mode=acpi reset") as vmm:
+        vmm.expect("probe: up")
+        vmm.wait_api()
+        pid = vmm.process.pid
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE, (24, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        poll(lambda: "the guest has reset itself and can't boot: " in vmm.errors)
+        assert "Too many open files" in vmm.errors
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        vmm.more("probe: up")
+
+
+def test_guest_reset_without_the_kernel_ends_the_vmm(tmp_path):
+    """Nobody would put it there by waiting."""
+    kernel = tmp_path / "kernel"
+    shutil.copy(probe(), kernel)
+    words = ["--kernel", str(kernel), "--cmdline", "mode=acpi reset", "--serial", "tty", "--console", "off"]
+    with Vmm(tmp_path, *words, "--memory", "size=128M") as vmm:
+        vmm.expect("probe: up")
+        kernel.unlink()
+        assert vmm.wait() == 1
+        assert "the guest asked for a reset, which failed" in vmm.errors
 
 
 def test_no_shutdown_keeps_the_vmm_and_info_says_created(tmp_path):
