@@ -269,10 +269,11 @@ class Fleet:
         log.info(f"{process.kind} {process.name} runs as pid {process.pid}")
 
     async def _hello(self, process: Process) -> None:
-        from shared.control import Channel, unlink_endpoint
+        from shared.control import OPEN, WORKER, Channel, unlink_endpoint
 
         try:
-            process.channel = Channel(self._reactor, process.endpoint, bind=False)
+            limits = OPEN if process.kind == "migration_agent" else WORKER  # it passes whole bodies on
+            process.channel = Channel(self._reactor, process.endpoint, bind=False, limits=limits)
             process.channel.on_nonsense = lambda error: self.condemn(process, Cause.REFUSED, describe(error))
             self._reactor.call_later(LOOK_SECONDS, lambda: self._watch_descriptors(process))
             process.identity = await process.call("hello", HELLO_SECONDS)

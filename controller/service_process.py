@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 
 from controller.fleet import Fleet, Process, ProcessState, WorkerSpec
 from shared import log
-from shared.control import Channel, Handler, unlink_endpoint
+from shared.control import API, EXPORTER, Channel, Handler, unlink_endpoint
 from shared.errors import FlotillaError
 from shared.messages import Verb
 from shared.reactor import Lock, Reactor, describe
@@ -20,6 +20,7 @@ from shared.records import Record
 
 # A process that dies again and again is started again and again, but not in a busy loop.
 STEADY_SECONDS, FIRST_DELAY, LAST_DELAY = 10.0, 0.1, 5.0
+LIMITS = {Verb.API: API, Verb.METRICS: EXPORTER}
 
 
 class Service(Record):
@@ -78,7 +79,7 @@ class ServiceProcess:
         self._starts += 1
         self._began = time.monotonic()
         endpoint = self._endpoint = f"ipc://{self._runtime_dir}/{service.name}.{self._starts}"
-        self.channel = Channel(self._reactor, endpoint, bind=True, router=True)
+        self.channel = Channel(self._reactor, endpoint, bind=True, router=True, limits=LIMITS[service.verb])
         self.channel.handlers[service.verb] = service.handler
         self.channel.on_event = lambda event, _: self._ready(endpoint) if event == "ready" else None
         spec = WorkerSpec(

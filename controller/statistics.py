@@ -14,22 +14,39 @@ from shared.typed import Final
 # What describes the present and not the past: only the living one's counts.
 PRESENT: Final = ("inflight", "broken_queues", "poisoned_sector")
 NONE_YET: Final = (1 << 64) - 1  # a latency before the first request
+MOST: Final = (1 << 63) - 1  # of what is added up
+MOST_NAMES: Final = 256
+MOST_LETTERS: Final = 64
 
 
 def checked(told: object) -> dict[str, int]:
     """What a worker tells of itself, names and numbers. Raises ProtocolError: anything else, added up later, would keep
-    the worker's successors from starting."""
+    the worker's successors from starting, or the sums from being told."""
     if not isinstance(told, dict):
         raise ProtocolError("a worker's counters are no map")
+    if len(told) > MOST_NAMES:
+        raise ProtocolError(f"a worker with {len(told)} counters (limit {MOST_NAMES})")
     for name, value in told.items():
         if not isinstance(name, str) or type(value) is not int:
             raise ProtocolError(f"a worker's counter {str(name)[:40]!r} is no number")
+        if len(name) > MOST_LETTERS:
+            raise ProtocolError(f"a worker's counter {name[:40]!r} has {len(name)} letters (limit {MOST_LETTERS})")
+        if not 0 <= value <= (MOST if _is_sum(name) else NONE_YET):
+            raise ProtocolError(f"a worker's counter {name[:40]!r} is {value}")
     return told
 
 
+def _is_sum(name: str) -> bool:
+    return name not in PRESENT and not name.endswith(("_min", "_max", "_avg"))
+
+
 def merge(before: Mapping[str, int], now: Mapping[str, int]) -> dict[str, int]:
-    """Counters of a worker and of those before it. By name: `*_min`, `*_max`, `*_avg` (weighted by `*_ops`), sums."""
-    merged = {name: value for name, value in before.items() if name not in PRESENT and name not in now}
+    """Counters of a worker and of those before it. By name: `*_min`, `*_max`, `*_avg` (weighted by `*_ops`), sums.
+
+    As many names as one worker may have: those that the present one does not know go first.
+    """
+    carried = [name for name in before if name not in PRESENT and name not in now][: MOST_NAMES - len(now)]
+    merged = {name: before[name] for name in carried}
     for name, value in now.items():
         if name in PRESENT or name not in before:
             merged[name] = value
@@ -40,7 +57,7 @@ def merge(before: Mapping[str, int], now: Mapping[str, int]) -> dict[str, int]:
         elif name.endswith("_avg"):
             merged[name] = _average(name, before, now)
         else:
-            merged[name] = before[name] + value
+            merged[name] = min(before[name] + value, MOST)
     return merged
 
 

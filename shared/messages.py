@@ -11,6 +11,7 @@ travel here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 
 import msgpack
@@ -22,6 +23,12 @@ from shared.typed import Any
 
 VERSION = 1
 MAX_MESSAGE = 16 << 20
+MAX_ITEMS = 1 << 21  # of one list or map: what a console has not delivered yet is a list of a million numbers
+MAX_CONTAINERS = 1 << 16  # lists and maps of one message: an empty one is a byte of it and a hundred in memory
+MAX_DEPTH = 64  # of them inside each other: repr() and json recurse
+MAX_TEXT = 4096  # of an error's message, its hint and each of its causes
+MAX_CAUSES = 16
+SHOWN = 40  # characters of what a peer said that an error repeats
 
 
 class Verb(StrEnum):
@@ -90,13 +97,52 @@ def decode(data: bytes) -> dict[str, Any]:
     """One message. Raises ProtocolError for anything that is not one."""
     if len(data) > MAX_MESSAGE:
         raise ProtocolError(f"control message of {len(data)} bytes (limit {MAX_MESSAGE})")
+    containers = 0
+
+    def count(container: Any) -> Any:
+        nonlocal containers
+        containers += 1
+        if containers > MAX_CONTAINERS:
+            raise ProtocolError(f"control message of more than {MAX_CONTAINERS} lists and maps")
+        return container
+
     try:
-        message = msgpack.unpackb(data, raw=False, strict_map_key=False)
+        _check_whole(data)
+        message = msgpack.unpackb(
+            data, raw=False, strict_map_key=False, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS,
+            list_hook=count, object_hook=count,
+        )  # fmt: skip
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:  # TypeError: a list as a key
         raise ProtocolError("control message is not msgpack") from error
+    if containers > MAX_DEPTH and _deeper_than(MAX_DEPTH, message):
+        raise ProtocolError(f"control message of more than {MAX_DEPTH} lists and maps inside each other")
     if not isinstance(message, dict) or message.get("v") != VERSION:
-        raise ProtocolError(f"control message of version {message.get('v') if isinstance(message, dict) else '?'}")
+        version = message.get("v") if isinstance(message, dict) else "?"
+        raise ProtocolError(f"control message of version {version!s:.{SHOWN}}")
     return message
+
+
+def _check_whole(data: bytes) -> None:
+    """Raises ValueError or UnpackException. A list's memory is allocated when its length has been read, so a few bytes
+    with a length and nothing behind it, each inside the one before, would be gigabytes."""
+    unpacker = msgpack.Unpacker(max_buffer_size=len(data))
+    unpacker.feed(data)
+    unpacker.skip()
+    if unpacker.tell() != len(data):
+        raise ValueError("bytes behind the message")
+
+
+def _deeper_than(depth: int, message: object) -> bool:
+    level = [message]
+    for _ in range(depth):
+        level = [below for each in level for below in _items(each) if isinstance(below, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
+def _items(container: Any) -> Iterable[object]:
+    return container.values() if isinstance(container, dict) else container
 
 
 def check_arguments(verb: str, arguments: object) -> dict[str, Any]:
@@ -104,7 +150,7 @@ def check_arguments(verb: str, arguments: object) -> dict[str, Any]:
     try:
         fields = ARGUMENTS[Verb(verb)]
     except ValueError:
-        raise ProtocolError(f"unknown verb {verb!r}", "both processes must be of the same release") from None
+        raise ProtocolError(f"unknown verb {verb[:SHOWN]!r}", "both processes must be of the same release") from None
     if not isinstance(arguments, dict):
         raise ProtocolError(f"{verb}: arguments are not a map")
     for field in fields:
@@ -131,10 +177,10 @@ def error_from_wire(wire: object) -> FlotillaError:
         return ProtocolError("an error answer without an error")
     kind = getattr(errors, str(wire.get("type")), None)
     cls = kind if isinstance(kind, type) and issubclass(kind, FlotillaError) else WorkerError
-    error: FlotillaError = cls(str(wire.get("message", "")), str(wire.get("hint", "")))
+    error: FlotillaError = cls(str(wire.get("message", ""))[:MAX_TEXT], str(wire.get("hint", ""))[:MAX_TEXT])
     below: BaseException = error
     causes = wire.get("causes")
-    for text in causes if isinstance(causes, list) else []:
-        below.__cause__ = FlotillaError(str(text))
+    for text in causes[:MAX_CAUSES] if isinstance(causes, list) else []:
+        below.__cause__ = FlotillaError(str(text)[:MAX_TEXT])
         below = below.__cause__
     return error

@@ -51,8 +51,8 @@ class Toy:
 
     def fault(self, what: str, value: int, options: Mapping[str, Any] = NOTHING) -> None:
         """`bug`; `sleep`: the main thread never answers again; `stall`: it answers and its epoch stands still;
-        `nonsense`: a heartbeat that is none; `garbage`: an answer that is no message; `lie`: counters that are none;
-        else a new count."""
+        `nonsense`: a heartbeat that is none; `garbage`: an answer that is no message; `ask`: requests instead of
+        answers; `lie`: counters that are none; else a new count."""
         if what == "bug":
             raise ZeroDivisionError("a bug in a handler")
         if what == "sleep":
@@ -63,6 +63,11 @@ class Toy:
             from shared import messages
 
             messages.encode = lambda message: b"\xc1"
+        if what == "ask":
+            from shared import messages
+
+            request = messages.encode({"id": 1, "verb": "hello", "args": {}})
+            messages.encode = lambda message: request
         self.moves, self.honest = what != "stall", what != "lie"
         self.count = value
 

@@ -14,8 +14,8 @@ from controller.api_socket import ApiSocket
 from controller.doctor_sandbox import fatal
 from controller.exporter import Exporter
 from controller.leavings import Leavings
-from shared.control import Channel
-from shared.errors import ProtocolError, WorkerError
+from shared.control import EXPORTER, Channel
+from shared.errors import ProtocolError, StateError, WorkerError
 from shared.figures import Figures, ProcessFigures, to_wire
 from shared.messages import Verb
 from shared.reactor import Event, gather, readable, sleep
@@ -151,6 +151,28 @@ def test_nothing_but_figures_can_be_asked_for(rig):
     with pytest.raises(ProtocolError, match="this process does not serve 'api'"):
         rig.run(channel.call(Verb.API, **body))
     channel.close()
+
+
+def test_collections_under_way_are_bounded(rig):
+    """Whoever takes the exporter over asks without waiting for answers."""
+    rig.run(sleep(rig.reactor, 0))
+    channel = Channel(rig.reactor, f"ipc://{rig.runtime}/metrics.1", bind=False)
+    rig.go_on.clear()
+    asked = [rig.reactor.spawn(channel.call(Verb.METRICS, SECONDS)) for _ in range(10)]
+    for task in asked:
+        task.add_done_callback(lambda _: None)
+
+    async def refused() -> None:
+        while sum(task.done() for task in asked) < 10 - EXPORTER.requests:
+            await sleep(rig.reactor, 0.002)
+
+    rig.run(refused())
+    assert rig.collections == EXPORTER.requests
+    assert {type(task.exception()) for task in asked if task.done()} == {StateError}
+    rig.go_on.set()
+    rig.run(gather(rig.reactor, *(task for task in asked if not task.done())))
+    channel.close()
+    assert rig.run(rig.scrape()).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_killed_exporter_comes_back_on_the_same_socket_and_no_client_is_refused(rig):

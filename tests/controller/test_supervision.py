@@ -213,6 +213,13 @@ def test_control_message_that_is_none_is_a_refusal(rig: Rig) -> None:
     assert (columns["last_cause"], columns["last_reason"]) == ("refused", "control message is not msgpack")
 
 
+def test_worker_that_asks_its_controller_for_something_is_a_refusal(rig: Rig) -> None:
+    columns = rig.replaced(rig.toy().fault("ask"))
+    assert (columns["last_cause"], columns["last_reason"]) == (
+        "refused", "request 'hello' of one that has nothing to ask",
+    )  # fmt: skip
+
+
 def test_worker_whose_answer_is_there_is_not_hung_when_the_controller_had_no_time_to_read_it(rig: Rig) -> None:
     """Asked, it gets no time until the next tick; then the controller gets none until it is to judge."""
     process = rig.toy().backend.process

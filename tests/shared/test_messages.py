@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import msgpack
 import pytest
 from hypothesis import example, given
@@ -29,6 +31,7 @@ def test_what_is_encoded_is_decoded(message):
 @example(b"\xc7\x0c\xff" + b"\xff" * 12)  # a timestamp out of range
 @example(b"\xdd\xff\xff\xff\xff")  # a list of 4 billion elements
 @example(b"\x91" * 2000)  # nested too deep
+@example(b"\x81\xa1v" + b"\x91" * messages.MAX_DEPTH + b"\x90")
 def test_garbage_is_a_protocol_error(data):
     with pytest.raises(ProtocolError):
         decode(data)
@@ -43,6 +46,44 @@ def test_another_version_is_a_protocol_error(message):
 def test_too_long_a_message_is_refused_before_it_is_parsed():
     with pytest.raises(ProtocolError, match="limit 16777216"):
         decode(b"\xc1" * (messages.MAX_MESSAGE + 1))
+
+
+def test_lists_and_maps_are_counted():
+    """A byte each in the message, and sixty to a hundred in memory."""
+    inside = {"a": [[]] * (messages.MAX_CONTAINERS - 3)}
+    assert decode(encode({"ok": inside}))["ok"] == inside
+    for more in ([[]], [{}]):
+        with pytest.raises(ProtocolError, match="more than 65536 lists and maps"):
+            decode(encode({"ok": {"a": [*inside["a"], *more]}}))
+
+
+def test_lists_and_maps_inside_each_other_are_counted():
+    """repr() and json recurse, and an error that nobody expects would end the reader."""
+    value: object = {}
+    for _ in range(messages.MAX_DEPTH - 2):
+        value = [value]
+    message = {"ok": value, **{str(number): [] for number in range(messages.MAX_DEPTH)}}
+    assert decode(encode(message))["ok"] == value
+    with pytest.raises(ProtocolError, match="more than 64 lists and maps inside each other"):
+        decode(encode({**message, "ok": {"a": value}}))
+
+
+def test_a_list_that_promises_more_than_there_is_allocates_nothing():
+    data = (b"\xdd" + (1 << 20).to_bytes(4, "big")) * 900 + bytes(1 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="not msgpack"):
+            decode(data)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_peers_error_is_kept_in_part():
+    wire = {"type": "WorkerError", "message": "m" * 100_000, "hint": "h" * 100_000, "causes": ["c" * 100_000] * 100_000}
+    error = error_from_wire(wire)
+    assert type(error) is WorkerError and len(errors.chain(error)) == 1 + messages.MAX_CAUSES
+    assert max(map(len, (error.message, error.hint, *errors.chain(error)[1:]))) == messages.MAX_TEXT
 
 
 def test_every_verb_has_its_row():

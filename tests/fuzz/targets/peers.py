@@ -57,7 +57,8 @@ class ControlRig:
         call = self.reactor.spawn(self.call(), "call")
         settle(self.reactor)
         for _ in range(1 + choices.below(4)):
-            self.peer.send(self.message(choices))
+            frames = [self.message(choices)]
+            self.peer.send_multipart(frames if choices.below(8) < 7 else [*frames, choices.bytes(4)])
         # The channel answers this, whatever came before it.
         self.number += 1
         self.peer.send(msgpack.packb({**TAIL, "id": 1 << 40 | self.number}))
@@ -82,9 +83,13 @@ class ControlRig:
             answer.get("epoch")
 
     def message(self, choices: Choices) -> bytes:
-        kind = choices.below(4)
+        kind = choices.below(6)
         if kind == 0:
             return choices.bytes(choices.below(64))
+        if kind == 4:  # lists that promise more than there is, or are too many, or too deep
+            return choices.bytes(choices.below(6)) * (1 + choices.below(2000))
+        if kind == 5:
+            return msgpack.packb({"v": 1, "id": 1, "verb": "x" * choices.below(60000), "args": choices.junk()})
         if kind == 1:
             verb = choices.one_of(list(Verb))
             arguments = {field.name: choices.junk() for field in ARGUMENTS[verb]}
