@@ -168,8 +168,11 @@ def _sum(stats: Mapping[str, int], *names: str) -> int | None:
 
 
 def encode(measured: Measured, accept: str) -> tuple[bytes, str]:
-    """The text and its content type, as an Accept header wishes."""
-    encoder, content_type = choose_encoder(accept)
+    """The text and its content type, as an Accept header wishes; one that can't be read wishes nothing."""
+    try:
+        encoder, content_type = choose_encoder(accept)
+    except (TypeError, ValueError):  # of prometheus_client, for a version that is no number
+        encoder, content_type = choose_encoder("")
     return encoder(Snapshot(measured)), content_type
 
 

@@ -194,6 +194,13 @@ def test_plain_text_otherwise() -> None:
 def documented() -> dict[str, tuple[str, str]]:
     """docs/metrics.md: kind and labels by name."""
     rows = re.findall(r"^\| `(flotilla_\w+)` \| (\w+) \| ([^|]*) \|", (ROOT / "docs" / "metrics.md").read_text(), re.M)
+@pytest.mark.parametrize("version", ["x", "", "1.x", "1..0", "0.0.4.", "\N{SUPERSCRIPT TWO}"])
+@pytest.mark.parametrize("kind", ["text/plain", "application/openmetrics-text"])
+def test_a_version_that_is_none_is_no_wish(kind: str, version: str) -> None:
+    text, _ = encode(Measured(FIGURES, {}, 0.25), f"{kind}; version={version}")
+    assert text.startswith(b"# HELP flotilla_build_info")
+
+
     return {name: (kind, labels.strip()) for name, kind, labels in rows}
 
 
