@@ -99,6 +99,9 @@ class Snapshot(Collector):
                 self._set("flotilla_process_cpu_seconds_total", ticks / TICKS_PER_SECOND, *labels, mode)
         self._set("flotilla_process_pss_bytes", pss.get(process.pid), *labels)
         self._set("flotilla_process_restarts_total", process.restarts, *labels)
+        for cause, count in process.losses.items():
+            self._set("flotilla_process_losses_total", count, *labels, cause)
+        self._set("flotilla_process_quarantines_total", process.quarantines, *labels)
         for outcome, count in (("done", process.upgrades), ("failed", process.failed_upgrades)):
             self._set("flotilla_process_upgrades_total", count, *labels, outcome)
         self._set("flotilla_process_state", 1, *labels, process.state)

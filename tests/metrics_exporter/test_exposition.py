@@ -46,7 +46,7 @@ FIGURES = Figures(
     vm_state="Running",
     processes=(
         ProcessFigures("controller", "controller", 10, "running", 0, 300, 100),
-        ProcessFigures("blk", "_disk0", 11, "running", 2, 50, 25, 12.5, 3, 1),
+        ProcessFigures("blk", "_disk0", 11, "running", 2, 50, 25, 12.5, 3, 1, {"ended": 2, "hung": 0}, 4),
         ProcessFigures("vcpu", "vcpu0", 12, "exiting", 0, 7, 8),
         ProcessFigures("console", "console", 0, "restarting", 1),
     ),
@@ -87,6 +87,9 @@ def test_processes(found: Samples) -> None:
     assert at(found, "process_restarts_total", **disk) == 2
     assert at(found, "process_upgrades_total", **disk, outcome="done") == 3
     assert at(found, "process_upgrades_total", **disk, outcome="failed") == 1
+    assert at(found, "process_losses_total", **disk, cause="ended") == 2
+    assert at(found, "process_losses_total", **disk, cause="hung") == 0
+    assert at(found, "process_quarantines_total", **disk) == 4
     assert at(found, "process_state", **disk, state="running") == 1
     assert at(found, "process_last_stall_seconds", **disk) == 0.0125
 
@@ -191,9 +194,6 @@ def test_plain_text_otherwise() -> None:
         assert encode(Measured(FIGURES, {}, 0.25), accept)[1].startswith("text/plain; version=0.0.4")
 
 
-def documented() -> dict[str, tuple[str, str]]:
-    """docs/metrics.md: kind and labels by name."""
-    rows = re.findall(r"^\| `(flotilla_\w+)` \| (\w+) \| ([^|]*) \|", (ROOT / "docs" / "metrics.md").read_text(), re.M)
 @pytest.mark.parametrize("version", ["x", "", "1.x", "1..0", "0.0.4.", "\N{SUPERSCRIPT TWO}"])
 @pytest.mark.parametrize("kind", ["text/plain", "application/openmetrics-text"])
 def test_a_version_that_is_none_is_no_wish(kind: str, version: str) -> None:
@@ -201,6 +201,9 @@ def test_a_version_that_is_none_is_no_wish(kind: str, version: str) -> None:
     assert text.startswith(b"# HELP flotilla_build_info")
 
 
+def documented() -> dict[str, tuple[str, str]]:
+    """docs/metrics.md: kind and labels by name."""
+    rows = re.findall(r"^\| `(flotilla_\w+)` \| (\w+) \| ([^|]*) \|", (ROOT / "docs" / "metrics.md").read_text(), re.M)
     return {name: (kind, labels.strip()) for name, kind, labels in rows}
 
 
