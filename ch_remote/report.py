@@ -1,4 +1,7 @@
-"""What the user gets to see: answers verbatim, errors as Cloud Hypervisor's numbered chain."""
+"""What the user gets to see: answers verbatim, errors as Cloud Hypervisor's numbered chain.
+
+Messages and cells may quote a worker or a migration's peer: they are shown as one line that moves no cursor.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 from ch_remote.http import Response
 from shared.errors import chain
+from shared.visible import visible
 
 _STATUS = {
     100: "Continue",
@@ -37,7 +41,7 @@ def print_error(error: BaseException, *context: str) -> None:
     # A system call's error is in our message already; the chain would say it twice.
     messages = [*context, *(text for text in chain(error) if not text.startswith("[Errno"))]
     if len(messages) == 1:
-        sys.stderr.write(f"{_PROGRAM} error:\n  {messages[0]}\n")
+        sys.stderr.write(f"{_PROGRAM} error:\n  {visible(messages[0])}\n")
         return
     _print_chain(messages)
 
@@ -52,14 +56,14 @@ def print_refusal(response: Response) -> None:
     reasons, problem = _reasons(response.body)
     _print_chain(messages + reasons)
     if problem:
-        body = response.body.decode(errors="replace")
+        body = visible(response.body.decode(errors="replace"))
         sys.stderr.write(
             f"  X: Can't get remote's error messages from JSON response: {problem}: body='{body}'\n"
         )
 
 
 def _print_chain(messages: list[str]) -> None:
-    lines = [f"  {level}: {message}\n" for level, message in enumerate(messages)]
+    lines = [f"  {level}: {visible(message)}\n" for level, message in enumerate(messages)]
     sys.stderr.write(f"{_PROGRAM} chain of errors:\n{''.join(lines)}")
 
 
@@ -87,9 +91,9 @@ def table(response: Response) -> list[str]:
     if isinstance(value, dict):
         value = value.get("processes")
     if not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
-        return response.body.decode(errors="replace").splitlines()
+        return [visible(line) for line in response.body.decode(errors="replace").splitlines()]
     columns = list(dict.fromkeys(key for row in value for key in row))
-    rows = [[key.upper() for key in columns], *([_cell(row.get(key)) for key in columns] for row in value)]
+    rows = [[visible(key.upper()) for key in columns], *([_cell(row.get(key)) for key in columns] for row in value)]
     widths = [max(len(row[index]) for row in rows) for index in range(len(columns))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -102,5 +106,5 @@ def print_table(response: Response) -> None:
 
 def _cell(value: object) -> str:
     if isinstance(value, list):
-        return " ".join(map(str, value)) or "-"
-    return "-" if value is None else str(value)
+        return visible(" ".join(map(str, value))) or "-"
+    return "-" if value is None else visible(str(value))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -40,6 +41,8 @@ CONTROLLER: Final = "controller"  # stands for its pid among a call's arguments
 PROT_READ_EXEC, MAP_PRIVATE_ANONYMOUS = 5, 0x22
 TIOCSTI: Final = 0x5412
 KVM_CREATE_VM: Final = 0xAE01
+F_SETSIG: Final = 10
+FIOSETOWN: Final = 0x8901
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,10 @@ ATTEMPTS: Final = (
     Attempt("signal its thread", "tgkill", (CONTROLLER, CONTROLLER, 0)),
     Attempt("signal everybody", "kill", (-1, 0)),
     Attempt("queue it a signal", "rt_sigqueueinfo", (CONTROLLER, 0, 0)),
+    Attempt("a descriptor's owner", "fcntl", (BAD_FD, fcntl.F_SETOWN, CONTROLLER)),
+    Attempt("a signal for its owner", "fcntl", (BAD_FD, F_SETSIG, signal.SIGKILL)),
+    Attempt("its owner, by ioctl", "ioctl", (BAD_FD, FIOSETOWN, 0)),
+    Attempt("signals to its owner", "fcntl", (BAD_FD, fcntl.F_SETFL, os.O_ASYNC)),
     Attempt("ptrace the controller", "ptrace", (0x4206, CONTROLLER, 1, 0)),
     Attempt("read its memory", "process_vm_readv", (CONTROLLER, 0, 0, 0, 0, 0)),
     Attempt("a pidfd of it", "pidfd_open", (CONTROLLER, 0)),

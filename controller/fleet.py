@@ -23,6 +23,7 @@ from shared.errors import FlotillaError, WorkerError, WorkerLost
 from shared.reactor import Event, Reactor, describe
 from shared.records import Record, field
 from shared.typed import TYPE_CHECKING, Any
+from shared.visible import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -136,7 +137,7 @@ def _read_words(fd: int) -> str:
         words = os.read(fd, LAST_WORDS_BYTES)
     except OSError:  # EAGAIN: it said nothing, and somebody else still holds the other end
         return ""
-    return "".join(letter if letter.isprintable() else " " for letter in words.decode(errors="replace")).strip()
+    return visible(words.decode(errors="replace").strip())
 
 
 def pss_kib(pid: int) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from controller.config.cli import Options, parse_argv
 from shared import log
 from shared.errors import FlotillaError, HostError, chain
+from shared.visible import visible
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(error: FlotillaError) -> None:
     """Cloud Hypervisor's form: one line for one message, a numbered list for a chain."""
-    messages = chain(error)
+    messages = [visible(message) for message in chain(error)]
     if len(messages) == 1:
         text = f"Error: Cloud Hypervisor exited with the following error:\n  {messages[0]}\n"
     else:

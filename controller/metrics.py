@@ -58,7 +58,7 @@ async def collect(vmm: Vmm, files: dict[int, int]) -> Figures:
     for number, row in enumerate(rows):
         if number % PROCESSES_A_TURN == PROCESSES_A_TURN - 1:
             await sleep(vmm.reactor, 0)
-        processes.append(_process(row))
+        processes.append(_process(row, *vmm.fleet.supervision.counts(row["kind"], row["device"])))
         if row["pid"] and row["kind"] != "vcpu":  # their address space is the controller's
             _open(row["pid"], files)
     vm = vmm.vm  # looked at from here on without a wait: it may have ended meanwhile
@@ -73,11 +73,11 @@ async def collect(vmm: Vmm, files: dict[int, int]) -> Figures:
     )
 
 
-def _process(row: dict[str, Any]) -> ProcessFigures:
+def _process(row: dict[str, Any], losses: dict[str, int], quarantines: int) -> ProcessFigures:
     user, system = cpu_ticks(row["pid"]) if row["pid"] else (None, None)
     return ProcessFigures(
         row["kind"], row["device"], row["pid"], row["state"], row["restarts"], user, system, row.get("last_stall_ms"),
-        row.get("upgrades", 0), row.get("failed_upgrades", 0),
+        row.get("upgrades", 0), row.get("failed_upgrades", 0), losses, quarantines,
     )  # fmt: skip
 
 

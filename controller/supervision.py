@@ -77,6 +77,8 @@ class Account(Record, frozen=False):
     program: str = ""  # what the worker is exec'd from; "": this release's own
     upgrades: int = 0
     failed_upgrades: int = 0
+    losses: dict[Cause, int] = field(default_factory=lambda: dict.fromkeys(Cause, 0))
+    quarantines: int = 0
 
 
 Emit = Callable[[str, str, "dict[str, Any] | None"], None]
@@ -97,6 +99,7 @@ class Supervision:
         incident = Incident(time.monotonic(), kind, name, pid, cause, reason)
         account = self.account(kind, name)
         account.recent.append(incident)
+        account.losses[cause] += 1
         if account.since is None:
             account.since = incident.when if since is None else since
         log.warn(f"{kind} {name} (pid {pid}) is lost, {cause}: {reason}")
@@ -122,6 +125,7 @@ class Supervision:
         if account.quarantine == reason:
             return
         account.quarantine = reason
+        account.quarantines += 1
         cause = account.recent[-1].cause if account.recent else Cause.REFUSED
         log.error(f"{kind} {name} is quarantined: {reason}")
         incident = Incident(time.monotonic(), kind, name, 0, cause, reason)
@@ -173,6 +177,11 @@ class Supervision:
             "failed_upgrades": account.failed_upgrades if account is not None else 0,
             "program": account.program or None if account is not None else None,
         }
+
+    def counts(self, kind: str, name: str) -> tuple[dict[str, int], int]:
+        """Losses by cause, every cause told, and quarantines; since the VMM's start."""
+        account = self.accounts.get((kind, name)) or Account()
+        return {str(cause): count for cause, count in account.losses.items()}, account.quarantines
 
     @staticmethod
     def _properties(incident: Incident) -> dict[str, Any]:

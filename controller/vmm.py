@@ -218,7 +218,7 @@ class Vmm:
         """A bug in one callback: say so loudly, keep the guest running."""
         import traceback
 
-        log.error(f"{where}: {describe(error)}\n{''.join(traceback.format_exception(error))}")
+        log.error(f"{where}: {describe(error)}", "".join(traceback.format_exception(error)))
 
     def _resized(self) -> None:
         if self.vm is not None:

@@ -44,6 +44,8 @@ CATALOGUE: Final = (
              "guest's in it"),
     _gauge("process_pss_bytes", _PROCESS, "Proportional set size; the vCPUs' is the controller's"),
     _counter("process_restarts", _PROCESS, "How often the process has been started again"),
+    _counter("process_losses", (*_PROCESS, "cause"), "How often the process was lost, by how that was noticed"),
+    _counter("process_quarantines", _PROCESS, "How often no successor of the process came up, once for each reason"),
     _counter("process_upgrades", (*_PROCESS, "outcome"), "Upgrades of the worker, done and failed"),
     _gauge("process_state", (*_PROCESS, "state"), "1 for the state of the process as vmm.fleet tells it"),
     _gauge("process_last_stall_seconds", _PROCESS, "From the last loss of the process until its successor served"),

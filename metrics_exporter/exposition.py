@@ -99,6 +99,9 @@ class Snapshot(Collector):
                 self._set("flotilla_process_cpu_seconds_total", ticks / TICKS_PER_SECOND, *labels, mode)
         self._set("flotilla_process_pss_bytes", pss.get(process.pid), *labels)
         self._set("flotilla_process_restarts_total", process.restarts, *labels)
+        for cause, count in process.losses.items():
+            self._set("flotilla_process_losses_total", count, *labels, cause)
+        self._set("flotilla_process_quarantines_total", process.quarantines, *labels)
         for outcome, count in (("done", process.upgrades), ("failed", process.failed_upgrades)):
             self._set("flotilla_process_upgrades_total", count, *labels, outcome)
         self._set("flotilla_process_state", 1, *labels, process.state)
@@ -168,8 +171,11 @@ def _sum(stats: Mapping[str, int], *names: str) -> int | None:
 
 
 def encode(measured: Measured, accept: str) -> tuple[bytes, str]:
-    """The text and its content type, as an Accept header wishes."""
-    encoder, content_type = choose_encoder(accept)
+    """The text and its content type, as an Accept header wishes; one that can't be read wishes nothing."""
+    try:
+        encoder, content_type = choose_encoder(accept)
+    except (TypeError, ValueError):  # of prometheus_client, for a version that is no number
+        encoder, content_type = choose_encoder("")
     return encoder(Snapshot(measured)), content_type
 
 

@@ -4,7 +4,7 @@
         └── too slow, too long, nonsense, one too many ──────▲
 
 Nobody can keep it from the others: a request has REQUEST_SECONDS and MAX_HEAD bytes, its answer SEND_SECONDS, and of
-MAX_CONNECTIONS the oldest goes when another comes.
+MAX_CONNECTIONS the oldest goes when another comes. A bug that a request leads to is that client's 500.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Final
 
 import h11
 
+from shared import log
 from shared.errors import FlotillaError, Timeout
-from shared.reactor import Cancelled, Reactor, Task, readable, within, writable
+from shared.reactor import Cancelled, Reactor, Task, describe, readable, within, writable
 
 PATH: Final = b"/metrics"
 MAX_CONNECTIONS: Final = 32
@@ -67,8 +68,7 @@ class Server:
     async def _serve(self, client: socket.socket) -> None:
         try:
             connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
-            status, content, kind = await self._answer_of(connection, client)
-            data = _response(status, content, kind)
+            data = _response(*await self._answer(connection, client))
             await within(self._reactor, SEND_SECONDS, self._send(client, data), "a client to read")
             client.shutdown(socket.SHUT_WR)
         except (OSError, Timeout):
@@ -76,6 +76,15 @@ class Server:
         except Cancelled:
             return  # it was dropped
         self._forget(client)
+
+    async def _answer(self, connection: h11.Connection, client: socket.socket) -> tuple[int, bytes, str]:
+        try:
+            return await self._answer_of(connection, client)
+        except OSError:
+            raise
+        except Exception as error:
+            log.error(f"metrics: a request could not be answered: {describe(error)}")
+            return 500, b"this request could not be answered\n", TEXT
 
     async def _answer_of(self, connection: h11.Connection, client: socket.socket) -> tuple[int, bytes, str]:
         try:
@@ -131,7 +140,8 @@ class Server:
 
 _REASONS: Final = {
     200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
-    413: "Content Too Large", 431: "Request Header Fields Too Large", 503: "Service Unavailable",
+    413: "Content Too Large", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
+    503: "Service Unavailable",
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Final
 import msgpack
 
 from shared.control import Channel
-from shared.errors import FlotillaError, HostError, ProtocolError
+from shared.errors import HostError, ProtocolError
 from shared.figures import Figures, from_wire
 from shared.linux import close_fds, recv_fds
 from shared.messages import Verb
@@ -66,7 +66,7 @@ class Source:
         """A task of its own: a client that goes away takes nobody's answer with it."""
         try:
             measured = await self._measured()
-        except FlotillaError as error:
+        except Exception as error:  # also a bug: whoever waits answers for it
             result.set_exception(error)
         except BaseException as error:
             result.set_exception(error)

@@ -25,7 +25,7 @@ VM: Final = ""  # the owner of KVM's statistics that belong to no vCPU
 @dataclass(frozen=True, slots=True)
 class ProcessFigures:
     """A row of `vmm.fleet`. CPU time in clock ticks, None when it could not be read; the guest's is in a vCPU's user
-    time."""
+    time. `losses` by cause."""
 
     kind: str = ""
     name: str = ""
@@ -37,6 +37,8 @@ class ProcessFigures:
     last_stall_ms: float | None = None
     upgrades: int = 0
     failed_upgrades: int = 0
+    losses: dict[str, int] = field(default_factory=dict)
+    quarantines: int = 0
 
 
 @dataclass(frozen=True, slots=True)

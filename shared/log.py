@@ -4,6 +4,9 @@ error: something a user asked for failed. warn: abnormal, no impact. info: rare 
 The time counts from the start of the VMM (workers are told it). Standard library's logging costs 15 ms of import and is
 not used. One write(2) per line, so that lines of several processes never mix. A pipe that nobody reads loses lines and
 stops nobody; how many is said as soon as there is room again.
+
+A text may quote a worker, a guest or a migration's peer: whatever it holds, it stays on its line, moves no terminal's
+cursor and is at most MAX_TEXT letters.
 """
 
 from __future__ import annotations
@@ -13,6 +16,11 @@ import select
 import sys
 import time
 from enum import IntEnum
+
+from shared.visible import visible
+
+MAX_TEXT = 1024
+INDENT = "    "  # of what follows a line: it can't be taken for one
 
 
 class Level(IntEnum):
@@ -64,7 +72,7 @@ def _room() -> bool:
     return bool(poll.poll(0))
 
 
-def _write(level: Level, text: str) -> None:
+def _write(level: Level, text: str, more: str = "") -> None:
     global _lost
     if not wanted(level):
         return
@@ -75,8 +83,10 @@ def _write(level: Level, text: str) -> None:
     path = frame.f_code.co_filename.rsplit("/", 2)
     where = f"{'/'.join(path[-2:])}:{frame.f_lineno}"
     missing, _lost = (f" ({_lost} lines before this one were lost)" if _lost else ""), 0
-    line = f"cloud-hypervisor: {time.monotonic() - _began:.6f}s: <{_thread}> {level.name}:{where} -- {text}{missing}\n"
-    data = line.encode(errors="replace")
+    began = f"cloud-hypervisor: {time.monotonic() - _began:.6f}s: <{_thread}>"
+    lines = [f"{began} {level.name}:{where} -- {visible(text, MAX_TEXT)}{missing}\n"]
+    lines += [f"{INDENT}{visible(line, MAX_TEXT)}\n" for line in more.splitlines()]
+    data = "".join(lines).encode(errors="replace")
     try:
         for start in range(0, len(data), select.PIPE_BUF):
             if start and not _room():  # a pipe that had room for so many may have none for more
@@ -87,8 +97,9 @@ def _write(level: Level, text: str) -> None:
         _lost += 1  # a full disk or a closed terminal must not take the VM with it
 
 
-def error(text: str) -> None:
-    _write(Level.ERROR, text)
+def error(text: str, more: str = "") -> None:
+    """`more`: lines of ours that follow, as a traceback's."""
+    _write(Level.ERROR, text, more)
 
 
 def warn(text: str) -> None:

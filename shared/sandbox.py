@@ -215,9 +215,12 @@ def list_for(module: str) -> str:
 
 def keep_descriptors(keep: Iterable[int]) -> None:
     """Close every descriptor but these. Standard input and output, which may be a user's terminal, become /dev/null
-    unless they are among them; standard error stays: log and last messages go there."""
+    unless they are among them; standard error stays, to be written only: log and last messages go there. Raises
+    OSError."""
     kept = sorted({2, *(fd for fd in keep if fd >= 0)})
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    if os.isatty(2):
+        _write_only(2, null)
     for fd in (0, 1):
         if fd not in kept:
             os.dup2(null, fd)
@@ -227,6 +230,22 @@ def keep_descriptors(keep: Iterable[int]) -> None:
             os.closerange(start, fd)
             start = fd + 1
     os.closerange(start, os.sysconf("SC_OPEN_MAX"))
+
+
+def _write_only(terminal: int, null: int) -> None:
+    """Shells open a terminal once, for input too: whoever has that can read what is typed for a console."""
+    # Not to wait for a serial line's carrier: O_NONBLOCK, which then goes, as whoever prints expects.
+    flags = os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        writer = os.open(f"/proc/self/fd/{terminal}", flags)
+    except OSError as error:  # another user's, as under su
+        log.warn(f"this process's messages are lost, its terminal can't be opened to write only: {error.strerror}")
+        writer = os.dup(null)
+    try:
+        os.set_blocking(writer, True)
+        os.dup2(writer, terminal)
+    finally:
+        os.close(writer)
 
 
 def _limit_threads() -> None:

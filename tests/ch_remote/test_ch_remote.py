@@ -141,6 +141,13 @@ def test_a_refusal_continues_the_error_chain(server: Server, capfd: pytest.Captu
     ]
 
 
+def test_what_a_peer_wrote_into_a_refusal_stays_on_its_line(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    reason = "refused\n  3: all is well\x1b[2J"
+    server.handler = lambda head, _: reply(json.dumps([reason]).encode(), "500 Internal Server Error")
+    assert run(server, "pause") == 1
+    assert capfd.readouterr().err.splitlines()[-1] == "  2: refused\\n  3: all is well\\x1b[2J"
+
+
 @pytest.mark.parametrize(
     ("status", "name"),
     [
@@ -289,6 +296,13 @@ def test_fleet_as_a_table(server: Server, capfd: pytest.CaptureFixture[str]) -> 
     server.handler = lambda head, body: reply(json.dumps(rows).encode())
     assert run(server, "fleet", "--table") == 0
     assert capfd.readouterr().out == "KIND  DEVICE  PID\nvcpu  -       12\nblk   _disk0  3456\n"
+
+
+def test_what_a_worker_wrote_into_a_row_stays_in_its_cell(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [{"kind": "blk", "last_reason": "no\n\x1b]0;moon\x07", "groups": ["a\r", 2]}]
+    server.handler = lambda head, body: reply(json.dumps(rows).encode())
+    assert run(server, "fleet", "--table") == 0
+    assert capfd.readouterr().out.splitlines()[1:] == ["blk   no\\n\\x1b]0;moon\\x07  a\\r 2"]
 
 
 @pytest.mark.parametrize("body", [b"[]", b"[1]", b"oops", b'{"a":1}'])

@@ -139,6 +139,19 @@ def test_a_controller_that_fails_is_told_to_the_client_and_asked_again(rig):
     assert rig.run(rig.scrape()).startswith(b"HTTP/1.1 200 ")
 
 
+@pytest.mark.parametrize("version", ["x", "", "1.0.x"])
+def test_an_accept_header_that_is_nonsense_costs_nobody_the_exporter(rig, version):
+    def ask(kind):
+        return f"GET /metrics HTTP/1.0\r\nAccept: {kind}; version={version}\r\n\r\n".encode()
+
+    rig.run(rig.scrape())
+    pid = rig.process.pid
+    for kind in ("text/plain", "application/openmetrics-text"):
+        assert rig.run(rig.scrape(ask(kind))).startswith(b"HTTP/1.1 200 ")
+    assert rig.run(rig.scrape()).startswith(b"HTTP/1.1 200 ")
+    assert rig.process.pid == pid
+
+
 def test_nothing_but_figures_can_be_asked_for(rig):
     endpoint = f"ipc://{rig.runtime}/metrics.1"
     rig.run(sleep(rig.reactor, 0))  # it is bound, and its process on its way

@@ -162,6 +162,11 @@ def test_worker_that_exits_at_once_is_an_error_that_names_it(reactor, fleet):
         reactor.run_until(fleet.start(toy(refuse=True), {}, ignore), SECONDS)
 
 
+def test_what_a_worker_says_at_its_end_is_one_line(reactor, fleet):
+    with pytest.raises(WorkerLost, match=r"this host has no moon\\n\\x1b\[2J!$"):
+        reactor.run_until(fleet.start(toy(lacks="moon\n\x1b[2J!"), {}, ignore), SECONDS)
+
+
 def test_worker_that_says_why_it_can_not_start_is_quoted(reactor, fleet):
     with pytest.raises(WorkerLost, match=r"_toy0 \(pid \d+\) did not come up: this host has no moon"):
         reactor.run_until(fleet.start(toy(lacks="moon"), {}, ignore), SECONDS)

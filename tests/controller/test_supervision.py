@@ -351,6 +351,18 @@ def test_quarantine_is_told_once_with_its_reason() -> None:
     assert events == ["worker-quarantined", "worker-restarted"]
 
 
+def test_losses_are_counted_by_cause_and_quarantines_by_reason() -> None:
+    supervision = Supervision()
+    assert supervision.counts("blk", "_disk0") == ({str(cause): 0 for cause in Cause}, 0)
+    for cause in (Cause.HUNG, Cause.ENDED, Cause.HUNG):
+        supervision.lost("blk", "_disk0", 7, cause, "for a test")
+    for reason in ("no such disk", "no such disk", "no memory"):
+        supervision.quarantined("blk", "_disk0", reason)
+    supervision.restored("blk", "_disk0", 8)
+    losses, quarantines = supervision.counts("blk", "_disk0")
+    assert losses == {"ended": 1, "disconnected": 0, "hung": 2, "refused": 0} and quarantines == 2
+
+
 def test_stopped_and_dead_zygote_is_replaced_before_anybody_needs_it(rig: Rig) -> None:
     rig.toy()
     for number in (signal.SIGSTOP, signal.SIGKILL):

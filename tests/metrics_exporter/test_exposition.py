@@ -46,7 +46,7 @@ FIGURES = Figures(
     vm_state="Running",
     processes=(
         ProcessFigures("controller", "controller", 10, "running", 0, 300, 100),
-        ProcessFigures("blk", "_disk0", 11, "running", 2, 50, 25, 12.5, 3, 1),
+        ProcessFigures("blk", "_disk0", 11, "running", 2, 50, 25, 12.5, 3, 1, {"ended": 2, "hung": 0}, 4),
         ProcessFigures("vcpu", "vcpu0", 12, "exiting", 0, 7, 8),
         ProcessFigures("console", "console", 0, "restarting", 1),
     ),
@@ -87,6 +87,9 @@ def test_processes(found: Samples) -> None:
     assert at(found, "process_restarts_total", **disk) == 2
     assert at(found, "process_upgrades_total", **disk, outcome="done") == 3
     assert at(found, "process_upgrades_total", **disk, outcome="failed") == 1
+    assert at(found, "process_losses_total", **disk, cause="ended") == 2
+    assert at(found, "process_losses_total", **disk, cause="hung") == 0
+    assert at(found, "process_quarantines_total", **disk) == 4
     assert at(found, "process_state", **disk, state="running") == 1
     assert at(found, "process_last_stall_seconds", **disk) == 0.0125
 
@@ -189,6 +192,13 @@ def test_openmetrics_when_the_client_asks_for_it(figures: Figures) -> None:
 def test_plain_text_otherwise() -> None:
     for accept in ("", "text/html", "*/*", "\0nonsense;;=,"):
         assert encode(Measured(FIGURES, {}, 0.25), accept)[1].startswith("text/plain; version=0.0.4")
+
+
+@pytest.mark.parametrize("version", ["x", "", "1.x", "1..0", "0.0.4.", "\N{SUPERSCRIPT TWO}"])
+@pytest.mark.parametrize("kind", ["text/plain", "application/openmetrics-text"])
+def test_a_version_that_is_none_is_no_wish(kind: str, version: str) -> None:
+    text, _ = encode(Measured(FIGURES, {}, 0.25), f"{kind}; version={version}")
+    assert text.startswith(b"# HELP flotilla_build_info")
 
 
 def documented() -> dict[str, tuple[str, str]]:

@@ -205,6 +205,20 @@ def test_a_controller_that_does_not_answer_is_503_with_the_reason(rig: Rig) -> N
     assert status == 503 and b"no answer within 10 s" in answer
 
 
+def test_a_bug_is_the_clients_500_and_the_next_one_is_served(
+    rig: Rig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def bug() -> bytes:
+        raise ZeroDivisionError("a bug in the figures")
+
+    rig.scrape = bug
+    status, answer = rig.ask()
+    assert status == 500 and answer.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
+    assert "ZeroDivisionError: a bug in the figures" in capfd.readouterr().err
+    rig.scrape = rig._plain
+    assert rig.ask()[0] == 200
+
+
 def test_many_clients_side_by_side(rig: Rig) -> None:
     clients = [rig.connect(ASK) for _ in range(http.MAX_CONNECTIONS)]
     answers = rig.reactor.run_until(gather(rig.reactor, *(rig.rest(client) for client in clients)), SECONDS)

@@ -58,13 +58,14 @@ class Rig:
         return self.reactor.run_until(self.source.measure(), SECONDS)
 
     def goes_on(self) -> None:
-        """Nothing is left of what came before, and the next one is measured as ever."""
-        assert descriptors() == self.descriptors
+        """Nothing is left of what came before, and the next one is measured as ever. (zmq closes what earlier tests had
+        whenever it comes to it.)"""
+        assert descriptors() <= self.descriptors
         self.answer = to_wire(Figures(version="2"))
         self.send(msgpack.packb({"pids": [7]}), rollup(3))
         measured = self.measure()
         assert (measured.figures.version, measured.pss_bytes) == ("2", {7: 3 << 10})
-        assert descriptors() == self.descriptors
+        assert descriptors() <= self.descriptors
 
 
 def descriptors() -> int:
@@ -159,12 +160,9 @@ def test_descriptors_that_cannot_be_received_are_the_scrapes_error(rig: Rig, mon
     rig.goes_on()
 
 
-def test_an_error_that_nobody_foresaw_reaches_who_waits_and_the_reactor(
+def test_an_error_that_nobody_foresaw_reaches_who_waits_and_ends_nothing(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[BaseException] = []
-    rig.reactor.on_error = lambda error, _: seen.append(error)
-
     def broken(_: int) -> int | None:
         raise ZeroDivisionError
 
@@ -173,5 +171,4 @@ def test_an_error_that_nobody_foresaw_reaches_who_waits_and_the_reactor(
         rig.send(msgpack.packb({"pids": [1]}), rollup(1))
         with pytest.raises(ZeroDivisionError):
             rig.measure()
-    assert [type(error) for error in seen] == [ZeroDivisionError]
     rig.goes_on()

@@ -103,6 +103,10 @@ def test_killed_worker_and_vcpu_are_counted(tmp_path: Path, disk: Path, port: in
             and at(f, "process_restarts_total", process="vcpu0", kind="vcpu") == 1
             and at(f, "device_worker_up", device="_disk0") == 1,
         )
+        for labels in ({"process": "_disk0", "kind": "blk"}, {"process": "vcpu0", "kind": "vcpu"}):
+            assert at(found, "process_losses_total", **labels, cause="ended") == 1
+            assert at(found, "process_losses_total", **labels, cause="hung") == 0
+            assert at(found, "process_quarantines_total", **labels) == 0
         assert total(found, "vcpu_exits_total", vcpu="vcpu0") >= total(before, "vcpu_exits_total", vcpu="vcpu0")
         vmm.more("blk ok ")
         assert b"BAD" not in vmm.output

@@ -21,7 +21,10 @@ from shared.figures import (
 FULL = Figures(
     version="1",
     vm_state="Running",
-    processes=(ProcessFigures("blk", "_disk0", 7, "running", 2, 30, 4, 1.5), ProcessFigures("api", "api", 8)),
+    processes=(
+        ProcessFigures("blk", "_disk0", 7, "running", 2, 30, 4, 1.5, 1, 0, {"hung": 2}, 1),
+        ProcessFigures("api", "api", 8),
+    ),
     workers=(WorkerFigures("blk", "_disk0", {"read_ops": 1 << 60}), WorkerFigures("net", "_net1")),
     exits=(ExitFigures("vcpu0", {"vcpu": [1, 2], "controller": [0, 3]}),),
     kvm=(KvmFigures("", b"\0\xff"), KvmFigures("vcpu0", b"")),

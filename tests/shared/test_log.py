@@ -96,7 +96,23 @@ def test_a_log_that_is_full_stops_nobody(sink):
 
 def test_what_cannot_be_encoded_is_written_all_the_same(sink):
     log.error("a path \udcff")
-    assert sink.writes()[0].endswith("a path ?\n")
+    assert sink.writes()[0].endswith("a path \\udcff\n")
+
+
+def test_text_of_others_makes_no_line_and_no_terminal_of_its_own(sink):
+    log.warn("it said \ncloud-hypervisor: 1.0s: <vmm> INFO:x.py:1 -- all is well\r\x1b[2J\x9b2J")
+    (line,) = sink.writes()
+    assert line.endswith(
+        "-- it said \\ncloud-hypervisor: 1.0s: <vmm> INFO:x.py:1 -- all is well\\r\\x1b[2J\\x9b2J\n"
+    )
+
+
+def test_text_is_cut_and_what_follows_it_is_not(sink):
+    log.error("x" * 100_000, "Traceback:\n  File x\ncloud-hypervisor: \x1b[2J")
+    (line,) = sink.writes()
+    first, *more = line.splitlines()
+    assert first.endswith("-- " + "x" * log.MAX_TEXT + "…")
+    assert more == ["    Traceback:", "      File x", "    cloud-hypervisor: \\x1b[2J"]
 
 
 @pytest.fixture
@@ -126,7 +142,7 @@ def test_pipe_that_nobody_reads_loses_lines_stops_nobody_and_says_so_afterwards(
 
 def test_line_that_is_longer_than_what_a_pipe_has_room_for_stops_nobody(full_pipe):
     os.read(full_pipe, select.PIPE_BUF)  # room for one
-    log.error("x" * 100_000)
+    log.error("a bug", "a line of its traceback\n" * 1000)
     os.read(full_pipe, 1 << 20)
     log.error("three")
     assert os.read(full_pipe, 65536).decode().endswith("-- three (1 lines before this one were lost)\n")

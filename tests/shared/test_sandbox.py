@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import select
 import signal
+import struct
 import subprocess
 import sys
-from contextlib import suppress
+import tty
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -23,6 +26,7 @@ from shared.sandbox import PROFILES, confine, list_for
 from tests.controller.processes import SECONDS, running
 from tests.vmm import environment
 
+TIOCSPTLCK = 0x4004_5431
 ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(
     not ROOT, reason="namespaces of its own need CAP_SYS_ADMIN, which this run has not got"
@@ -229,6 +233,55 @@ def test_a_process_has_only_its_own_descriptors(start, tmp_path):
     others = {target for fd, target in opened.items() if fd > 2}
     kinds = {target.partition(":")[0] for target in others}
     assert kinds <= {"socket", "pipe", "anon_inode", "/dev/null"}, opened
+
+
+@contextmanager
+def standard_error(fd):
+    """What the zygote, and so a worker, has as descriptor 2."""
+    before = os.dup(2)
+    os.dup2(fd, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
+@pytest.fixture
+def terminal():
+    """(its master, the terminal)"""
+    ours, theirs = os.openpty()
+    tty.setraw(theirs)
+    yield ours, theirs
+    os.close(ours)
+    os.close(theirs)
+
+
+def access_of(pid, fd):
+    with open(f"/proc/{pid}/fdinfo/{fd}") as file:
+        flags = next(line for line in file if line.startswith("flags:"))
+    return int(flags.split()[1], 8) & os.O_ACCMODE
+
+
+def test_a_worker_writes_to_the_users_terminal_and_reads_nothing_from_it(start, terminal):
+    ours, theirs = terminal
+    with standard_error(theirs):
+        pid = start("worker", "errno")
+    assert os.readlink(f"/proc/{pid}/fd/2") == os.ttyname(theirs) and access_of(pid, 2) == os.O_WRONLY
+    os.write(ours, b"typed for the console")
+    with Captive(pid) as captive:
+        assert captive.call("read", 2, bytes(64), 64) == -errno.EBADF
+        assert captive.call("write", 2, b"a log line", 10) == 10
+    assert select.select([ours], [], [], SECONDS)[0] and os.read(ours, 64) == b"a log line"
+    assert select.select([theirs], [], [], SECONDS)[0] and os.read(theirs, 64) == b"typed for the console"
+
+
+def test_a_terminal_that_can_not_be_opened_again_stops_no_worker(start, terminal):
+    ours, theirs = terminal
+    fcntl.ioctl(ours, TIOCSPTLCK, struct.pack("i", 1))  # EIO, for root too
+    with standard_error(theirs):
+        pid = start("worker")
+    assert os.readlink(f"/proc/{pid}/fd/2") == "/dev/null"
 
 
 def test_lists_go_by_package_and_by_module_in_a_package_of_many_processes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -25,7 +26,16 @@ ARCH = seccomp.AUDIT_ARCH_X86_64
 NEVER = (
     "socket", "connect", "bind", "execve", "execveat", "fork", "vfork", "ptrace", "mount", "umount2", "unshare",
     "setns", "bpf", "pivot_root", "chroot", "process_vm_readv", "pidfd_open", "pidfd_getfd", "pidfd_send_signal",
-    "io_uring_setup", "capset", "setrlimit", "openat2", "seccomp",
+    "io_uring_setup", "capset", "setrlimit", "openat2", "seccomp", "memfd_create", "ftruncate",
+)  # fmt: skip
+# Ways to have the kernel send a signal to another process, in its sender's name or nobody's.
+F_SETSIG, F_SETOWN_EX, F_SETLEASE, F_NOTIFY = 10, 15, 1024, 1026
+FIOSETOWN, SIOCSPGRP, FIOASYNC, TIOCSTI = 0x8901, 0x8902, 0x5452, 0x5412
+NEVER_WITH = (
+    ("fcntl", fcntl.F_SETOWN, 1), ("fcntl", F_SETSIG, signal.SIGKILL), ("fcntl", F_SETOWN_EX, 0),
+    ("fcntl", F_SETLEASE, 0), ("fcntl", F_NOTIFY, 0), ("fcntl", fcntl.F_SETFL, os.O_ASYNC),
+    ("fcntl", fcntl.F_SETFL, os.O_ASYNC | os.O_RDWR), ("ioctl", FIOSETOWN, 1), ("ioctl", SIOCSPGRP, 1),
+    ("ioctl", FIOASYNC, 1), ("ioctl", TIOCSTI, 0),
 )  # fmt: skip
 
 TRY = """
@@ -148,6 +158,20 @@ def test_no_list_allows(name: str, call: str) -> None:
     program = assemble(seccomp.load(name), Forbidden.ERRNO)
     assert run(program, NUMBERS[call], 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF) != ALLOW
     assert run(program, NUMBERS[call]) != ALLOW
+
+
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize(("call", "command", "value"), NEVER_WITH)
+def test_no_list_allows_this_command(name: str, call: str, command: int, value: int) -> None:
+    assert run(assemble(seccomp.load(name)), NUMBERS[call], 0, command, value) == KILL
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_what_every_list_allows_of_fcntl(name: str) -> None:
+    program = assemble(seccomp.load(name))
+    for command in (fcntl.F_DUPFD, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_DUPFD_CLOEXEC):
+        assert run(program, NUMBERS["fcntl"], 0, command, 0xFFFF_FFFF) == ALLOW
+    assert run(program, NUMBERS["fcntl"], 0, fcntl.F_SETFL, os.O_NONBLOCK | os.O_DIRECT | os.O_RDWR) == ALLOW
 
 
 @pytest.mark.parametrize("name", LISTS)
