@@ -15,7 +15,7 @@ from controller.migration.commit import Heard, Line, destination_may_start, outc
 from controller.migration.link import AgentLink, Delivery, Settings
 from controller.migration.migratable import Accept, Build, RemoteMigratable
 from controller.migration.outcome import Ticket
-from controller.migration.progress import Phase, Progress, Transfer, elapsed_ms
+from controller.migration.progress import Phase, Progress, Transfer, elapsed_ms, figures
 from shared import log
 from shared.errors import FlotillaError, MigrationCancelled, MigrationError
 from shared.handover import Message
@@ -116,6 +116,7 @@ class Arrival:
         commit = await line.receive((Message.COMMIT,), self._settings.prepared)
         if time.monotonic() > deadline:
             raise MigrationError(f"COMMIT came later than {self._settings.prepared:g} s after PREPARED")
+        self._progress.breakdown["source"] = figures(commit.body.get("source"))
         paused_ms = commit.body.get("paused_ms")
         return float(paused_ms) if isinstance(paused_ms, (int, float)) else None
 

@@ -20,7 +20,7 @@ from controller.migration.link import AgentLink, Delivery, Settings
 from controller.migration.migratable import DirtyPages, RemoteMigratable
 from controller.migration.outcome import Inquiry, Ticket
 from controller.migration.outgoing import Fate
-from controller.migration.progress import Direction, Phase, Progress, Transfer, elapsed_ms
+from controller.migration.progress import Direction, Phase, Progress, Transfer, elapsed_ms, figures
 from controller.migration.rounds import Next, Rounds
 from shared import log
 from shared.errors import (
@@ -220,13 +220,15 @@ class Departure:
         return bitmap
 
     async def _round(self, rounds: Rounds) -> None:
-        self._transfer.round = rounds.number + 1
+        number = rounds.number
+        self._transfer.round = number + 1
         moved = await self._link.pump(sync=True)
         rounds.sent(moved["bytes"], moved["seconds"], moved["sync_seconds"])
         self._count(moved)
         listed = self._copied["rounds"]
         listed.append({"bytes": moved["bytes"], "ms": round(moved["seconds"] * 1e3, 3)})
         del listed[:-LISTED_ROUNDS]
+        self._progress.emit("migration-memory-iteration", {"id": str(number)})
 
     def _look(self, rounds: Rounds, bitmap: Bitmap, before: float) -> float:
         """Add what has been written meanwhile; when that was."""
@@ -318,7 +320,7 @@ class Departure:
         began = self._committed_at = time.monotonic()
         paused = None if self._paused_at is None else elapsed_ms(self._paused_at)
         try:
-            await line.send(Message.COMMIT, {"paused_ms": paused}, self._settings.call)
+            await line.send(Message.COMMIT, {"paused_ms": paused, "source": self._figures()}, self._settings.call)
         except NothingSent:
             self._committed_at = None
             raise
@@ -328,6 +330,12 @@ class Departure:
             progress.downtime_ms = elapsed_ms(self._paused_at)
         progress.breakdown["commit_ms"] = elapsed_ms(began)
         progress.breakdown["destination"] = started.body["timing"]
+
+    def _figures(self) -> dict[str, Any]:
+        """For the destination: who asks after a success can ask only there."""
+        own = {name: value for name, value in self._progress.breakdown.items() if value is not self._copied}
+        # Also what the peer has told us is in there, and a COMMIT that is too long to be sent would be a doubt.
+        return figures(own | {"final_pass_ms": self._copied["final_pass_ms"]})
 
     # Ends --------------------------------------------------------------------------------------------------------
 

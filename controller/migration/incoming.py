@@ -25,7 +25,7 @@ from controller.migration.listener import Listener, TcpListener, listen
 from controller.migration.migratable import Accept, Build, Migratable
 from controller.migration.outcome import Outcome, answer
 from controller.migration.ownership import Owner, Ownership, destination_may_abort
-from controller.migration.progress import Direction, Phase, Progress, elapsed_ms
+from controller.migration.progress import Direction, Phase, Progress, elapsed_ms, figures
 from shared import log
 from shared.errors import FlotillaError, MigrationCancelled, MigrationError, ProtocolError
 from shared.handover import Message
@@ -228,6 +228,7 @@ class Incoming:
         progress, ownership, vm = self._progress, self._ownership, self._built
         assert ownership is not None and vm is not None
         delivery = await self._link.receive(Message.STATE, self._settings.state)
+        progress.breakdown["source"] = figures(delivery.body.get("source"))
         progress.to(Phase.LOADING)
         began = time.monotonic()
         timing: dict[str, Any] = {"load": dict(await vm.load(delivery.body["state"]) or {})}

@@ -20,7 +20,7 @@ from controller.migration.descriptors import pidfd_pid
 from controller.migration.link import AgentLink, Settings
 from controller.migration.migratable import Migratable
 from controller.migration.ownership import Action, Owner, Ownership, source_action
-from controller.migration.progress import Direction, Phase, Progress, elapsed_ms
+from controller.migration.progress import Direction, Phase, Progress, elapsed_ms, figures
 from shared import log
 from shared.errors import (
     FlotillaError,
@@ -200,7 +200,9 @@ class Outgoing:
         self._ownership.move(Owner.SOURCE, Owner.OFFERED)
         progress.to(Phase.OFFERED)
         began = time.monotonic()
-        await link.send(Message.STATE, {"state": state, "paused_at": self._paused_at})
+        # The figures are for who asks after a success: only the destination is there then.
+        body = {"state": state, "paused_at": self._paused_at, "source": figures(breakdown)}
+        await link.send(Message.STATE, body)
         breakdown["transfer_ms"] = elapsed_ms(began)
         progress.to(Phase.HANDED_OVER)
         started = await link.receive(Message.STARTED, self._settings.started)

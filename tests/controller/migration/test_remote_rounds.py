@@ -47,3 +47,13 @@ def test_what_an_attempt_has_shown_of_the_destination_is_in_the_estimate_of_the_
 def test_guest_that_writes_too_fast_goes_all_the_same_when_told_so(lab):
     source, destination = lab.remote_source(), lab.controller()
     lab.copy(source, destination, bounds={"downtime_ms": 1, "timeout_s": 1, "strategy": "ignore"})
+
+
+def test_destination_has_the_figures_of_a_source_that_is_gone(lab):
+    source, destination = lab.remote_source(), lab.controller()
+    destination.receive_remote(lab.url)
+    sent = source.call("send", url=lab.url)["progress"]["breakdown"]
+    figures = destination.done("receive")["progress"]["breakdown"]["source"]
+    assert figures.pop("final_pass_ms") == sent["copied"]["final_pass_ms"]
+    assert set(figures) == {"connect_ms", "propose", "build", "pause", "save_ms", "prepare"}
+    assert figures == {name: sent[name] for name in figures}
