@@ -21,7 +21,7 @@ from controller.migration.migratable import DirtyPages, RemoteMigratable
 from controller.migration.outcome import Inquiry, Ticket
 from controller.migration.outgoing import Fate
 from controller.migration.progress import Direction, Phase, Progress, Transfer, elapsed_ms, figures
-from controller.migration.rounds import Next, Rounds
+from controller.migration.rounds import FRESH_SECONDS, Flushes, Next, Rounds
 from shared import log
 from shared.errors import (
     FlotillaError,
@@ -37,7 +37,7 @@ from shared.handover import Message
 from shared.pages import PAGE_SIZE, Bitmap
 from shared.reactor import Cancelled, Event, Future, Reactor, describe, gather
 
-FRESH_SECONDS = 5.0  # a flush that is older than this is repeated before the pause
+FLUSH_SECONDS = 10.0  # during the pause
 LISTED_ROUNDS = 100  # the last ones, in the breakdown
 BUILT_SECONDS = 0.05  # to wait for BUILT when there is nothing worth copying
 
@@ -78,6 +78,7 @@ class Departure:
         self._copied: dict[str, Any] = {"rounds": []}
         self._progress.breakdown["copied"] = self._copied
         self._paused_at: float | None = None
+        self._flushing = False  # while the guest runs
         self._unlocked = False
         self._committed_at: float | None = None
         self._heard = Heard.NOTHING
@@ -175,7 +176,7 @@ class Departure:
         """Rounds, until the pause is short enough. Raises MigrationError when they take too long."""
         bounds, timer = rounds.bounds, None
         if bounds.strategy is Strategy.CANCEL:  # one round alone may take longer than that, on a bad network
-            timer = self._reactor.call_later(bounds.timeout_s, lambda: self._link.post(_too_slow(rounds)))
+            timer = self._reactor.call_later(bounds.timeout_s, lambda: self._link.post(self._time_is_up(rounds)))
         try:
             await self._rounds(rounds)
         finally:
@@ -189,7 +190,8 @@ class Departure:
         self._copied["fixed_ms"] = round(rounds.fixed_ms, 3)
         bitmap = await self._start_logs()
         built: Delivery | None = None
-        looked, flushed = time.monotonic(), 0.0
+        flushes = Flushes(FRESH_SECONDS)
+        looked = time.monotonic()
         while True:
             await self._round(rounds)
             built = built or self._link.poll(Message.BUILT)
@@ -197,17 +199,36 @@ class Departure:
             step = rounds.next(looked - began, built is not None)
             if step is Next.GIVE_UP:
                 raise _too_slow(rounds)
-            if step is Next.PAUSE and looked - flushed < FRESH_SECONDS:
+            if flushes.will_do(step, looked):
                 break
             if step is Next.PAUSE:
-                await self._vm.flush_disks()
-                flushed = time.monotonic()
+                await self._flush_meanwhile()
+                flushes.made(now := time.monotonic())
+                if rounds.overdue(now - began):
+                    break
             elif built is None and rounds.remaining < rounds.throughput * BUILT_SECONDS:
                 if time.monotonic() - began > self._settings.build:
                     raise Timeout(f"no answer within {self._settings.build:g} s: BUILT from the peer")
                 built = await self._wait_for_built()
         self._progress.breakdown["build"] = built.body["timing"] if built is not None else {}
         self._copied["copy_ms"] = elapsed_ms(began)
+
+    async def _flush_meanwhile(self) -> None:
+        """However long the disks take: the pause can't do without it either, and then the guest would wait for it."""
+        self._flushing = True
+        try:
+            await self._link.watching(self._vm.flush_disks(None), "flush disks")
+        finally:
+            self._flushing = False
+
+    def _time_is_up(self, rounds: Rounds) -> MigrationError:
+        if not self._flushing:
+            return _too_slow(rounds)
+        return MigrationError(
+            f"timeout_s={rounds.bounds.timeout_s} is over while what the guest has written was flushed to"
+            f" {', '.join(self._vm.disk_fds())}",
+            "raise timeout_s, or look at the disks",
+        )
 
     async def _start_logs(self) -> Bitmap:
         parts, fds = self._vm.memory_parts()
@@ -298,7 +319,7 @@ class Departure:
         self._line = Line(self._reactor, *await link.take_stream(self._settings.call))
 
     async def _flush(self) -> dict[str, Any]:
-        await self._vm.flush_disks()
+        await self._vm.flush_disks(FLUSH_SECONDS)
         return {}
 
     async def _commit(self) -> None:
