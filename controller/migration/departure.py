@@ -95,15 +95,18 @@ class Departure:
     def progress(self) -> dict[str, Any]:
         return self._progress.report()
 
-    def cancel(self) -> None:
-        """Ask for the guest back. Once COMMIT has been said this changes nothing; run() tells the outcome."""
+    def cancel(self) -> str:
+        """Ask for the guest back; run() tells the outcome. Why it is too late for that, "" as long as it is not."""
         if self._cancelled or not self._progress.ongoing:
-            return
+            return ""
+        if self._committed_at is not None:
+            return "" if self._heard is Heard.REFUSED else "the destination has been told to run the guest"
         self._cancelled = True
         if self._line is None:
             self._link.cancel()
-        elif self._committed_at is None:
+        else:
             self._line.post(MigrationCancelled("it was cancelled"))
+        return ""
 
     async def run(self, url: str, bounds: Bounds) -> None:
         """Returns when the destination runs the guest (or has it, paused, if it was paused here).

@@ -32,6 +32,7 @@ from shared.handover import Message
 from shared.linux import close_fds, process_ended
 from shared.reactor import Cancelled, Event, Reactor, describe
 
+OURS = (Phase.CLAIMED, Phase.COMMITTED, Phase.RUNNING)  # the source can't go on with it, whatever we do
 GRACE_SECONDS = 5.0  # for a dead source's last words, which are still on their way
 
 
@@ -80,12 +81,17 @@ class Incoming:
     def progress(self) -> dict[str, Any]:
         return self._progress.report()
 
-    def cancel(self) -> None:
-        """Give up, as long as the source can still go on; run() tells the outcome."""
-        if not self._cancelled and self._progress.ongoing:
-            self._cancelled = True
-            if self._arrival is None or not self._arrival.cancel():
-                self._link.cancel()
+    def cancel(self) -> str:
+        """Give up, as long as the source can still go on; run() tells the outcome. Why it is too late for that, "" as
+        long as it is not."""
+        if self._cancelled or not self._progress.ongoing:
+            return ""
+        if self._progress.phase in OURS:
+            return "the guest is this VMM's by now"
+        self._cancelled = True
+        if self._arrival is None or not self._arrival.cancel():
+            self._link.cancel()
+        return ""
 
     async def run(self, url: str) -> Migratable:
         """Listen, receive and start one VM. Raises ConfigError (the URL or its path), MigrationError and its children.

@@ -96,11 +96,17 @@ class Outgoing:
             f" it does or ends (if it is stopped: kill -CONT {pid}; to have the guest run on here: kill -KILL {pid})"
         )
 
-    def cancel(self) -> None:
-        """Ask for the guest back. Once the destination has claimed it this changes nothing; run() tells the outcome."""
-        if not self._cancelled and self._progress.ongoing:
+    def cancel(self) -> str:
+        """Ask for the guest back; run() tells the outcome. Why it is too late for that, "" as long as it is not: once
+        the destination has claimed the guest only its own end changes anything."""
+        if not self._progress.ongoing:
+            return ""
+        if self._ownership is not None and self._ownership.word is Owner.RUNNING:
+            return f"the destination (pid {self._peer_pid}) runs the guest"
+        if not self._cancelled:
             self._cancelled = True
             self._link.cancel()
+        return self._waits_for()
 
     async def run(self, url: str) -> None:
         """Returns when the destination runs the guest (or has it, paused, if it was paused here).

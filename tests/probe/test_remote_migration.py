@@ -280,6 +280,25 @@ def test_stream_that_ends_between_commit_and_started_is_a_doubt_until_somebody_r
         assert b"not equal" not in source.output + destination.output
 
 
+def test_cancel_that_comes_after_commit_is_told_that_it_is_too_late(tmp_path):
+    with Vmm.guest(tmp_path, "mode=rng", name="one") as source, Vmm(tmp_path, name="two") as destination:
+        source.expect("rng ok 1")
+        source.wait_api()
+        receiver = Receiver(destination, f"unix:{tmp_path}/sock2")
+        relay = Relay(f"{tmp_path}/sock1", f"{tmp_path}/sock2", Cut(Message.STARTED, hold=True))
+        with child([sys.executable, "-c", REMOTE, "--api-socket", str(source.api), "send-migration",
+                    f"unix:{tmp_path}/sock1"]):  # fmt: skip
+            poll(lambda: source.ask("migration-progress").get("phase") == "committed")
+            assert receiver.end()[0] == 0
+            late = source.remote("cancel-migration")
+            relay.close()
+            words = "Too late to cancel: the destination has been told to run the guest"
+            assert late.returncode == 1 and words in late.stderr
+            poll(lambda: source.ask("info").get("migration") == "in-doubt")
+        source.ask("migration-resolve", "--there")
+        assert source.wait() == 0
+
+
 @pytest.mark.parametrize("cut", [Cut(Message.STARTED), Cut(Message.COMMIT)], ids=["runs there", "never will"])
 def test_source_in_doubt_asks_the_destination_and_settles_it_by_itself(tmp_path, disk, cut):
     """When there is a way to it again."""

@@ -4,6 +4,9 @@ wherever one can be.
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 
 from tests.controller.migration.remote_ends import (
@@ -208,6 +211,7 @@ def test_cancelled_by_the_source(lab, phase):
     source, destination = lab.remote_source(), lab.controller()
     destination.receive_remote(lab.url)
     sent = source.call("send", url=lab.url, cancel_at=phase)
+    assert sent["late"] == ""
     if phase == "connecting":
         destination.do("cancel")  # it may not have seen anybody
     received = outcome(destination, "receive")
@@ -222,9 +226,55 @@ def test_cancelled_by_the_destination(lab, phase):
     destination.receive_remote(lab.url, cancel_at=phase)
     sent = source.call("send", url=lab.url)
     received = outcome(destination, "receive")
-    if phase in ("committed", "running"):  # too late
+    if phase in ("committed", "running"):
+        assert received["late"] == "the guest is this VMM's by now"
         assert sent["error"] is None and received["error"] is None
         lab.runs_on(destination)
     else:
+        assert received["late"] == ""
         assert sent["error"] and received["kind"] == "MigrationCancelled"
+        still_works(lab, source, destination)
+
+
+def test_source_is_told_that_it_cancels_too_late_once_commit_has_been_said(lab):
+    source, destination = lab.remote_source(), lab.controller()
+    destination.receive_remote(lab.url, stop_at="committed")
+    source.do("send", url=lab.url)
+    destination.wait_phase("committed")
+    assert source.call("cancel")["late"] == "the destination has been told to run the guest"
+    os.kill(destination.pid, signal.SIGCONT)
+    assert source.done("send")["error"] is None and destination.done("receive")["error"] is None
+    lab.runs_on(destination)
+
+
+def test_cancel_that_is_repeated_is_not_too_late(lab):
+    source, destination = lab.remote_source(), lab.controller()
+    destination.receive_remote(lab.url)
+    source.do("send", url=lab.url, hold_flush=True)
+    source.wait_event("flushing")
+    source.do("cancel")
+    source.do("cancel")
+    assert source.done("cancel")["late"] == source.done("cancel")["late"] == ""
+    assert source.done("send")["kind"] == "MigrationCancelled"
+    assert destination.done("receive")["error"]
+
+
+def test_cancel_that_comes_with_commit_counts_or_is_told_to_be_late(lab):
+    source, destination = lab.remote_source(), lab.controller()
+    destination.receive_remote(lab.url)
+    source.do("send", url=lab.url, stop_at="committed")  # with COMMIT still to be said
+    source.wait_phase("committed")
+    os.waitid(os.P_PIDFD, source.pidfd, os.WSTOPPED | os.WNOWAIT)
+    os.kill(destination.pid, signal.SIGSTOP)
+    os.waitid(os.P_PIDFD, destination.pidfd, os.WSTOPPED | os.WNOWAIT)
+    os.kill(source.pid, signal.SIGCONT)
+    source.call("fds")  # COMMIT is on its way
+    destination.do("cancel")
+    os.kill(destination.pid, signal.SIGCONT)
+    sent, received = source.done("send"), destination.done("receive")
+    if received["late"]:
+        assert sent["error"] is None and received["error"] is None
+        lab.runs_on(destination)
+    else:
+        assert sent["running"] and received["kind"] == "MigrationCancelled"
         still_works(lab, source, destination)

@@ -7,7 +7,7 @@ end of a command, {"done": command, "error": [chain] | null, …}.
 
 Faults of one command, each at a phase: kill_at, stop_at (this controller), cancel_at, kill_runner_at, kill_agent_at;
 `agent` (for the agent, see migration_agent/agent.py); `fail`: the VM's step that raises; `settings`: deadlines;
-`hold_flush`: the disk takes until {"flushed"}; `fresh_s`: for FRESH_SECONDS.
+`hold_flush`: the disk takes until {"flushed"}; `fresh_s`: for FRESH_SECONDS. `late` is what cancel() has answered last.
 """
 
 from __future__ import annotations
@@ -254,6 +254,7 @@ class Controller:
         self._migration: Outgoing | Departure | Incoming | None = None
         self._arrived: Incoming | None = None
         self._faults: Faults = {}
+        self._late: str | None = None
         self._paths: set[str] = set()
         self.reactor.add_reader(line.fileno(), self._command)
 
@@ -276,7 +277,7 @@ class Controller:
         if self._faults.get("kill_runner_at") == phase and (vm := self.vm or self._new):
             vm.kill_runner()
         if self._faults.get("cancel_at") == phase and self._migration is not None:
-            self._migration.cancel()
+            self._late = self._migration.cancel()
 
     def _command(self) -> None:
         data = self._line.recv(65536)
@@ -303,6 +304,7 @@ class Controller:
             has_vm=self.vm is not None,
             processes=sorted(process.kind for process in self.fleet.processes),
             paths=sorted(self._paths),
+            late=self._late,
             **report,
         )
 
@@ -420,7 +422,7 @@ class Controller:
 
     async def cancel(self, _: dict[str, Any]) -> None:
         assert self._migration is not None
-        self._migration.cancel()
+        self._late = self._migration.cancel()
 
     async def flushed(self, _: dict[str, Any]) -> None:
         assert isinstance(self.vm, ToyRemote)
