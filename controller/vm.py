@@ -28,7 +28,7 @@ from controller.machine.cpuid import CpuidEntry
 from controller.migration.fixed_cost import FixedCost
 from controller.vm_state import checked
 from shared import log
-from shared.errors import FlotillaError, ProtocolError, Timeout, WorkerLost
+from shared.errors import FlotillaError, ProtocolError, Timeout, WorkerError, WorkerLost
 from shared.memory import GuestMemory
 from shared.reactor import describe, gather, within
 from shared.records import Record
@@ -38,6 +38,7 @@ from vcpu_worker.process import Vcpu
 from vcpu_worker.state import VcpuCodec, share_tsc_offset, tell_paused
 
 if TYPE_CHECKING:
+    from controller.assembly import Disk
     from controller.backends import Backend
     from controller.dirty import DirtyLog
     from shared.state_versions import StateKind
@@ -265,8 +266,17 @@ class Vm:
         frontends = {name: self._made.frontend(name) for name in self._functions}
         return DirtyLog(self._platform.kvm_vm, self._platform.memory, frontends, self.wait_serving)
 
-    async def flush_disks(self) -> None:
-        await gather(self._reactor, *(disk.backend.call("flush") for disk in self._made.disks if disk.backend))
+    async def flush_disks(self, seconds: float | None) -> None:
+        """Raises WorkerError that names the disk."""
+        await gather(self._reactor, *(self._flush(disk, seconds) for disk in self._made.disks))
+
+    async def _flush(self, disk: Disk, seconds: float | None) -> None:
+        if disk.backend is None:
+            return
+        try:
+            await disk.backend.call("flush", timeout=seconds)
+        except FlotillaError as error:
+            raise WorkerError(f"{disk.config.id}: what the guest has written could not be flushed") from error
 
     def unlock_disks(self) -> None:
         for image in self.disk_fds().values():

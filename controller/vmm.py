@@ -581,9 +581,8 @@ class Vmm:
     async def cancel_migration(self, _: None) -> None:
         if self.migration is None or self.migration.progress()["state"] != "ongoing":
             raise StateError("No migration is under way")
-        self.migration.cancel()
-        if waits_for := self.migration.progress().get("waits_for"):
-            raise StateError(f"Too late to cancel: {waits_for}")
+        if late := self.migration.cancel():
+            raise StateError(f"Too late to cancel: {late}")
 
 
 def _may_pass(error: BaseException | None) -> bool:

@@ -6,7 +6,7 @@ has no rounds. Keys of Cloud Hypervisor that would change what is done are refus
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -49,6 +49,9 @@ class Bounds:
     strict: bool = True
 
 
+UNASKED = Bounds(strict=False)  # of a send that says nothing about them
+
+
 @dataclass(frozen=True, slots=True)
 class Url:
     """Where a migration goes: `path` of a unix socket, or `host` and `port`."""
@@ -63,7 +66,7 @@ class Url:
 class SendArguments:
     url: str
     local: bool
-    bounds: Bounds = field(default_factory=lambda: Bounds(strict=False))
+    bounds: Bounds = UNASKED
 
 
 def parse_send(body: Any) -> SendArguments:

@@ -15,7 +15,7 @@ from controller.migration.commit import Heard, Line, destination_may_start, outc
 from controller.migration.link import AgentLink, Delivery, Settings
 from controller.migration.migratable import Accept, Build, RemoteMigratable
 from controller.migration.outcome import Ticket
-from controller.migration.progress import Phase, Progress, Transfer, elapsed_ms
+from controller.migration.progress import Phase, Progress, Transfer, elapsed_ms, figures
 from shared import log
 from shared.errors import FlotillaError, MigrationCancelled, MigrationError
 from shared.handover import Message
@@ -42,6 +42,7 @@ class Arrival:
         self._accept = accept
         self._line: Line | None = None
         self._refused = False
+        self._cancelled = False
         self._ticket: Ticket | None = None  # the source has one since PREPARED, and may come to be in doubt
         self.built: RemoteMigratable | None = None
         self.vm: RemoteMigratable | None = None
@@ -108,14 +109,17 @@ class Arrival:
         `prepared` seconds is refused: so a stopped process looks at the clock when it goes on."""
         line = self._line
         assert line is not None
+        self._check_cancelled()
         line.check()
         deadline = time.monotonic() + self._settings.prepared  # from before PREPARED is said: never too late
         self._progress.to(Phase.PREPARED)
         self._ticket = Ticket.fresh()
         await line.send(Message.PREPARED, {"timing": timing, "ticket": list(self._ticket)}, self._settings.call)
         commit = await line.receive((Message.COMMIT,), self._settings.prepared)
+        self._check_cancelled()  # which may have come after it, and before we have looked
         if time.monotonic() > deadline:
             raise MigrationError(f"COMMIT came later than {self._settings.prepared:g} s after PREPARED")
+        self._progress.breakdown["source"] = figures(commit.body.get("source"))
         paused_ms = commit.body.get("paused_ms")
         return float(paused_ms) if isinstance(paused_ms, (int, float)) else None
 
@@ -150,12 +154,16 @@ class Arrival:
     # Ends
 
     def cancel(self) -> bool:
-        """Whether it was the line's business; run() tells the outcome."""
+        """Whether it was the line's business; run() tells the outcome. Only before COMMIT has been heard."""
+        self._cancelled = True
         if self._line is None:
             return False
-        if self.vm is None:
-            self._line.post(MigrationCancelled("it was cancelled"))
+        self._line.post(MigrationCancelled("it was cancelled"))
         return True
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled:
+            raise MigrationCancelled("it was cancelled")
 
     async def refuse(self, problem: Exception) -> None:
         """Tell the source why, if the guest has not become ours."""

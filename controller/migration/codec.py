@@ -5,13 +5,15 @@
                fds: ownership page, eventfd, the source's pidfd, RAM (one per part), disks (in the order of `disks`),
                TAPs (in the order of `taps`, one per queue pair)
     BUILT      timing;  fd: the destination's pidfd (local)
-    STATE      state (Migratable.save), paused_at (CLOCK_MONOTONIC in seconds; None: it was paused before)
+    STATE      state (Migratable.save), paused_at (CLOCK_MONOTONIC in seconds; None: it was paused before), source
+               (local: the source's breakdown so far; may be missing)
     STARTED    timing, running_at (CLOCK_MONOTONIC of the moment in which the guest went on, seconds)
     MACHINE    config, parts, info, paused, release: a remote migration's BUILD
     ACCEPTED   took_ms (what the checks took)
     END_OF_RAM copied (figures of the rounds; may be missing)
     PREPARED   timing, ticket [name, secret] (for ASK and OUTCOME; an older peer leaves it out)
-    COMMIT     paused_ms (how long the guest has been paused; None: it was paused before)
+    COMMIT     paused_ms (how long the guest has been paused; None: it was paused before), source (its breakdown so far;
+               may be missing)
     HEARD      –
     ASK        name (of the ticket)
     OUTCOME    outcome ("started", "refused" or "nothing"), secret (of the ticket; empty with "nothing")

@@ -20,8 +20,8 @@ from controller.migration.link import AgentLink, Delivery, Settings
 from controller.migration.migratable import DirtyPages, RemoteMigratable
 from controller.migration.outcome import Inquiry, Ticket
 from controller.migration.outgoing import Fate
-from controller.migration.progress import Direction, Phase, Progress, Transfer, elapsed_ms
-from controller.migration.rounds import Next, Rounds
+from controller.migration.progress import Direction, Phase, Progress, Transfer, elapsed_ms, figures
+from controller.migration.rounds import FRESH_SECONDS, Flushes, Next, Rounds
 from shared import log
 from shared.errors import (
     FlotillaError,
@@ -37,7 +37,7 @@ from shared.handover import Message
 from shared.pages import PAGE_SIZE, Bitmap
 from shared.reactor import Cancelled, Event, Future, Reactor, describe, gather
 
-FRESH_SECONDS = 5.0  # a flush that is older than this is repeated before the pause
+FLUSH_SECONDS = 10.0  # during the pause
 LISTED_ROUNDS = 100  # the last ones, in the breakdown
 BUILT_SECONDS = 0.05  # to wait for BUILT when there is nothing worth copying
 
@@ -78,6 +78,7 @@ class Departure:
         self._copied: dict[str, Any] = {"rounds": []}
         self._progress.breakdown["copied"] = self._copied
         self._paused_at: float | None = None
+        self._flushing = False  # while the guest runs
         self._unlocked = False
         self._committed_at: float | None = None
         self._heard = Heard.NOTHING
@@ -94,15 +95,18 @@ class Departure:
     def progress(self) -> dict[str, Any]:
         return self._progress.report()
 
-    def cancel(self) -> None:
-        """Ask for the guest back. Once COMMIT has been said this changes nothing; run() tells the outcome."""
+    def cancel(self) -> str:
+        """Ask for the guest back; run() tells the outcome. Why it is too late for that, "" as long as it is not."""
         if self._cancelled or not self._progress.ongoing:
-            return
+            return ""
+        if self._committed_at is not None:
+            return "" if self._heard is Heard.REFUSED else "the destination has been told to run the guest"
         self._cancelled = True
         if self._line is None:
             self._link.cancel()
-        elif self._committed_at is None:
+        else:
             self._line.post(MigrationCancelled("it was cancelled"))
+        return ""
 
     async def run(self, url: str, bounds: Bounds) -> None:
         """Returns when the destination runs the guest (or has it, paused, if it was paused here).
@@ -175,7 +179,7 @@ class Departure:
         """Rounds, until the pause is short enough. Raises MigrationError when they take too long."""
         bounds, timer = rounds.bounds, None
         if bounds.strategy is Strategy.CANCEL:  # one round alone may take longer than that, on a bad network
-            timer = self._reactor.call_later(bounds.timeout_s, lambda: self._link.post(_too_slow(rounds)))
+            timer = self._reactor.call_later(bounds.timeout_s, lambda: self._link.post(self._time_is_up(rounds)))
         try:
             await self._rounds(rounds)
         finally:
@@ -189,7 +193,8 @@ class Departure:
         self._copied["fixed_ms"] = round(rounds.fixed_ms, 3)
         bitmap = await self._start_logs()
         built: Delivery | None = None
-        looked, flushed = time.monotonic(), 0.0
+        flushes = Flushes(FRESH_SECONDS)
+        looked = time.monotonic()
         while True:
             await self._round(rounds)
             built = built or self._link.poll(Message.BUILT)
@@ -197,17 +202,36 @@ class Departure:
             step = rounds.next(looked - began, built is not None)
             if step is Next.GIVE_UP:
                 raise _too_slow(rounds)
-            if step is Next.PAUSE and looked - flushed < FRESH_SECONDS:
+            if flushes.will_do(step, looked):
                 break
             if step is Next.PAUSE:
-                await self._vm.flush_disks()
-                flushed = time.monotonic()
+                await self._flush_meanwhile()
+                flushes.made(now := time.monotonic())
+                if rounds.overdue(now - began):
+                    break
             elif built is None and rounds.remaining < rounds.throughput * BUILT_SECONDS:
                 if time.monotonic() - began > self._settings.build:
                     raise Timeout(f"no answer within {self._settings.build:g} s: BUILT from the peer")
                 built = await self._wait_for_built()
         self._progress.breakdown["build"] = built.body["timing"] if built is not None else {}
         self._copied["copy_ms"] = elapsed_ms(began)
+
+    async def _flush_meanwhile(self) -> None:
+        """However long the disks take: the pause can't do without it either, and then the guest would wait for it."""
+        self._flushing = True
+        try:
+            await self._link.watching(self._vm.flush_disks(None), "flush disks")
+        finally:
+            self._flushing = False
+
+    def _time_is_up(self, rounds: Rounds) -> MigrationError:
+        if not self._flushing:
+            return _too_slow(rounds)
+        return MigrationError(
+            f"timeout_s={rounds.bounds.timeout_s} is over while what the guest has written was flushed to"
+            f" {', '.join(self._vm.disk_fds())}",
+            "raise timeout_s, or look at the disks",
+        )
 
     async def _start_logs(self) -> Bitmap:
         parts, fds = self._vm.memory_parts()
@@ -220,13 +244,15 @@ class Departure:
         return bitmap
 
     async def _round(self, rounds: Rounds) -> None:
-        self._transfer.round = rounds.number + 1
+        number = rounds.number
+        self._transfer.round = number + 1
         moved = await self._link.pump(sync=True)
         rounds.sent(moved["bytes"], moved["seconds"], moved["sync_seconds"])
         self._count(moved)
         listed = self._copied["rounds"]
         listed.append({"bytes": moved["bytes"], "ms": round(moved["seconds"] * 1e3, 3)})
         del listed[:-LISTED_ROUNDS]
+        self._progress.emit("migration-memory-iteration", {"id": str(number)})
 
     def _look(self, rounds: Rounds, bitmap: Bitmap, before: float) -> float:
         """Add what has been written meanwhile; when that was."""
@@ -296,7 +322,7 @@ class Departure:
         self._line = Line(self._reactor, *await link.take_stream(self._settings.call))
 
     async def _flush(self) -> dict[str, Any]:
-        await self._vm.flush_disks()
+        await self._vm.flush_disks(FLUSH_SECONDS)
         return {}
 
     async def _commit(self) -> None:
@@ -318,7 +344,7 @@ class Departure:
         began = self._committed_at = time.monotonic()
         paused = None if self._paused_at is None else elapsed_ms(self._paused_at)
         try:
-            await line.send(Message.COMMIT, {"paused_ms": paused}, self._settings.call)
+            await line.send(Message.COMMIT, {"paused_ms": paused, "source": self._figures()}, self._settings.call)
         except NothingSent:
             self._committed_at = None
             raise
@@ -328,6 +354,12 @@ class Departure:
             progress.downtime_ms = elapsed_ms(self._paused_at)
         progress.breakdown["commit_ms"] = elapsed_ms(began)
         progress.breakdown["destination"] = started.body["timing"]
+
+    def _figures(self) -> dict[str, Any]:
+        """For the destination: who asks after a success can ask only there."""
+        own = {name: value for name, value in self._progress.breakdown.items() if value is not self._copied}
+        # Also what the peer has told us is in there, and a COMMIT that is too long to be sent would be a doubt.
+        return figures(own | {"final_pass_ms": self._copied["final_pass_ms"]})
 
     # Ends --------------------------------------------------------------------------------------------------------
 

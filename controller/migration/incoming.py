@@ -25,13 +25,14 @@ from controller.migration.listener import Listener, TcpListener, listen
 from controller.migration.migratable import Accept, Build, Migratable
 from controller.migration.outcome import Outcome, answer
 from controller.migration.ownership import Owner, Ownership, destination_may_abort
-from controller.migration.progress import Direction, Phase, Progress, elapsed_ms
+from controller.migration.progress import Direction, Phase, Progress, elapsed_ms, figures
 from shared import log
 from shared.errors import FlotillaError, MigrationCancelled, MigrationError, ProtocolError
 from shared.handover import Message
 from shared.linux import close_fds, process_ended
 from shared.reactor import Cancelled, Event, Reactor, describe
 
+OURS = (Phase.CLAIMED, Phase.COMMITTED, Phase.RUNNING)  # the source can't go on with it, whatever we do
 GRACE_SECONDS = 5.0  # for a dead source's last words, which are still on their way
 
 
@@ -80,12 +81,17 @@ class Incoming:
     def progress(self) -> dict[str, Any]:
         return self._progress.report()
 
-    def cancel(self) -> None:
-        """Give up, as long as the source can still go on; run() tells the outcome."""
-        if not self._cancelled and self._progress.ongoing:
-            self._cancelled = True
-            if self._arrival is None or not self._arrival.cancel():
-                self._link.cancel()
+    def cancel(self) -> str:
+        """Give up, as long as the source can still go on; run() tells the outcome. Why it is too late for that, "" as
+        long as it is not."""
+        if self._cancelled or not self._progress.ongoing:
+            return ""
+        if self._progress.phase in OURS:
+            return "the guest is this VMM's by now"
+        self._cancelled = True
+        if self._arrival is None or not self._arrival.cancel():
+            self._link.cancel()
+        return ""
 
     async def run(self, url: str) -> Migratable:
         """Listen, receive and start one VM. Raises ConfigError (the URL or its path), MigrationError and its children.
@@ -228,6 +234,7 @@ class Incoming:
         progress, ownership, vm = self._progress, self._ownership, self._built
         assert ownership is not None and vm is not None
         delivery = await self._link.receive(Message.STATE, self._settings.state)
+        progress.breakdown["source"] = figures(delivery.body.get("source"))
         progress.to(Phase.LOADING)
         began = time.monotonic()
         timing: dict[str, Any] = {"load": dict(await vm.load(delivery.body["state"]) or {})}

@@ -9,9 +9,9 @@ from __future__ import annotations
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from controller.fleet import Fleet, Process, ProcessState, WorkerSpec
 from controller.migration import codec
@@ -32,6 +32,7 @@ from shared.messages import Verb, error_from_wire, error_to_wire
 from shared.pages import Bitmap
 from shared.reactor import Event, Reactor, describe, within
 
+T = TypeVar("T")
 GOODBYE_SECONDS = 1.0
 
 
@@ -139,10 +140,10 @@ class AgentLink:
         self.connected = True
         self.check()
 
-    async def _call(self, verb: Verb, seconds: float | None, **arguments: Any) -> None:
+    async def _call(self, verb: Verb, seconds: float | None, **arguments: Any) -> dict[str, Any]:
         assert self._process is not None
         try:
-            await self._process.call(verb, seconds, **arguments)
+            return await self._process.call(verb, seconds, **arguments)
         except WorkerLost as error:
             raise WorkerLost(f"the migration agent is gone: {error.message}") from None
 
@@ -203,19 +204,22 @@ class AgentLink:
 
         Raises at once whatever trouble comes meanwhile; the round is then over or about to be.
         """
-        assert self._process is not None
-        task = self._reactor.spawn(self._process.call(Verb.PUMP, None, sync=sync), "pump")
+        return await self.watching(self._call(Verb.PUMP, None, sync=sync), "pump")
+
+    async def watching(self, work: Coroutine[Any, Any, T], name: str) -> T:
+        """What the work gives. Raises at once whatever trouble comes meanwhile; nobody waits for the work then."""
+        task = self._reactor.spawn(work, name)
         task.add_done_callback(lambda _: self._arrived.set())
-        while not task.done():
-            self.check()
-            self._arrived.clear()
-            if not task.done():
-                await self._arrived.wait()
-        self.check()
         try:
+            while not task.done():
+                self.check()
+                self._arrived.clear()
+                if not task.done():
+                    await self._arrived.wait()
+            self.check()
             return task.result()
-        except WorkerLost as error:
-            raise WorkerLost(f"the migration agent is gone: {error.message}") from None
+        finally:
+            task.cancel()
 
     def poll(self, wanted: Message) -> Delivery | None:
         """The next message if it is there already and is `wanted`. Raises what check() raises."""

@@ -78,8 +78,9 @@ class RemoteMigratable(Migratable, Protocol):
 
     def dirty_pages(self) -> DirtyPages: ...
 
-    async def flush_disks(self) -> None:
-        """What the guest has written is on stable storage, for another host to read. Raises WorkerError."""
+    async def flush_disks(self, seconds: float | None) -> None:
+        """What the guest has written is on stable storage, for another host to read. None: however long that takes.
+        Raises WorkerError that names the disk."""
 
     def unlock_disks(self) -> None:
         """The guest is paused and about to be committed: the destination takes the locks before it starts."""

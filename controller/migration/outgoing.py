@@ -20,7 +20,7 @@ from controller.migration.descriptors import pidfd_pid
 from controller.migration.link import AgentLink, Settings
 from controller.migration.migratable import Migratable
 from controller.migration.ownership import Action, Owner, Ownership, source_action
-from controller.migration.progress import Direction, Phase, Progress, elapsed_ms
+from controller.migration.progress import Direction, Phase, Progress, elapsed_ms, figures
 from shared import log
 from shared.errors import (
     FlotillaError,
@@ -96,11 +96,17 @@ class Outgoing:
             f" it does or ends (if it is stopped: kill -CONT {pid}; to have the guest run on here: kill -KILL {pid})"
         )
 
-    def cancel(self) -> None:
-        """Ask for the guest back. Once the destination has claimed it this changes nothing; run() tells the outcome."""
-        if not self._cancelled and self._progress.ongoing:
+    def cancel(self) -> str:
+        """Ask for the guest back; run() tells the outcome. Why it is too late for that, "" as long as it is not: once
+        the destination has claimed the guest only its own end changes anything."""
+        if not self._progress.ongoing:
+            return ""
+        if self._ownership is not None and self._ownership.word is Owner.RUNNING:
+            return f"the destination (pid {self._peer_pid}) runs the guest"
+        if not self._cancelled:
             self._cancelled = True
             self._link.cancel()
+        return self._waits_for()
 
     async def run(self, url: str) -> None:
         """Returns when the destination runs the guest (or has it, paused, if it was paused here).
@@ -200,7 +206,9 @@ class Outgoing:
         self._ownership.move(Owner.SOURCE, Owner.OFFERED)
         progress.to(Phase.OFFERED)
         began = time.monotonic()
-        await link.send(Message.STATE, {"state": state, "paused_at": self._paused_at})
+        # The figures are for who asks after a success: only the destination is there then.
+        body = {"state": state, "paused_at": self._paused_at, "source": figures(breakdown)}
+        await link.send(Message.STATE, body)
         breakdown["transfer_ms"] = elapsed_ms(began)
         progress.to(Phase.HANDED_OVER)
         started = await link.receive(Message.STARTED, self._settings.started)

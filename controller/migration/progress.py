@@ -19,6 +19,7 @@ told to go on. IN_DOUBT: and has not answered (controller/migration/commit.py).
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -26,6 +27,7 @@ from itertools import pairwise
 from typing import Any, Final
 
 from controller.events import EventMonitor
+from shared import log
 from shared.errors import FlotillaError, MigrationCancelled, chain
 
 
@@ -128,6 +130,11 @@ _EVENTS: Final = {
 }
 
 
+MAX_FIGURES: Final = 128
+MAX_NAME: Final = 64  # characters
+MAX_DEPTH: Final = 4
+
+
 @dataclass(slots=True)
 class Transfer:
     """RAM's way to another host. Pages have 4096 bytes; `remaining_bytes` is what is known to be left."""
@@ -170,11 +177,15 @@ class Progress:
         self.phase = phase
         self._events.emit("vm", "migration-phase", {"direction": str(self.direction), "phase": str(phase)})
 
-    def emit(self, event: str) -> None:
-        self._events.emit("vm", event)
+    def emit(self, event: str, properties: dict[str, Any] | None = None) -> None:
+        self._events.emit("vm", event, properties)
 
     def succeed(self) -> None:
         self._total_ms = elapsed_ms(self._began)
+        if self.direction is Direction.SEND:  # nobody can ask the source: it ends
+            paused = "it was paused" if self.downtime_ms is None else f"downtime {self.downtime_ms:.0f} ms"
+            rounds = "" if self.transfer is None else f", {self.transfer.round} rounds"
+            log.info(f"migration: moved in {self._total_ms / 1e3:.2f} s, {paused}{rounds}")
         self.to(Phase.COMPLETED)
         self.emit(_EVENTS[self.direction][0])
 
@@ -210,3 +221,25 @@ class Progress:
 def elapsed_ms(began: float, ended: float | None = None) -> float:
     """Milliseconds from one reading of CLOCK_MONOTONIC to another (now)."""
     return round(((time.monotonic() if ended is None else ended) - began) * 1000, 3)
+
+
+def figures(given: object) -> dict[str, Any]:
+    """Of a breakdown that comes from a peer, or goes to one: numbers by name, and maps of them, as far as they are that
+    and not too many."""
+    left = MAX_FIGURES
+
+    def kept(values: dict[Any, Any], depth: int) -> dict[str, Any]:
+        nonlocal left
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            if left == 0 or not isinstance(name, str) or len(name) > MAX_NAME:
+                continue
+            if isinstance(value, dict) and depth < MAX_DEPTH:
+                left -= 1
+                found[name] = kept(value, depth + 1)
+            elif type(value) in (int, float) and math.isfinite(value):
+                left -= 1
+                found[name] = value
+        return found
+
+    return kept(given, 1) if isinstance(given, dict) else {}

@@ -24,6 +24,7 @@ SHRINKS = 0.7  # a round that leaves less than this share of what it found is wo
 SMALL_MS = 5.0  # of copying: not worth a round
 ENOUGH_BYTES = 1 << 20  # a round of less is no measure of what the network carries: most of it is the turn
 GUESS = 100e6  # bytes per second, before the first round that says something
+FRESH_SECONDS = 5.0  # a flush of the disks that is older than this is repeated before the pause
 
 
 class Next(StrEnum):
@@ -101,6 +102,10 @@ class Rounds:
             return None
         return self.remaining / self.throughput / (1 - share) + self.downtime_ms / 1e3
 
+    def overdue(self, elapsed_s: float) -> bool:
+        """The time is up, and the guest goes whatever the pause takes."""
+        return elapsed_s >= self.bounds.timeout_s and self.bounds.strategy is Strategy.IGNORE
+
     def next(self, elapsed_s: float, built: bool) -> Next:
         """`built`: the destination is ready. Nothing is paused before."""
         if elapsed_s >= self.bounds.timeout_s:
@@ -110,3 +115,28 @@ class Rounds:
         if not built or self.copy_ms > self.copy_bound_ms:
             return Next.ROUND
         return Next.ROUND if self.shrinks and self.copy_ms > SMALL_MS else Next.PAUSE
+
+
+@dataclass(slots=True)
+class Flushes:
+    """Of the disks, while the guest runs; times are readings of one clock, in seconds.
+
+    The pause flushes them, too, and the guest stands still for what was written since the flush before: that one has to
+    be recent. But it takes its time, in which RAM is dirtied, so a round follows it. When that leaves little enough,
+    the guest is paused however long the round took: the one after another flush would take as long. When it takes more
+    rounds than that, the next flush may be twice as old, or disks and RAM could take turns for ever.
+    """
+
+    fresh_s: float = FRESH_SECONDS
+    _at: float | None = None
+    _just: bool = False  # no round has left too much since
+
+    def made(self, now: float) -> None:
+        if self._at is not None:
+            self.fresh_s *= 2
+        self._at, self._just = now, True
+
+    def will_do(self, step: Next, now: float) -> bool:
+        """After each round: whether the guest can be paused without another flush."""
+        self._just = self._just and step is Next.PAUSE
+        return step is Next.PAUSE and self._at is not None and (self._just or now - self._at < self.fresh_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from shared.handover import Message
 from tests.controller.migration.relay import Cut, Relay
 from tests.network import free_port
-from tests.vmm import REMOTE, Vmm, environment, poll
+from tests.vmm import REMOTE, Vmm, environment, events, poll
 
 pytestmark = pytest.mark.probe
 
@@ -153,7 +154,9 @@ def test_a_guest_with_two_vcpus_moves(tmp_path, disk):
 
 
 def test_progress_has_rounds_pages_and_rates(tmp_path):
-    with Vmm.guest(tmp_path, "mode=ram ram.mb=32 ram.rate=200", name="one") as source:
+    told = tmp_path / "events"
+    more = ["-v", "--event-monitor", f"path={told}"]
+    with Vmm.guest(tmp_path, "mode=ram ram.mb=32 ram.rate=200", *more, name="one") as source:
         source.expect("ram ok ")
         source.wait_api()
         with Vmm(tmp_path, name="two") as destination, tcp(tmp_path) as urls:
@@ -168,6 +171,13 @@ def test_progress_has_rounds_pages_and_rates(tmp_path):
             assert progress["page_bytes"] >= progress["pages"] * 4096
             assert 0 < progress["downtime_ms"] < progress["total_ms"]
             assert {"build_ms", "load_ms", "start_ms"} <= set(progress["breakdown"])
+            figures = progress["breakdown"]["source"]
+            assert {"pause", "save_ms", "final_pass_ms", "prepare"} <= set(figures)
+            assert 0 < figures["pause"]["workers"]["vcpus"] <= figures["pause"]["total_ms"]
+            moved = re.search(r"migration: moved in [\d.]+ s, downtime \d+ ms, (\d+) rounds", source.errors)
+            assert moved, source.errors
+            rounds = [properties["id"] for _, properties in events(told, "migration-memory-iteration")]
+            assert rounds == [str(number) for number in range(int(moved[1]))]
             cost = destination.ask("migration-estimate")["fixed_cost"]
             assert list(cost["measured_ms"]) == ["load", "start"] and cost["guessed"] == ["pause", "save"]
 
@@ -268,6 +278,25 @@ def test_stream_that_ends_between_commit_and_started_is_a_doubt_until_somebody_r
         assert source.wait() == 0 and not source.api.exists()
         destination.more("equal ")
         assert b"not equal" not in source.output + destination.output
+
+
+def test_cancel_that_comes_after_commit_is_told_that_it_is_too_late(tmp_path):
+    with Vmm.guest(tmp_path, "mode=rng", name="one") as source, Vmm(tmp_path, name="two") as destination:
+        source.expect("rng ok 1")
+        source.wait_api()
+        receiver = Receiver(destination, f"unix:{tmp_path}/sock2")
+        relay = Relay(f"{tmp_path}/sock1", f"{tmp_path}/sock2", Cut(Message.STARTED, hold=True))
+        with child([sys.executable, "-c", REMOTE, "--api-socket", str(source.api), "send-migration",
+                    f"unix:{tmp_path}/sock1"]):  # fmt: skip
+            poll(lambda: source.ask("migration-progress").get("phase") == "committed")
+            assert receiver.end()[0] == 0
+            late = source.remote("cancel-migration")
+            relay.close()
+            words = "Too late to cancel: the destination has been told to run the guest"
+            assert late.returncode == 1 and words in late.stderr
+            poll(lambda: source.ask("info").get("migration") == "in-doubt")
+        source.ask("migration-resolve", "--there")
+        assert source.wait() == 0
 
 
 @pytest.mark.parametrize("cut", [Cut(Message.STARTED), Cut(Message.COMMIT)], ids=["runs there", "never will"])

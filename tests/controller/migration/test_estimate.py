@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
-from controller.migration.arguments import Bounds
-from controller.migration.estimate import Dirtying, forecast
+from controller.migration import estimate as module
+from controller.migration.arguments import UNASKED, Bounds, parse_send
+from controller.migration.estimate import Dirtying, estimate, forecast, sample
 from controller.migration.fixed_cost import FIRST_GUESS_MS, GUESSES, FixedCost
+from shared.pages import Bitmap
+from shared.reactor import Cancelled, Event, Reactor
 
 MB = 1_000_000
 
@@ -60,3 +64,76 @@ def test_what_a_peer_says_that_is_no_duration_is_passed_over(said):
 def test_more_is_never_dirty_than_ram_holds():
     assert Dirtying(100, 900, 1000).after(1e6) == 1000
     assert Dirtying(100, 1000, 5000).after(0.05) == 50
+
+
+def test_forecast_converges_where_a_send_that_names_no_bound_would_pause():
+    """Pausing and starting take longer than the wish of 300 ms, which keeps no guest."""
+    assert parse_send({"destination_url": "tcp:h:1"}).bounds == UNASKED
+    guest = Dirtying(0, 0, 1000 * MB)
+    default = forecast(guest, 10, UNASKED, 400)
+    assert default["converges"] and default["downtime_ms"] > 400 and default["why"] == ""
+    assert not forecast(guest, 10, Bounds(downtime_ms=300), 400)["converges"]
+
+
+def test_copy_that_outlasts_the_time_limit_does_not_converge_and_it_says_why():
+    answer = forecast(Dirtying(0, 0, 1000 * MB), 1, Bounds(timeout_s=5))
+    assert not answer["converges"] and answer["why"] == "125 MB/s carried: copying would take longer than 5 s"
+
+
+class Log:
+    """Of a guest that writes nothing."""
+
+    def __init__(self) -> None:
+        self.on = Event()
+        self.stopped = self.closed = False
+
+    async def start(self) -> None:
+        self.on.set()
+
+    def mark_all(self, into: Bitmap) -> None:
+        into.set(0, MB // 4096 * 4096)
+
+    def harvest(self, into: Bitmap) -> None:
+        pass
+
+    async def stop(self) -> None:
+        assert not self.closed
+        self.stopped = True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def machine(log: Log, **more: float) -> SimpleNamespace:
+    cost = FixedCost()
+    for step, milliseconds in more.items():
+        cost.took(step, milliseconds)
+    return SimpleNamespace(memory_parts=lambda: ([(0, MB, 0, 0)], [-1]), dirty_pages=lambda: log, fixed_cost=cost)
+
+
+@pytest.fixture
+def reactor():
+    loop = Reactor()
+    yield loop
+    loop.close()
+
+
+def test_estimate_counts_with_the_bounds_of_a_send_that_names_none(reactor, monkeypatch):
+    monkeypatch.setattr(module, "LOOKS", (0.001, 0.01))
+    answer = reactor.run_until(estimate(reactor, machine(Log(), start=400.0)), 20)
+    assert all(row["converges"] for row in answer["forecasts"])
+
+
+def test_logs_are_off_when_whoever_asked_has_gone(reactor, monkeypatch):
+    monkeypatch.setattr(module, "LOOKS", (1e6, 2e6))
+    log = Log()
+
+    async def ask_and_leave() -> None:
+        task = reactor.spawn(sample(reactor, machine(log)), "sample")
+        await log.on.wait()
+        task.cancel()
+        with pytest.raises(Cancelled):
+            await task
+
+    reactor.run_until(ask_and_leave(), 20)
+    assert log.stopped and log.closed

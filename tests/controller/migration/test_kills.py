@@ -146,7 +146,8 @@ def test_cancelled_by_the_destination(lab, phase):
     destination.receive(lab.url, cancel_at=phase)
     sent = source.call("send", url=lab.url)
     received = outcome(destination, "receive")
-    if phase in ("claimed", "running"):  # too late
+    if phase in ("claimed", "running"):
+        assert received["late"] == "the guest is this VMM's by now"
         assert sent["error"] is None and received["error"] is None
         lab.runs_on(destination)
     else:
@@ -198,6 +199,7 @@ def test_destination_stopped_while_it_holds_the_claim(lab, how, end):
     """Neither a cancel nor a deadline makes two of one guest; whoever asks is told the pid and what to do."""
     source, destination = stopped_at_claimed(lab, settings={"started": 0.3} if how == "a deadline" else {})
     answer = source.call("cancel") if how == "a cancel" else None
+    assert answer is None or f"pid {destination.pid}" in answer["late"]
     source.wait_phase("settling") if "settling" not in source.phases else None
     waits_for = (answer or source.call("fds"))["progress"]["waits_for"]
     assert f"pid {destination.pid}" in waits_for

@@ -55,6 +55,8 @@ def test_progress_has_the_breakdown_of_both_sides(lab):
     assert {"connect_ms", "save_ms", "transfer_ms"} < set(breakdown)
     assert set(breakdown["destination"]) == {"load", "load_ms", "start", "start_ms"}
     assert {"build_ms", "load_ms", "start_ms"} < set(other["breakdown"])
+    before = ("connect_ms", "build", "pause", "save_ms")
+    assert other["breakdown"]["source"] == {name: breakdown[name] for name in before}
     assert progress["error"] is None
 
 

@@ -26,7 +26,7 @@ from controller.migration.arguments import (
 from controller.migration.descriptors import check_eventfd, check_ram, pidfd_pid
 from controller.migration.listener import Listener
 from controller.migration.ownership import Action, Owner, Ownership, source_action
-from controller.migration.progress import SUCCESSORS, Direction, Phase, Progress
+from controller.migration.progress import SUCCESSORS, Direction, Phase, Progress, figures
 from shared.errors import ConfigError, HostError, MigrationCancelled, MigrationError, ProtocolError
 from shared.handover import AGENTS_ONLY, Message
 from shared.linux import memfd
@@ -307,6 +307,21 @@ def test_report_of_a_failure_has_the_chain():
         ("migration-phase", {"direction": "receive", "phase": "cancelled"}),
         ("migration-receive-failed", None),
     ]
+
+
+def test_of_a_peers_figures_numbers_are_kept_and_nothing_else():
+    good = {"save_ms": 1.5, "pause": {"workers": {"vcpus": 2}}}
+    bad = {7: 1, "x" * 65: 1, "text": "5", "flag": True, "list": [1], "nan": float("nan"), "endless": float("inf")}
+    assert figures({**bad, **good, "none": None}) == good
+    for nothing in (None, 5, [], "map", [{"save_ms": 1}]):
+        assert figures(nothing) == {}
+
+
+def test_peers_figures_without_end_fit_into_a_commit():
+    deep: dict = {}
+    for _ in range(1000):
+        deep = {"\U0001f600" * 64: deep, **{f"{number:\U0001f600<64}": number for number in range(1000)}}
+    assert len(codec.encode(Message.COMMIT, {"paused_ms": None, "source": figures(deep)})) < 60000
 
 
 def test_a_phase_out_of_order_is_a_bug():

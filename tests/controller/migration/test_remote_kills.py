@@ -4,6 +4,9 @@ wherever one can be.
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 
 from tests.controller.migration.remote_ends import (
@@ -28,8 +31,9 @@ def test_guest_moves_with_its_ram_and_disk_and_its_source_has_nothing_left(lab):
     lab.runs_on(destination)
     assert source.phases == [*SEND, "completed"]
     assert destination.phases == [*RECEIVE, "completed"]
-    assert source.events == ["migration-started", "migration-finished"]
     progress = sent["progress"]
+    rounds = ["migration-memory-iteration"] * progress["round"]
+    assert source.events == ["migration-started", *rounds, "migration-finished"]
     assert progress["fds_passed"] == 0 and progress["round"] >= 2 and progress["pages"] > 0
     assert progress["zero_pages"] + progress["pages"] >= 2 * progress["ram_bytes"] // 4096
     assert 0 < progress["downtime_ms"] < progress["total_ms"]
@@ -207,6 +211,7 @@ def test_cancelled_by_the_source(lab, phase):
     source, destination = lab.remote_source(), lab.controller()
     destination.receive_remote(lab.url)
     sent = source.call("send", url=lab.url, cancel_at=phase)
+    assert sent["late"] == ""
     if phase == "connecting":
         destination.do("cancel")  # it may not have seen anybody
     received = outcome(destination, "receive")
@@ -221,9 +226,55 @@ def test_cancelled_by_the_destination(lab, phase):
     destination.receive_remote(lab.url, cancel_at=phase)
     sent = source.call("send", url=lab.url)
     received = outcome(destination, "receive")
-    if phase in ("committed", "running"):  # too late
+    if phase in ("committed", "running"):
+        assert received["late"] == "the guest is this VMM's by now"
         assert sent["error"] is None and received["error"] is None
         lab.runs_on(destination)
     else:
+        assert received["late"] == ""
         assert sent["error"] and received["kind"] == "MigrationCancelled"
+        still_works(lab, source, destination)
+
+
+def test_source_is_told_that_it_cancels_too_late_once_commit_has_been_said(lab):
+    source, destination = lab.remote_source(), lab.controller()
+    destination.receive_remote(lab.url, stop_at="committed")
+    source.do("send", url=lab.url)
+    destination.wait_phase("committed")
+    assert source.call("cancel")["late"] == "the destination has been told to run the guest"
+    os.kill(destination.pid, signal.SIGCONT)
+    assert source.done("send")["error"] is None and destination.done("receive")["error"] is None
+    lab.runs_on(destination)
+
+
+def test_cancel_that_is_repeated_is_not_too_late(lab):
+    source, destination = lab.remote_source(), lab.controller()
+    destination.receive_remote(lab.url)
+    source.do("send", url=lab.url, hold_flush=True)
+    source.wait_event("flushing")
+    source.do("cancel")
+    source.do("cancel")
+    assert source.done("cancel")["late"] == source.done("cancel")["late"] == ""
+    assert source.done("send")["kind"] == "MigrationCancelled"
+    assert destination.done("receive")["error"]
+
+
+def test_cancel_that_comes_with_commit_counts_or_is_told_to_be_late(lab):
+    source, destination = lab.remote_source(), lab.controller()
+    destination.receive_remote(lab.url)
+    source.do("send", url=lab.url, stop_at="committed")  # with COMMIT still to be said
+    source.wait_phase("committed")
+    os.waitid(os.P_PIDFD, source.pidfd, os.WSTOPPED | os.WNOWAIT)
+    os.kill(destination.pid, signal.SIGSTOP)
+    os.waitid(os.P_PIDFD, destination.pidfd, os.WSTOPPED | os.WNOWAIT)
+    os.kill(source.pid, signal.SIGCONT)
+    source.call("fds")  # COMMIT is on its way
+    destination.do("cancel")
+    os.kill(destination.pid, signal.SIGCONT)
+    sent, received = source.done("send"), destination.done("receive")
+    if received["late"]:
+        assert sent["error"] is None and received["error"] is None
+        lab.runs_on(destination)
+    else:
+        assert sent["running"] and received["kind"] == "MigrationCancelled"
         still_works(lab, source, destination)

@@ -47,3 +47,69 @@ def test_what_an_attempt_has_shown_of_the_destination_is_in_the_estimate_of_the_
 def test_guest_that_writes_too_fast_goes_all_the_same_when_told_so(lab):
     source, destination = lab.remote_source(), lab.controller()
     lab.copy(source, destination, bounds={"downtime_ms": 1, "timeout_s": 1, "strategy": "ignore"})
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [{"downtime_ms": 1, "timeout_s": 1, "strategy": "ignore"}, {"downtime_ms": 60000, "timeout_s": 10}],
+    ids=["the time is up", "the bound is met"],
+)
+def test_guest_goes_though_every_round_is_older_than_a_fresh_flush(lab, bounds):
+    source, destination = lab.remote_source(), lab.controller()
+    lab.copy(source, destination, fresh_s=0.0, bounds=bounds)
+
+
+def test_destination_has_the_figures_of_a_source_that_is_gone(lab):
+    source, destination = lab.remote_source(), lab.controller()
+    destination.receive_remote(lab.url)
+    sent = source.call("send", url=lab.url)["progress"]["breakdown"]
+    figures = destination.done("receive")["progress"]["breakdown"]["source"]
+    assert figures.pop("final_pass_ms") == sent["copied"]["final_pass_ms"]
+    assert set(figures) == {"connect_ms", "propose", "build", "pause", "save_ms", "prepare"}
+    assert figures == {name: sent[name] for name in figures}
+
+
+# Disks that take their time ----------------------------------------------------------------------------------------
+
+
+def flushing(lab, **faults):
+    """A source whose disk takes as long as it is told, and its destination."""
+    source, destination = lab.remote_source(), lab.controller()
+    destination.receive_remote(lab.url)
+    source.do("send", url=lab.url, hold_flush=True, **faults)
+    source.wait_event("flushing")
+    lab.runs_on(source)
+    return source, destination
+
+
+def test_disk_that_takes_its_time_is_waited_for_while_the_guest_runs(lab):
+    source, destination = flushing(lab)
+    source.call("flushed")
+    assert source.done("send")["error"] is None and destination.done("receive")["error"] is None
+    lab.runs_on(destination)
+
+
+def test_cancel_is_heard_while_a_disk_takes_its_time(lab):
+    source, destination = flushing(lab)
+    source.do("cancel")
+    assert source.done("send")["kind"] == "MigrationCancelled"
+    assert destination.done("receive")["error"]
+    source.call("flushed")
+    still_works(lab, source, destination)
+
+
+def test_end_of_the_destination_is_noticed_while_a_disk_takes_its_time(lab):
+    source, destination = flushing(lab)
+    destination.kill()
+    assert source.done("send")["running"]
+    source.call("flushed")
+    still_works(lab, source, lab.controller())
+
+
+def test_time_that_is_up_while_a_disk_takes_its_time_names_the_disk(lab):
+    source, destination = flushing(lab, bounds={"timeout_s": 3})
+    sent = source.done("send")
+    assert sent["error"][1].startswith("timeout_s=3 is over while what the guest has written was flushed to _pulse0")
+    assert destination.done("receive")["error"]
+    source.call("flushed")
+    still_works(lab, source, destination)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controller.migration.arguments import Bounds, Strategy
-from controller.migration.rounds import Next, Rounds
+from controller.migration.rounds import Flushes, Next, Rounds
 
 MB = 1_000_000
 PAGE = 4096
@@ -96,6 +96,33 @@ def test_a_fast_small_round_counts_for_what_is_as_small_until_the_next_large_one
     assert rounds.throughput == MB / 5
     after(rounds, 4 * MB, 2.0, 40)
     assert rounds.throughput == 2 * MB
+
+
+def test_round_after_a_flush_is_the_last_however_long_it_took():
+    flushes = Flushes(5.0)
+    assert not flushes.will_do(Next.PAUSE, 60.0)
+    flushes.made(70.0)
+    assert flushes.will_do(Next.PAUSE, 130.0)
+
+
+def test_flush_is_repeated_when_it_is_old_by_the_time_that_the_bound_is_met_again():
+    flushes = Flushes(5.0)
+    flushes.made(0.0)
+    assert not flushes.will_do(Next.ROUND, 3.0)
+    assert flushes.will_do(Next.PAUSE, 4.0)
+    assert not flushes.will_do(Next.PAUSE, 6.0)
+
+
+def test_disks_and_ram_that_take_turns_come_to_an_end():
+    """A guest that dirties during each flush what takes two rounds of 20 s."""
+    flushes, clock = Flushes(5.0), 0.0
+    fresh = []
+    for _ in range(5):
+        flushes.made(clock)
+        assert not flushes.will_do(Next.ROUND, clock + 20)
+        fresh.append(flushes.will_do(Next.PAUSE, clock + 40))
+        clock += 50
+    assert fresh == [False, False, False, False, True]  # at most 5, 10, 20, 40, 80 s old
 
 
 @given(st.integers(10, 2000), st.integers(0, 900), st.integers(50, 1000))

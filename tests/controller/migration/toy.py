@@ -6,7 +6,8 @@ The test forks it and talks to it in JSON over a SOCK_SEQPACKET pair. Commands: 
 end of a command, {"done": command, "error": [chain] | null, …}.
 
 Faults of one command, each at a phase: kill_at, stop_at (this controller), cancel_at, kill_runner_at, kill_agent_at;
-`agent` (for the agent, see migration_agent/agent.py); `fail`: the VM's step that raises; `settings`: deadlines.
+`agent` (for the agent, see migration_agent/agent.py); `fail`: the VM's step that raises; `settings`: deadlines;
+`hold_flush`: the disk takes until {"flushed"}; `fresh_s`: for FRESH_SECONDS. `late` is what cancel() has answered last.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from controller import zygote
 from controller.events import EventMonitor
 from controller.fleet import Fleet, Process, WorkerSpec
 from controller.locks import try_lock, unlock
+from controller.migration import departure as departures
 from controller.migration.arguments import Bounds
 from controller.migration.departure import Departure
 from controller.migration.fixed_cost import FixedCost
@@ -34,7 +36,7 @@ from shared import control
 from shared.errors import FlotillaError, HostError, StateError, WorkerLost, chain
 from shared.linux import die_with_parent, memfd
 from shared.pages import Bitmap
-from shared.reactor import Lock, Reactor
+from shared.reactor import Event, Lock, Reactor
 from tests.controller.migration.toy_runner import GUEST_SIZE, PAGE, GuestRam, Ram
 
 Faults = dict[str, Any]
@@ -174,6 +176,8 @@ class ToyRemote(ToyVm):
         self._fds |= {"guest": guest, "disk": disk}
         self._guest = GuestRam(guest)
         self.fixed_cost = FixedCost()
+        self.flushing: Callable[[], object] = lambda: None
+        self.flushed = Event()
 
     ended_itself = False
 
@@ -186,8 +190,11 @@ class ToyRemote(ToyVm):
     def dirty_pages(self) -> ToyDirty:
         return ToyDirty(self)
 
-    async def flush_disks(self) -> None:
+    async def flush_disks(self, seconds: float | None) -> None:
         self._fail("flush")
+        if seconds is None and self.faults.get("hold_flush"):
+            self.flushing()
+            await self.flushed.wait()
 
     def unlock_disks(self) -> None:
         unlock(self._fds["disk"])
@@ -247,6 +254,7 @@ class Controller:
         self._migration: Outgoing | Departure | Incoming | None = None
         self._arrived: Incoming | None = None
         self._faults: Faults = {}
+        self._late: str | None = None
         self._paths: set[str] = set()
         self.reactor.add_reader(line.fileno(), self._command)
 
@@ -269,7 +277,7 @@ class Controller:
         if self._faults.get("kill_runner_at") == phase and (vm := self.vm or self._new):
             vm.kill_runner()
         if self._faults.get("cancel_at") == phase and self._migration is not None:
-            self._migration.cancel()
+            self._late = self._migration.cancel()
 
     def _command(self) -> None:
         data = self._line.recv(65536)
@@ -296,6 +304,7 @@ class Controller:
             has_vm=self.vm is not None,
             processes=sorted(process.kind for process in self.fleet.processes),
             paths=sorted(self._paths),
+            late=self._late,
             **report,
         )
 
@@ -332,6 +341,8 @@ class Controller:
         self._migration = departure
         departure.on_resolved = lambda: self.say(event="resolved", fate=str(departure.fate))
         bounds = Bounds(**faults.get("bounds", {}))
+        departures.FRESH_SECONDS = faults.get("fresh_s", departures.FRESH_SECONDS)
+        vm.flushing = lambda: self.say(event="flushing")
         try:
             await departure.run(faults["url"], bounds)
         finally:
@@ -411,7 +422,11 @@ class Controller:
 
     async def cancel(self, _: dict[str, Any]) -> None:
         assert self._migration is not None
-        self._migration.cancel()
+        self._late = self._migration.cancel()
+
+    async def flushed(self, _: dict[str, Any]) -> None:
+        assert isinstance(self.vm, ToyRemote)
+        self.vm.flushed.set()
 
     async def resume(self, _: dict[str, Any]) -> None:
         assert self.vm is not None
