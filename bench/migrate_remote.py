@@ -10,7 +10,8 @@ a given rate. Figures per migration, beside those of migrate-local:
     rounds         the final pass included
     own_total_ms   from the first page to the guest's first instruction there, by the VMM's own count
 
-Of ours also how much each round has sent, beside a simulation that knows how fast the guest writes.
+Of ours also how much each round has sent, beside a simulation that knows how fast the guest is told to write:
+on a host where it does not get that far the measured rounds are the smaller ones.
 """
 
 from __future__ import annotations
