@@ -198,12 +198,13 @@ class QemuPair(Pair):
 
 
 class FlotillaRemotePair(FlotillaPair):
-    """The same as if to another host: RAM is copied, by `way` tcp or unix."""
+    """The same as if to another host: RAM is copied, by `way` tcp or unix. `copied` has the rounds after finish()."""
 
     def __init__(self, folder: Path, kernel: str, words: str, size: str, way: str, downtime_ms: int) -> None:
         super().__init__(folder, kernel, words, size)
         self.way = way
         self.downtime_ms = downtime_ms
+        self.copied: dict[str, Any] = {}
         self.url = f"unix:{folder}/migration" if way == "unix" else f"tcp:127.0.0.1:{free_port()}"
 
     def migrate(self, patience: float) -> None:
@@ -222,7 +223,7 @@ class FlotillaRemotePair(FlotillaPair):
         with self.remote("api2", "migration-progress") as process:
             said, _ = process.communicate(timeout=patience)
         progress = json.loads(said)
-        copied = progress["breakdown"]["copied"]
+        copied = self.copied = progress["breakdown"]["copied"]
         total = copied["copy_ms"] + float(progress["downtime_ms"])
         return {
             "own_downtime_ms": float(progress["downtime_ms"]),

@@ -16,6 +16,8 @@ TICK_SECONDS = 0.25
 # question comes so many times later, but for an answer that was slow only once.
 REST, MOST_REST_SECONDS = 20, 10.0
 _CELLS = 20
+_PAGE_BYTES = 4096
+_ARRIVING = ("building", "built")  # a remote migration's RAM comes meanwhile
 _CLEAR = "\r\033[K"
 
 
@@ -25,18 +27,26 @@ def line(progress: dict[str, Any], width: int = 80) -> str:
     total, left = _number(progress, "ram_bytes"), _number(progress, "remaining_bytes")
     words = [phase]
     if total and progress.get("direction") == "send" and phase == "copying":
-        done = max(0.0, min(1.0, 1 - left / total))
-        full = round(done * _CELLS)
-        words = [f"[{'#' * full}{'.' * (_CELLS - full)}] {done:4.0%}", f"round {_number(progress, 'round'):.0f}"]
+        words = [_cells(1 - left / total), f"round {_number(progress, 'round'):.0f}"]
         words.append(f"{_size(_number(progress, 'throughput_bytes_per_s'))}/s")
         words.append(f"dirty {_size(_number(progress, 'dirty_bytes_per_s'))}/s")
         if isinstance(progress.get("estimated_downtime_ms"), (int, float)):
             words.append(f"pause ~{progress['estimated_downtime_ms']:.0f} ms")
         if isinstance(progress.get("time_left_s"), (int, float)):
             words.append(f"{progress['time_left_s']:.0f} s left")
+    elif total and progress.get("direction") == "receive" and phase in _ARRIVING:
+        # Pages that come again in a later round are counted again: how much is left only the source knows.
+        moved = (_number(progress, "pages") + _number(progress, "zero_pages")) * _PAGE_BYTES
+        words = [_cells(moved / total), f"{_size(_number(progress, 'page_bytes'))} of RAM moved"]
     elif total:
         words.append(f"{_size(_number(progress, 'page_bytes'))} of RAM moved")
     return "  ".join(words)[: width - 1]
+
+
+def _cells(share: float) -> str:
+    done = max(0.0, min(1.0, share))
+    full = round(done * _CELLS)
+    return f"[{'#' * full}{'.' * (_CELLS - full)}] {done:4.0%}"
 
 
 def _number(progress: dict[str, Any], key: str) -> float:

@@ -6,7 +6,8 @@
     fd=                               somebody else's, checked and not changed
 
 The controller keeps its own duplicate of every descriptor, so a worker's death does not take the interface down. No
-route, bridge or sysctl is touched. Sources: include/uapi/linux/if.h, if_tun.h, sockios.h; drivers/net/tun.c.
+route, bridge or sysctl is touched. Sources: include/uapi/linux/if.h, if_tun.h, if_link.h, rtnetlink.h, sockios.h;
+drivers/net/tun.c.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -38,6 +40,11 @@ SIOCGIFNETMASK, SIOCSIFNETMASK, SIOCGIFMTU, SIOCSIFMTU = 0x891B, 0x891C, 0x8921,
 SIOCSIFHWADDR, SIOCGIFHWADDR, SIOCGIFINDEX, SIOCETHTOOL = 0x8924, 0x8927, 0x8933, 0x8946
 ETHTOOL_GDRVINFO: Final = 0x3
 ARPHRD_ETHER: Final = 1
+
+GETLINK: Final = struct.Struct("=IHHIIBxHiII")  # struct nlmsghdr and struct ifinfomsg
+ATTRIBUTE: Final = struct.Struct("=HH")  # struct rtattr
+RTM_NEWLINK, RTM_GETLINK, NLM_F_REQUEST = 16, 18, 0x1
+IFLA_LINKINFO, IFLA_INFO_DATA, IFLA_TUN_NUM_QUEUES, IFLA_TUN_NUM_DISABLED_QUEUES = 18, 2, 8, 9
 
 
 class sockaddr(ctypes.Structure):
@@ -178,6 +185,9 @@ def _open_queues(net: NetConfig, control: socket.socket, fds: list[int]) -> str:
         raise HostError(
             f"{what}: this interface is no TAP", f"its driver is {kind}; name another one, or leave tap= out"
         )
+    if kind is not None and _queues_in_use(name):
+        # Of a TAP for one queue the kernel says so itself; one for several would share its frames out among all users.
+        raise _refusal(what, errno.EBUSY)
     flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
     attempts = [flags | IFF_MULTI_QUEUE] if net.queue_pairs > 1 else [flags]
     if kind is not None and net.queue_pairs == 1:
@@ -208,8 +218,12 @@ def _attach(fd: int, name: str, attempts: list[int], what: str) -> str:
                 break
         else:
             return str(request.ifr_name.decode())
-    why, hint = _REFUSALS.get(failure.errno or 0, (failure.strerror, ""))
-    raise HostError(f"{what}: {why}", hint) from failure
+    raise _refusal(what, failure.errno or 0) from failure
+
+
+def _refusal(what: str, number: int) -> HostError:
+    why, hint = _REFUSALS.get(number, (os.strerror(number), ""))
+    return HostError(f"{what}: {why}", hint)
 
 
 _REFUSALS: Final = {
@@ -296,6 +310,34 @@ def _kind(control: socket.socket, name: str) -> str | None:
         return "none of its own"  # such as lo
     driver = info.driver.decode()
     return str(info.bus_info.decode()) if driver == "tun" else str(driver)
+
+
+def _queues_in_use(name: str) -> int:
+    """Of a TAP that was made for several; 0 of any other interface."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as route:
+        try:
+            index = socket.if_nametoindex(name)
+            route.send(GETLINK.pack(GETLINK.size, RTM_GETLINK, NLM_F_REQUEST, 0, 0, 0, 0, index, 0, 0))
+            answer = route.recv(1 << 16, socket.MSG_DONTWAIT)  # it is there when send() returns
+        except OSError:  # the interface has gone meanwhile
+            return 0
+    if GETLINK.unpack_from(answer)[1] != RTM_NEWLINK:
+        return 0
+    data = answer[GETLINK.size :]
+    for kind in (IFLA_LINKINFO, IFLA_INFO_DATA):
+        data = _attributes(data).get(kind, b"")
+    tun = _attributes(data)
+    counts = (tun.get(kind, b"") for kind in (IFLA_TUN_NUM_QUEUES, IFLA_TUN_NUM_DISABLED_QUEUES))
+    return sum(int.from_bytes(count, sys.byteorder) for count in counts)
+
+
+def _attributes(data: bytes) -> dict[int, bytes]:
+    found = {}
+    while len(data) >= ATTRIBUTE.size:
+        size, kind = ATTRIBUTE.unpack_from(data)
+        found[kind] = data[ATTRIBUTE.size : size]
+        data = data[max(size, ATTRIBUTE.size) + 3 & ~3 :]
+    return found
 
 
 def _mtu_behind(fd: int, name: str) -> int | None:

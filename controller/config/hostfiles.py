@@ -1,5 +1,5 @@
-"""Are the files that a VmConfig names there, of the right kind and accessible? Asked when a VM boots, not
-before.
+"""Are the files that a VmConfig names there, of the right kind and accessible? Asked when a VM boots or is to arrive,
+not before.
 
 Every error is a HostError that names flag and path. Nothing is created, truncated or locked here.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from controller.config.model import (
     ConsoleConfig,
@@ -41,15 +43,38 @@ _KINDS = (
 
 def check_files(config: VmConfig) -> None:
     """Raises HostError for the first file that the VM could not use."""
-    payload = config.payload
-    if payload.kernel is not None:
-        _readable_file("--kernel", payload.kernel)
-    if payload.initramfs is not None:
-        _readable_file("--initramfs", payload.initramfs)
+    for check in _but_disks(config):
+        check()
     _disks(config.disks)
-    _rng(config.rng.src)
-    _destination("--serial", config.serial)
-    _destination("--console", config.console)
+
+
+def missing_files(config: VmConfig) -> list[HostError]:
+    """All that a VM which comes from another host could not use here, but for its images. Kernel and initramfs count:
+    its next reset reads them."""
+    found = []
+    for check in (*_but_disks(config), *_back_ends(config)):
+        try:
+            check()
+        except HostError as error:
+            found.append(error)
+    return found
+
+
+def _but_disks(config: VmConfig) -> Iterator[Callable[[], None]]:
+    for flag, path in (("--kernel", config.payload.kernel), ("--initramfs", config.payload.initramfs)):
+        if path is not None:
+            yield partial(_readable_file, flag, path)
+    yield partial(_rng, config.rng.src)
+    yield partial(_destination, "--serial", config.serial)
+    yield partial(_destination, "--console", config.console)
+
+
+def _back_ends(config: VmConfig) -> Iterator[Callable[[], None]]:
+    """A VM that boots waits for them instead: they may be on their way up."""
+    for flag, devices in (("--disk", config.disks), ("--net", config.net)):
+        for device in devices:
+            if device.vhost_socket is not None:
+                yield partial(_socket, f"{flag} socket={device.vhost_socket}", device.vhost_socket)
 
 
 def detect_image_types(config: VmConfig) -> VmConfig:
@@ -122,6 +147,13 @@ def _readable_file(flag: str, path: str) -> None:
     if not stat.S_ISREG(mode):
         raise HostError(f"{what}: this is {_kind(mode)}", "a regular file is needed")
     os.close(_open(what, path, os.O_RDONLY))
+
+
+def _socket(what: str, path: str) -> None:
+    """Not connected to: a back end may take that for its one session."""
+    mode = _status(what, path).st_mode
+    if not stat.S_ISSOCK(mode):
+        raise HostError(f"{what}: this is {_kind(mode)}", "the socket of a vhost-user back end is needed")
 
 
 def _disks(disks: tuple[DiskConfig, ...]) -> None:

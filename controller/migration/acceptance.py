@@ -2,6 +2,9 @@
 
 `machine_info()` is what the source tells beside the configuration, `accept()` what the destination makes of it. One
 check per row of CHECKS: a device with host resources of its own (a TAP) gets a row there.
+
+A local migration asks none of this: its destination gets what the guest uses by descriptor, on the host where the guest
+runs already. A kernel file that has gone there since must not keep the guest in the old VMM.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any, Final
 
 from controller import disks
 from controller.config.codec import from_json
+from controller.config.hostfiles import missing_files
 from controller.config.model import DiskConfig, NetConfig, VmConfig
 from controller.config.validate import validate
 from controller.machine import layout as lo
@@ -153,8 +157,12 @@ def _disk(disk: DiskConfig, wanted: object) -> str:
     return "" if size == wanted else f"{what} has {size} bytes, at the source {wanted}"
 
 
+def _files(candidate: Candidate) -> list[str]:
+    return [describe(error) for error in missing_files(candidate.config)]
+
+
 def _nets(candidate: Candidate) -> list[str]:
-    """Descriptors do not travel, and a TAP that is asked for by name must be free here."""
+    """Descriptors do not travel; a TAP that is asked for by name must be free here, and any other one possible."""
     found = (_net(net) for net in candidate.config.net if not net.vhost_user)
     return [obstacle for obstacle in found if obstacle]
 
@@ -162,8 +170,6 @@ def _nets(candidate: Candidate) -> list[str]:
 def _net(net: NetConfig) -> str:
     if net.fds:
         return f"{net.id}: its TAP was given by descriptor (fd=), which can't travel to another host"
-    if net.tap is None:
-        return ""
     try:
         open_tap(net).close()
     except HostError as error:
@@ -171,4 +177,4 @@ def _net(net: NetConfig) -> str:
     return ""
 
 
-CHECKS: Final[tuple[Callable[[Candidate], list[str]], ...]] = (_versions, _memory, _cpu, _kvm, _disks, _nets)
+CHECKS: Final[tuple[Callable[[Candidate], list[str]], ...]] = (_versions, _memory, _cpu, _kvm, _disks, _files, _nets)

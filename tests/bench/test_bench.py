@@ -76,6 +76,10 @@ def test_migrate_remote():
     own = rows["flotilla"]
     has_figures(own, "downtime_ms", "guest_gap_ms", "total_ms", "mb_per_s", "wire_mb", "wire_per_ram", "rounds")
     assert own["figures"]["wire_mb"]["min"] > 128  # half of RAM is filled
+    (rounds,) = own["rounds"]
+    assert len(rounds["sent_mb"]) == len(rounds["simulated_mb"]) == own["figures"]["rounds"]["min"]
+    assert sum(rounds["sent_mb"]) == pytest.approx(own["figures"]["wire_mb"]["min"], rel=0.05)
+    assert any(note.startswith("rounds of flotilla 256M unix 50, MB: ") for note in answer["notes"])
     assert rows["qemu-microvm"]["missing"] or rows["qemu-microvm"]["figures"]["wire_mb"]["n"] == 1
 
 

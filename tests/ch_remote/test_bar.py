@@ -22,6 +22,24 @@ def test_a_round_shows_share_rates_and_estimates():
 
 
 @pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"phase": "building"}, "[###############.....]  75%  3 MiB of RAM moved"),
+        ({"pages": 1 << 20}, "[####################] 100%  3 MiB of RAM moved"),  # a page may come again
+        ({"pages": None}, "[##########..........]  50%  3 MiB of RAM moved"),
+        ({"phase": "loading"}, "loading  3 MiB of RAM moved"),
+        ({"ram_bytes": 0}, "built"),  # a local migration moves none
+    ],
+)
+def test_what_has_arrived_is_a_share_of_ram(changes, text):
+    received = {
+        "direction": "receive", "phase": "built", "ram_bytes": 4 << 20, "pages": 256, "zero_pages": 512,
+        "page_bytes": 3 << 20,
+    }  # fmt: skip
+    assert line({**received, **changes}) == text
+
+
+@pytest.mark.parametrize(
     ("progress", "text"),
     [
         ({"state": "none"}, "none"),

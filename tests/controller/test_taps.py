@@ -18,6 +18,7 @@ from controller.config.model import NetConfig
 from shared.errors import HostError
 from tests.netns import ip, network_namespace
 
+TUNSETQUEUE, IFF_DETACH_QUEUE = 0x4004_54D9, 0x0400
 MAC = "2e:00:00:00:00:01"
 
 
@@ -105,10 +106,40 @@ def test_one_queue_of_a_tap_that_was_made_for_several(opened):
     assert opened(tap="users").name == "users"
 
 
-def test_tap_in_use(opened):
-    opened(tap="mine")
-    refused("--net tap=mine: another process has this TAP open", tap="mine")
+@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize("theirs", [1, 2])
+def test_tap_in_use(opened, theirs, pairs):
+    opened(tap="mine", num_queues=2 * theirs)
+    if theirs < pairs:
+        refused("--net tap=mine: this TAP was made for one queue", tap="mine", num_queues=2 * pairs)
+    else:
+        refused("--net tap=mine: another process has this TAP open", tap="mine", num_queues=2 * pairs)
     assert link("mine") is not None
+
+
+@pytest.mark.parametrize("change", ["down", "disabled"])
+def test_tap_in_use_by_somebody_who_does_not_take_its_frames(opened, change):
+    """A queue that is switched off counts: its owner may switch it on again."""
+    tap = taps.open_tap(NetConfig(tap="mine", num_queues=4))
+    if change == "down":
+        ip("link", "set", "mine", "down")
+    else:
+        for fd in tap.fds:
+            request = taps.ifreq()
+            request.ifru_flags = IFF_DETACH_QUEUE
+            fcntl.ioctl(fd, TUNSETQUEUE, request)
+    refused("--net tap=mine: another process has this TAP open", tap="mine", num_queues=4)
+    tap.close()
+    assert len(opened(tap="mine", num_queues=4).fds) == 2
+
+
+def test_tap_that_was_made_by_its_user_is_free_when_its_holder_has_gone(opened):
+    ip("tuntap", "add", "users", "mode", "tap", "multi_queue")
+    holder = taps.open_tap(NetConfig(tap="users", num_queues=4))
+    refused("--net tap=users: another process has this TAP open", tap="users", num_queues=4)
+    refused("--net tap=users: another process has this TAP open", tap="users")
+    holder.close()
+    assert opened(tap="users", num_queues=4).name == "users"
 
 
 @pytest.mark.parametrize(

@@ -347,7 +347,7 @@ def test_two_sends_at_once_and_a_send_while_receiving(tmp_path):
         assert while_receiving.returncode == 1 and "being migrated" in while_receiving.stderr
         receive_twice = destination.remote("receive-migration", f"tcp:127.0.0.1:{free_port()}")
         assert receive_twice.returncode == 1 and "being migrated" in receive_twice.stderr
-        for change in ("pause", "reboot", "shutdown", "delete"):
+        for change in ("pause", "reboot", "shutdown", "delete", "power-button"):
             refused = source.remote(change)
             assert refused.returncode == 1 and "VM is being migrated" in refused.stderr
         assert source.ask("info")["state"] == "Running"  # asking is always allowed
@@ -394,6 +394,25 @@ def test_guest_that_switches_itself_off_ends_its_migration_and_loses_nothing(tmp
         assert code == 1 and why
         assert source.wait() == 0
         assert b"probe: done bad=0" in source.output
+
+
+def test_guest_that_resets_itself_ends_its_migration_and_boots_again_where_it_was(tmp_path):
+    words = "mode=ram ram.mb=64 ram.rate=64 passes=20 reset=acpi"
+    with (
+        Vmm.guest(tmp_path, words, name="one") as source,
+        Vmm(tmp_path, name="two") as destination,
+        Sending(source, destination, tmp_path) as sending,
+    ):
+        _, errors = sending.sender.communicate(timeout=60)
+        assert sending.sender.returncode == 1 and "here" in errors, errors
+        code, why = sending.receiver.end()
+        assert code == 1 and why
+        first = source.expect("probe: done bad=0")
+        source.expect("ram ok ", since=first.end())
+        assert source.ask("info")["state"] == "Running"
+        assert source.ask("migration-progress")["state"] in ("cancelled", "failed")
+        assert destination.remote("info").returncode == 1 and "migration" not in destination.fleet()
+        assert b"BAD" not in source.output
 
 
 def test_port_that_is_taken_and_address_of_another_host(tmp_path):

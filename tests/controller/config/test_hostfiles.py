@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from controller.config.hostfiles import check_files, detect_image_types
+from controller.config.hostfiles import check_files, detect_image_types, missing_files
 from controller.config.model import (
     ConsoleConfig,
     ConsoleMode,
     DiskConfig,
     DiskLock,
     ImageType,
+    NetConfig,
     PayloadConfig,
     RngConfig,
     SerialConfig,
@@ -203,3 +204,34 @@ def test_other_image_formats_are_recognised_and_refused(
 def test_vhost_user_disks_have_no_image_to_look_at(base: VmConfig) -> None:
     config = with_disk(base, path=None, vhost_user=True, vhost_socket="/s")
     assert detect_image_types(config) == config
+
+
+def test_all_that_an_arriving_vm_lacks_is_found_at_once(base: VmConfig, tmp_path: Path) -> None:
+    """But for its images, which are compared with the source's."""
+    (tmp_path / "kernel").unlink()
+    config = replace(
+        with_disk(base, path=str(tmp_path / "none")),
+        rng=RngConfig(str(tmp_path)),
+        console=ConsoleConfig(ConsoleMode.FILE, str(tmp_path / "none" / "log")),
+    )
+    kernel, rng, console = map(str, missing_files(config))
+    assert kernel.startswith("--kernel ") and "this is a directory" in rng and "--console file=" in console
+
+
+def test_back_end_of_an_arriving_vm_is_looked_for_and_not_disturbed(base: VmConfig, tmp_path: Path) -> None:
+    path = str(tmp_path / "sock")
+    config = replace(
+        with_disk(base, path=None, vhost_user=True, vhost_socket=path),
+        net=(NetConfig(vhost_user=True, vhost_socket=str(tmp_path / "disk")),),
+    )
+    disk, net = map(str, missing_files(config))
+    assert disk == f"--disk socket={path}: No such file or directory"
+    assert net.startswith(f"--net socket={tmp_path}/disk: this is a regular file")
+    with socket.socket(socket.AF_UNIX) as back_end:
+        back_end.bind(path)
+        back_end.listen()
+        back_end.setblocking(False)
+        assert missing_files(replace(config, net=())) == []
+        with pytest.raises(BlockingIOError):
+            back_end.accept()
+    os.unlink(path)
