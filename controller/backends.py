@@ -361,6 +361,19 @@ class Backend:
             await sleep(self._reactor, FIRST_DELAY)
         raise WorkerLost(f"{self.name}: no worker lives long enough to answer {verb}") from self.absence()
 
+    async def resume(self) -> None:
+        """Let a quiesced worker go on. Raises FlotillaError when it does not: it is ended then, and its successor was
+        never quiesced."""
+        process = self.process
+        if process is None or not process.serving or process.state is not ProcessState.RUNNING:
+            return
+        try:
+            await process.call("resume")
+        except FlotillaError as error:
+            cause = Cause.HUNG if isinstance(error, Timeout) else Cause.REFUSED
+            self._fleet.condemn(process, cause, f"resume: {describe(error)}")
+            raise
+
     def signal(self, number: int) -> None:
         """Tell the worker something that has no verb (SIGWINCH)."""
         if self.process is not None:

@@ -37,10 +37,10 @@ class EarlyDevice(VhostUserDevice):
         self.features = features
 
     async def activate(self, acked_features: int, queues: tuple[Virtqueue, ...]) -> None:
-        await self.frontend.wait_connected()
-        lacking = acked_features & ~self.frontend.features
-        if lacking:
-            raise HostError(f"{self.device_id}: its worker lacks features {lacking:#x} that the guest was offered")
+        if not self._restored:  # whose session has to be there for the worker that comes up
+            await self.frontend.wait_connected()
+            if lacking := acked_features & ~self.frontend.features:
+                raise HostError(f"{self.device_id}: its worker lacks features {lacking:#x} that the guest was offered")
         await super().activate(acked_features, queues)
 
 

@@ -181,9 +181,9 @@ class Nets:
         await gather(self._reactor, *(backend.call("quiesce") for backend in self._workers().values()))
 
     async def resume(self, device_id: str) -> None:
-        """Nothing for a device that is not of this kind."""
+        """Nothing for a device that is not of this kind. Raises as Backend.resume() does."""
         if (backend := self._workers().get(device_id)) is not None:
-            await backend.call("resume")
+            await backend.resume()
 
     async def save(self) -> dict[str, Any]:
         """By device id, what the workers know that is in no ring: active queue pairs, offloads."""
@@ -199,11 +199,13 @@ class Nets:
     def announce(self) -> None:
         """The guest runs here now: let it and the network know. Nothing depends on it, so nobody waits."""
         for name, backend in self._workers().items():
-            backend.preload = None  # from here on it is in the inflight region, and changes there
-            self._reactor.spawn(self._announce(name, backend), f"announce {name}")
+            frontend = self._nics[name].device.frontend
+            self._reactor.spawn(self._announce(name, frontend, backend), f"announce {name}")
 
-    async def _announce(self, name: str, backend: Backend) -> None:
+    async def _announce(self, name: str, frontend: Frontend, backend: Backend) -> None:
         try:
+            await frontend.wait_connected()
+            backend.preload = None  # its rings run: from here on it is in the inflight region, and changes there
             await backend.call("announce")
         except FlotillaError as error:
             log.warn(f"{name}: the network was not told where the guest is now: {describe(error)}")

@@ -5,6 +5,9 @@
     await frontend.stop() … await frontend.resume() quiesce and go on
     await frontend.reset()                          the driver said 0
 
+A back end that refuses to stop its rings, or to start those of a guest that can't do without, is given up as one that
+died.
+
 What the device is to do (the session) is kept here and is recorded before it is sent. So when the back end dies, at
 any message, the supervisor hears of it by `on_lost`, brings up another one, and `replay(sock)` puts that into the same
 state; whoever awaited activate(), stop() or reset() meanwhile just waits longer. The guest's kicks stay in the
@@ -21,7 +24,7 @@ from controller.vhost_session import Batch, DirtyLog, Inflight, Queue, Session
 from shared import vhost_user as vu
 from shared.errors import FlotillaError, HostError, ProtocolError, Timeout, WorkerLost
 from shared.memory import GuestMemory
-from shared.reactor import Cancelled, Event, Future, Lock, Reactor, within
+from shared.reactor import Event, Future, Lock, Reactor, within
 from shared.typed import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
@@ -166,12 +169,8 @@ class Frontend:
             protocol = ProtocolFeature(await self._ask_u64(link, Request.GET_PROTOCOL_FEATURES)) & WANTED
             link.tell(Request.SET_PROTOCOL_FEATURES, vu.pack_u64(protocol))
             link.acks = ProtocolFeature.REPLY_ACK in protocol
-        lacking = self._session.features & ~features if self._session is not None else 0
-        if lacking:
-            raise HostError(
-                f"{self.name}: the new back end lacks features {lacking:#x} that the guest uses",
-                "start it with the options of the one before it",
-            )
+        if self._session is not None:
+            self._check_features(self._session, features)
         queues = await self._ask_u64(link, Request.GET_QUEUE_NUM) if ProtocolFeature.MQ in protocol else 1
         batch = Batch()
         batch.add(link.tell(Request.SET_OWNER))
@@ -184,6 +183,13 @@ class Frontend:
                 batch.add(link.tell(Request.SET_BACKEND_REQ_FD, fds=(theirs.fileno(),)))
         await self._within(link, batch.wait(), "negotiation")
         self.features, self.protocol_features, self.max_queues = features, protocol, queues
+
+    def _check_features(self, session: Session, features: int) -> None:
+        if lacking := session.features & ~features:
+            raise HostError(
+                f"{self.name}: the new back end lacks features {lacking:#x} that the guest uses",
+                "start it with the options of the one before it",
+            )
 
     def _on_event(self, message: Message) -> None:
         message.close_fds()
@@ -226,6 +232,21 @@ class Frontend:
                     if self._link is link:
                         raise
 
+    async def _insist(self, action: Callable[[Link], Awaitable[T]]) -> T:
+        """The same for what leaves rings of which nobody knows whether they run, when it fails or nobody waits for it
+        any more: that back end is given up, and its successor does what the session says."""
+
+        async def attempt(link: Link) -> T:
+            try:
+                return await action(link)
+            # With the conversation still held: whoever has it next, or judges by it, must find the back end given up.
+            except BaseException as error:
+                late = Timeout(f"{self.name}: the back end did not start or stop its rings in time")
+                link.fail(error if isinstance(error, Exception) else late)
+                raise
+
+        return await self._on_back_end(attempt)
+
     # Rings ------------------------------------------------------------------------------------------------------
 
     async def activate(
@@ -235,7 +256,8 @@ class Frontend:
 
         `bases` are next avail indices by queue; without one a ring starts at 0, or, if `restored`, where its used
         ring in guest memory ends. A restored device also has every kick and call signalled. Raises BadGuestAddress
-        for rings outside RAM and ProtocolError when the back end refuses; the device is not active then.
+        for rings outside RAM, HostError when the back end lacks a feature and ProtocolError when it refuses; the device
+        is not active then. A restored one is, for its guest can't do without: whoever comes next starts its rings.
         """
         if self._session is not None:
             self._session.close()
@@ -248,30 +270,39 @@ class Frontend:
         self._session = session
 
         async def start(link: Link) -> None:
-            if session.link is link:
-                return  # a replay has done it
-            try:
+            if session.link is not link:  # otherwise a replay has done it
+                self._check_features(session, self.features)
                 await self._start(link, session, session.bases, wake=restored)
+
+        async def start_all_or_none(link: Link) -> None:
+            try:
+                await start(link)
             except ProtocolError:
                 # Some of the rings may run already. A back end that hangs up on this has stopped them too.
                 try:
                     await self._halt(link)
                 except WorkerLost:
                     pass
+                except ProtocolError as error:
+                    link.fail(error)
                 raise
 
+        if restored:
+            await self._insist(start)
+            return
         try:
-            await self._on_back_end(start)
+            await self._on_back_end(start_all_or_none)
         except BaseException:
             session.close()
             self._session = None
             raise
 
     async def resume(self) -> None:
-        """Start the rings again that stop() has stopped, from its bases."""
+        """Start the rings again that stop() has stopped, from its bases. Raises FlotillaError and OSError: the back
+        end is given up then, and its successor starts them."""
         session = self._session
         if session is None or session.running:
-            return
+            return  # those that a stop() in vain may have stopped are the successor's
         session.running = True
         session.link = None
 
@@ -279,13 +310,13 @@ class Frontend:
             if session.link is not link:
                 await self._start(link, session, session.bases, wake=True)
 
-        await self._on_back_end(start)
+        await self._insist(start)
 
     async def stop(self, seconds: float | None = STOP_SECONDS) -> dict[int, int]:
         """Stop all rings; when this returns nothing is in flight. {queue index: next avail index}.
 
         Raises Timeout, and ProtocolError for an answer that is none: a back end that was asked is given up then
-        (`on_lost`), and the rings run again with its successor. A back end that dies meanwhile is waited for: its
+        (`on_lost`), and the rings run on with its successor. A back end that dies meanwhile is waited for: its
         successor finishes what was in flight.
         """
         session = self._session
@@ -293,7 +324,7 @@ class Frontend:
             return {}
         if session.running:
             what = f"{self.name}: stopping the rings"
-            session.bases = await within(self._reactor, seconds, self._on_back_end(self._halt), what)
+            session.bases = await within(self._reactor, seconds, self._insist(self._halt), what)
             session.running = False
             session.link = None
         return dict(session.bases)
@@ -302,18 +333,6 @@ class Frontend:
         session = self._session
         if session is None:
             return {}
-        try:
-            return await self._ask_bases(link, session)
-        # It may have stopped any of the rings, or do so when nobody listens any more. Only one that is told anew runs
-        # them for certain. Here and not in stop(): whoever gets the lock next, or judges by it, must find it given up.
-        except ProtocolError as error:
-            link.fail(error)
-            raise
-        except Cancelled:
-            link.fail(Timeout(f"{self.name}: the back end did not stop its rings in time"))
-            raise
-
-    async def _ask_bases(self, link: Link, session: Session) -> dict[int, int]:
         batch = Batch()
         for queue in session.queues:
             batch.add(link.call(Request.GET_VRING_BASE, VringState(queue.index, 0).pack()))

@@ -150,6 +150,8 @@ class VhostUserDevice:
         self._restored = False
         self._bases: dict[int, int] = {}
         self._misuse = Misuse(device_id)
+        self._stale = False  # the back end has changed the configuration since it was last asked
+        self._refreshing = False
         self.extra: State = {}
         self.on_config_changed: Callable[[], None] = lambda: None
         frontend.on_config_change = self._changed_in_back_end
@@ -209,7 +211,19 @@ class VhostUserDevice:
             log.error(f"{self.device_id}: the back end refused a new configuration: {error}")
 
     def _changed_in_back_end(self) -> None:
-        self._reactor.spawn(self._refresh(), f"{self.device_id} configuration")
+        """However often a back end says so, one task of ours asks it, once more at the most than it has answered."""
+        self._stale = True
+        if not self._refreshing:
+            self._refreshing = True
+            self._reactor.spawn(self._keep_up(), f"{self.device_id} configuration")
+
+    async def _keep_up(self) -> None:
+        try:
+            while self._stale:
+                self._stale = False
+                await self._refresh()
+        finally:
+            self._refreshing = False
 
     async def _refresh(self) -> None:
         """Read the configuration again and, if it differs, interrupt the driver."""

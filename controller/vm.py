@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Awaitable
 
 from controller.assembly import Assembly, VmContext
 from controller.config.hostfiles import check_files, detect_image_types
@@ -28,7 +29,7 @@ from controller.machine.cpuid import CpuidEntry
 from controller.migration.fixed_cost import FixedCost
 from controller.vm_state import checked
 from shared import log
-from shared.errors import FlotillaError, ProtocolError, Timeout, WorkerError, WorkerLost
+from shared.errors import FlotillaError, ProtocolError, WorkerError
 from shared.memory import GuestMemory
 from shared.reactor import describe, gather, within
 from shared.records import Record
@@ -173,13 +174,14 @@ class Vm:
         await self._made.nets.quiesce()
 
     async def resume(self) -> None:
-        """Go on after pause(), or after a load() that was left paused. The clock first: a vCPU that sees it jump
-        afterwards gets confused."""
+        """Go on after pause(), or after a load() that was left paused, with or without a device whose back end does
+        not. The clock first: a vCPU that sees it jump afterwards gets confused."""
         if self._still.loaded:
             await self.start_loaded()
             return
         self._platform.kvm_vm.set_clock(self._still.clock)
-        await gather(self._reactor, *(self._resume_device(name) for name in self._functions))
+        rings = {name: self._made.frontend(name).resume() for name in self._functions}
+        await gather(self._reactor, *(self._resume_device(*each) for each in rings.items()))
         for function in self._functions.values():
             function.signal_all()
         self._platform.release_serial()
@@ -188,17 +190,22 @@ class Vm:
         self._standstill = None
         self._vcpus.resume()
 
-    async def _resume_device(self, name: str) -> None:
-        """A worker that died meanwhile must not keep the guest: whenever its successor comes up, it runs."""
+    async def _resume_device(self, name: str, rings: Awaitable[None], *, quiet: bool = True) -> None:
+        """A back end that has died, hangs or refuses must not keep the guest: it has been given up then, and whenever
+        its successor comes up, the rings run. `quiet`: its worker has been quiesced, too."""
+        await self._unless_it_fails(name, within(self._reactor, RESUME_SECONDS, rings, "its rings"))
+        if quiet:
+            await self._unless_it_fails(name, self._resume_worker(name))
+
+    async def _unless_it_fails(self, name: str, step: Awaitable[None]) -> None:
         try:
-            await within(self._reactor, RESUME_SECONDS, self._made.frontend(name).resume(), f"{name}: its rings")
-            await self._resume_worker(name)
-        except (Timeout, WorkerLost) as error:
+            await step
+        except (FlotillaError, OSError) as error:
             log.warn(f"{name}: {describe(error)}; the guest goes on and waits for its device")
 
     async def _resume_worker(self, name: str) -> None:
         if (console := self._made.console) and name == (self.config.console.id or CONSOLE_ID):
-            await console.call("resume")
+            await console.resume()
         await self._made.nets.resume(name)
 
     @property
@@ -346,11 +353,17 @@ class Vm:
             log.warn(f"{vcpu.name}: this host refuses MSRs {', '.join(f'{index:#x}' for index in refused)}")
 
     async def start_loaded(self) -> None:
-        """Let the loaded guest run: it is ours from here on. Before, no ring may start: the source may take it back."""
+        """Let the loaded guest run: it is ours from here on. Before, no ring may start: the source may take it back.
+
+        There is no way back, so a back end that does not start its rings keeps nobody. Raises OSError when KVM refuses
+        an interrupt: the guest is paused then, and may be resumed.
+        """
         began = time.monotonic()
-        await gather(self._reactor, *(function.restore_activate() for function in self._functions.values()))
-        if self._still.quiet:
-            await gather(self._reactor, *(self._resume_worker(name) for name in self._functions))
+        for function in self._functions.values():
+            function.msix.attach()
+        rings = {name: function.restore_activate() for name, function in self._functions.items()}
+        quiet = self._still.quiet
+        await gather(self._reactor, *(self._resume_device(*each, quiet=quiet) for each in rings.items()))
         self._platform.kvm_vm.set_clock(self._still.clock)
         for function in self._functions.values():
             function.signal_all()

@@ -164,6 +164,32 @@ BlockBackend.get_config = lambda self, o, n: bytes([get(self, o, n)[0] ^ 1]) + g
     ),
 }
 
+# A disk's, card's or console's process that does not go on after it has been told to stop; its successors serve.
+RELUCTANT = """
+from shared import vhost_backend as backend
+from shared.control import Channel
+from shared.errors import ProtocolError
+
+told, stop, start, serve = [], backend._HANDLERS[11], backend._HANDLERS[12], Channel._serve
+
+def stopped(server, message):  # GET_VRING_BASE
+    told.append(message)
+    return stop(server, message)
+
+def started(server, message):  # SET_VRING_KICK
+    if told and {rings!r}:
+        raise ProtocolError("not any more")
+    return start(server, message)
+
+def served(self, peer, number, message):
+    if message["verb"] == "resume" and told:
+        message = {{**message, "verb": "recommence"}}
+    return serve(self, peer, number, message)
+
+backend._HANDLERS.update({{11: stopped, 12: started}})
+Channel._serve = served
+"""
+
 # It stops when it has carried out the first request of the guest's.
 BEGUN = """
 from shared.vhost_worker import VhostWorker

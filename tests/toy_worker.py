@@ -28,7 +28,7 @@ class Toy:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.pulse, self.moves, self.honest = 0, True, True
+        self.pulse, self.moves, self.honest, self.willing = 0, True, True, True
 
     def quiesce(self) -> dict[str, Any]:
         return {"bases": {}}
@@ -40,6 +40,8 @@ class Toy:
         self.count = state["count"]
 
     def resume(self) -> None:
+        if not self.willing:
+            raise HostError("not any more")
         self.count += 1
 
     def stats(self) -> dict[str, int]:
@@ -52,7 +54,7 @@ class Toy:
     def fault(self, what: str, value: int, options: Mapping[str, Any] = NOTHING) -> None:
         """`bug`; `sleep`: the main thread never answers again; `stall`: it answers and its epoch stands still;
         `nonsense`: a heartbeat that is none; `garbage`: an answer that is no message; `ask`: requests instead of
-        answers; `lie`: counters that are none; else a new count."""
+        answers; `lie`: counters that are none; `refuse`: it does not resume; else a new count."""
         if what == "bug":
             raise ZeroDivisionError("a bug in a handler")
         if what == "sleep":
@@ -68,7 +70,7 @@ class Toy:
 
             request = messages.encode({"id": 1, "verb": "hello", "args": {}})
             messages.encode = lambda message: request
-        self.moves, self.honest = what != "stall", what != "lie"
+        self.moves, self.honest, self.willing = what != "stall", what != "lie", what != "refuse"
         self.count = value
 
 

@@ -385,13 +385,16 @@ class VirtioPci(PciFunction):
         self._was_active = activated and self.common.status == RUNNING
 
     async def restore_activate(self) -> None:
-        """Assign irqfds and start the back end of a device that ran when its state was saved. Raises
-        FlotillaError."""
+        """Assign irqfds and start the back end of a device that ran when its state was saved. Raises FlotillaError
+        and OSError: the device is active all the same then, as soon as a back end does as it is told."""
         self.msix.attach()
         if self._was_active:
-            self._was_active = False
-            await self._start()
-            self.activated = True
+            self._was_active, self.activated = False, True
+            try:
+                await self._start()
+            except BadGuestAddress as error:
+                self.activated = False
+                self.needs_reset(str(error))
 
     def signal_all(self) -> None:
         """Kick every queue and raise its vector: what was signalled while the state was on its way is made up for.

@@ -114,6 +114,19 @@ def test_loaded_state_outlives_a_worker_until_the_guest_runs(rig):
     assert rig.state()["pairs"] == 1  # no ring has run, so there is no region that would know better
 
 
+def test_loaded_state_outlives_a_worker_that_did_not_start_its_rings(rig):
+    frontend = rig.make().frontend
+    rig.start()
+    rig.run(rig.nets.load({"_net0": STATE}))
+    before = rig.worker()
+    frontend._link.fail(ProtocolError("refused"))
+    rig.nets.announce()
+    rig.run(before.ended.wait())
+    rig.run(frontend.wait_connected())
+    assert rig.state()["pairs"] == 2
+    assert rig.nets._workers()["_net0"].preload is None
+
+
 def test_descriptors_of_an_arriving_vm_are_used_and_none_is_left_open(rig):
     here = rig.make()
     fds = [os.dup(fd) for fd in rig.nets.tap_fds()["_net0"]]

@@ -18,7 +18,7 @@ from controller.fleet import Fleet, WorkerSpec
 from controller.statistics import NONE_YET, merge
 from controller.supervision import OFTEN, Cause, Supervision, process_state
 from controller.watchdog import Limits, Watchdog
-from shared.errors import Timeout
+from shared.errors import HostError, Timeout
 from shared.reactor import Reactor, sleep
 from shared.vhost_user import INFLIGHT_ENTRY_SIZE, INFLIGHT_HEADER_SIZE
 from tests.controller.processes import running
@@ -137,6 +137,21 @@ def test_killed_worker_is_told_as_ended_with_its_stall(rig: Rig) -> None:
     assert (told["name"], told["kind"], told["pid"], told["cause"]) == ("_toy0", "toy", process.pid, "ended")
     assert told["stall_ms"] is None and again["stall_ms"] == columns["last_stall_ms"]
     assert again["pid"] == rig.backend.process.pid  # type: ignore[union-attr]
+
+
+def test_worker_that_refuses_to_resume_is_ended_and_its_successor_was_never_quiesced(rig: Rig) -> None:
+    process = rig.toy().backend.process
+    assert process is not None
+    rig.run(rig.backend.call("fault", what="refuse", value=0))
+    rig.run(rig.backend.call("quiesce"))
+    with pytest.raises(HostError, match="not any more"):
+        rig.run(rig.backend.resume())
+    rig.run(rig.backend.resume())  # of one that is ending: nobody is asked
+    columns = rig.replaced(process.pid)
+    assert (columns["last_cause"], columns["last_reason"]) == ("refused", "resume: not any more")
+    assert rig.run(rig.backend.stats())["count"] == 5
+    rig.run(rig.backend.resume())
+    assert rig.run(rig.backend.stats())["count"] == 6
 
 
 def test_stopped_worker_is_hung_and_its_successor_comes_after_its_death(rig: Rig) -> None:

@@ -7,7 +7,7 @@ import ctypes
 import gc
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,8 @@ from shared import vhost_backend
 from shared import vhost_user as vu
 from shared.errors import BadGuestAddress, HostError, ProtocolError, Timeout, WorkerLost
 from shared.linux import memfd, send_fds
+from shared.reactor import within
+from shared.vhost_backend import _HANDLERS, Server
 from tests.controller.vhost_rig import RAM, Rig, pages
 from tests.echo_backend import CONFIG, FEATURES, Echo, drained
 
@@ -323,6 +325,105 @@ def test_a_hung_back_end_is_given_up_after_the_deadline(rig: Rig, monkeypatch: p
     assert isinstance(rig.lost[0], Timeout)
     rig.run(rig.frontend.replay(rig.back_end()))
     assert rig.run(asked) == [CONFIG[:4]]
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, request: vu.Request) -> Callable[[], None]:
+    """Every back end refuses this message until what is returned is called."""
+    refusing = True
+
+    def handler(server: Server, message: vu.Message) -> bytes | vu.Message | None:
+        if refusing:
+            raise ProtocolError("not any more")
+        return before(server, message)
+
+    def end() -> None:
+        nonlocal refusing
+        refusing = False
+
+    before = _HANDLERS[request]
+    monkeypatch.setitem(_HANDLERS, request, handler)
+    return end
+
+
+def test_a_back_end_that_refuses_to_resume_is_given_up_and_its_successor_runs(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.up()
+    rig.echo_once(b"one")
+    rig.run(rig.frontend.stop())
+    obey = refuse(monkeypatch, vu.Request.SET_VRING_KICK)
+    with pytest.raises(ProtocolError, match="refused SET_VRING_KICK"):
+        rig.run(rig.frontend.resume())
+    assert isinstance(rig.lost[0], ProtocolError) and not rig.frontend.connected
+    rig.run(rig.frontend.resume())
+    obey()
+    rig.run(rig.frontend.replay(rig.back_end()))
+    assert rig.echo.started[0].base == 1
+    assert rig.echo_once(b"two") == b"owt"
+    assert len(rig.lost) == 1
+
+
+def test_a_back_end_that_does_not_answer_the_resume_is_given_up_when_nobody_waits_any_more(rig: Rig) -> None:
+    rig.up()
+    rig.run(rig.frontend.stop())
+    rig.servers[-1]._connection._on_message = vu.Message.close_fds
+    with pytest.raises(Timeout):
+        rig.run(within(rig.reactor, 0.05, rig.frontend.resume(), "resume"))
+    assert isinstance(rig.lost[0], Timeout)
+    rig.run(rig.frontend.replay(rig.back_end()))
+    assert rig.echo_once(b"two") == b"owt"
+
+
+def test_a_back_end_that_refuses_to_stop_is_given_up_and_its_successor_runs(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of its rings may have been stopped."""
+    rig.up()
+    rig.echo_once(b"one")
+    stop = _HANDLERS[vu.Request.GET_VRING_BASE]
+    answer = vu.VringState(1, 5).pack()
+    with monkeypatch.context() as patch:
+        patch.setitem(_HANDLERS, vu.Request.GET_VRING_BASE, lambda s, m: stop(s, m) and answer)
+        with pytest.raises(ProtocolError, match="asked for queue 0, told of 1"):
+            rig.run(rig.frontend.stop())
+    assert isinstance(rig.lost[0], ProtocolError)
+    rig.run(rig.frontend.resume(), rig.frontend.replay(rig.back_end()))
+    assert rig.echo_once(b"two") == b"owt"
+    assert rig.run(rig.frontend.stop()) == [{0: 2, 1: 0}]
+
+
+def test_a_back_end_that_refuses_a_restored_device_is_given_up_and_its_successor_runs(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.run(rig.frontend.connect(rig.back_end()))
+    obey = refuse(monkeypatch, vu.Request.SET_VRING_ADDR)
+    with pytest.raises(ProtocolError, match="refused SET_VRING_ADDR"):
+        rig.run(rig.frontend.activate(FEATURES, rig.queues(), restored=True))
+    assert isinstance(rig.lost[0], ProtocolError) and rig.frontend.active
+    obey()
+    rig.run(rig.frontend.replay(rig.back_end()))
+    assert rig.echo_once(b"on") == b"no"
+
+
+def test_a_restored_device_whose_back_end_is_away_runs_when_it_comes_although_nobody_waits_any_more(rig: Rig) -> None:
+    rig.run(rig.frontend.connect(rig.back_end()))
+    rig.kill()
+    rig.until(lambda: bool(rig.lost))
+    with pytest.raises(Timeout):
+        activation = rig.frontend.activate(FEATURES, rig.queues(), restored=True)
+        rig.run(within(rig.reactor, 0.05, activation, "activation"))
+    rig.run(rig.frontend.replay(rig.back_end()))
+    assert rig.echo_once(b"on") == b"no"
+
+
+def test_a_restored_device_is_started_by_nobody_who_lacks_what_its_guest_uses(rig: Rig) -> None:
+    poorer = Echo(rig.reactor)
+    poorer.features = 1 << 32
+    rig.run(rig.frontend.connect(rig.back_end(poorer)))
+    with pytest.raises(HostError, match="lacks features 0x1 "):
+        rig.run(rig.frontend.activate(FEATURES, rig.queues(), restored=True))
+    rig.run(rig.frontend.replay(rig.back_end()))
+    assert rig.echo_once(b"x") == b"x"
 
 
 def test_configuration_that_the_driver_wrote_is_told_to_the_successor_before_its_first_request(rig: Rig) -> None:

@@ -30,6 +30,7 @@ from shared.errors import HostError, ProtocolError
 from shared.memory import GuestMemory
 from shared.reactor import Future, Reactor
 from shared.vhost_backend import Server
+from shared.vhost_user import Message
 from tests.echo_backend import Echo
 from tests.virtqueue import Driver, queue_of
 
@@ -148,6 +149,46 @@ def test_a_new_size_of_the_disk_interrupts_and_keeps_what_the_driver_wrote(rig: 
     rig.server.config_changed()
     rig.run(changed)
     assert (device.read_config(0, 4), device.read_config(32, 1)) == (99, 0)
+
+
+def test_ten_thousand_changes_at_once_are_read_twice_at_the_most(rig: Rig) -> None:
+    """The back end answers nothing before it has said them all."""
+    device = rig.device()
+    asked, get_config = 0, rig.echo.get_config
+
+    def counted(offset: int, size: int) -> bytes:
+        nonlocal asked
+        asked += 1
+        return get_config(offset, size)
+
+    rig.echo.get_config = counted  # type: ignore[method-assign]
+    held: list[Message] = []
+    answer, rig.server._connection._on_message = rig.server._connection._on_message, held.append
+    told, on_config_change = 0, rig.frontend.on_config_change
+
+    def changed() -> None:
+        nonlocal told
+        told += 1
+        on_config_change()
+        if told % 1000 == 0:
+            thousand.set_result(None)
+
+    rig.frontend.on_config_change = changed
+    for _ in range(10):
+        thousand: Future[None] = Future()
+        for _ in range(1000):
+            rig.server.config_changed()
+        rig.run(thousand)
+    rig.echo.config[0:8] = (99).to_bytes(8, "little")
+    rig.server._connection._on_message = answer
+    seen: Future[None] = Future()
+    device.on_config_changed = lambda: seen.set_result(None)
+    for message in held:
+        answer(message)
+    rig.run(seen)
+    rig.run(rig.frontend.get_config(8))  # behind every other
+    assert device.read_config(0, 4) == 99
+    assert asked - 1 <= 2
 
 
 # State ----------------------------------------------------------------------------------------------------------

@@ -464,7 +464,7 @@ def test_queue_sizes_of_a_state_are_checked(rig: Rig) -> None:
         rig.transport.load(state, rig.transport.save_device())
 
 
-def test_a_restore_whose_back_end_fails_is_an_error(rig: Rig) -> None:
+def test_a_restore_whose_back_end_fails_is_an_error_and_the_next_one_has_a_device_to_serve(rig: Rig) -> None:
     rig.driver.start()
     with machine() as made:
         device = FakeDevice(queue_sizes=(128, 128), fail=WorkerError("gone"))
@@ -473,6 +473,20 @@ def test_a_restore_whose_back_end_fails_is_an_error(rig: Rig) -> None:
         transport.load(rig.transport.save(), rig.transport.save_device())
         with pytest.raises(WorkerError):
             finish(transport.restore_activate())
+        assert transport.activated and not transport.common.status & Status.NEEDS_RESET
+
+
+def test_a_restore_without_a_ring_in_ram_asks_for_a_reset(rig: Rig) -> None:
+    rig.driver.start()
+    state = rig.transport.save()
+    for queue in state["queues"]:  # type: ignore[attr-defined]
+        queue["desc_table"] = fakes.RAM_SIZE
+    with machine() as made:
+        transport = made.transport(FakeDevice(queue_sizes=(128, 128)))
+        made.segment.add(transport, 1)
+        transport.load(state, rig.transport.save_device())
+        finish(transport.restore_activate())
+        assert not transport.activated and transport.common.status & Status.NEEDS_RESET
 
 
 def test_signal_all_leaves_a_device_alone_that_does_not_run(rig: Rig) -> None:
