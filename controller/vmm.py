@@ -11,7 +11,6 @@ While a migration is under way, requests that would change the VM are refused; a
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import signal
@@ -19,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from enum import StrEnum
 
 from controller.assembly import VmContext
+from controller.boot_again import RETRY_SECONDS, BootAgain
 from controller.config.cli import Options
 from controller.config.identity import assign_ids
 from controller.config.model import VmConfig
@@ -41,12 +41,10 @@ from shared.errors import (
     FlotillaError,
     GuestLost,
     NotFoundError,
-    ProtocolError,
     StateError,
-    Timeout,
     WorkerError,
 )
-from shared.reactor import Cancelled, Lock, Reactor, Task, describe, sleep, within
+from shared.reactor import Lock, Reactor, describe, sleep, within
 from shared.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -58,9 +56,6 @@ if TYPE_CHECKING:
 
 END_SECONDS = 20.0
 MIGRATION_SECONDS = 5.0
-BOOT_AGAIN_SECONDS = 1.0
-# What a host lacks for a while; anything else that keeps a VM from booting is somebody's to put right.
-SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC)
 
 
 class VmState(StrEnum):
@@ -88,8 +83,7 @@ class Vmm:
         self.migration: Outgoing | Departure | Incoming | None = None
         self._arrived: Incoming | None = None  # the last one that was received; its source may still ask for it
         self._operations = Lock()
-        self._unbooted = ""  # why the guest that has reset itself does not run yet
-        self._attempt: Task[None] | None = None  # to boot it
+        self._boot_again = BootAgain(self.reactor, self.events, self._boot_now)  # of a guest that has reset itself
         self._ending = False
         self._leavings = Leavings(self.runtime.path)
         self._context = VmContext(
@@ -186,12 +180,7 @@ class Vmm:
             if self.migration is not None and self.migration.progress()["state"] != "in-doubt":
                 self.migration.cancel()
                 await within(self.reactor, MIGRATION_SECONDS, self.migration.ended.wait(), "the migration's end")
-            if (attempt := self._attempt) is not None:
-                attempt.cancel()
-                try:
-                    await attempt  # so that nothing of it is left behind
-                except (FlotillaError, OSError, Cancelled) as error:
-                    log.debug(f"booting the guest that has reset itself: {describe(error)}")
+            await self._boot_again.abandon()
             if self._arrived is not None:
                 await self._arrived.forget()
             if self.vm is not None:
@@ -247,37 +236,20 @@ class Vmm:
             absence = self._foreign_absence(self.vm)
             await self._stop_vm()
             if absence is not None:
-                self._waits_to_boot(absence)
-            await self._boot_again()
-        while self._unbooted:
-            await sleep(self.reactor, BOOT_AGAIN_SECONDS)
+                self._boot_again.waits_for(absence)
+            await self._reset_attempt()
+        while self._boot_again.reason:
+            await sleep(self.reactor, RETRY_SECONDS)
             async with self._operations:
-                if self._unbooted and not self._ending:
-                    await self._boot_again()
+                if self._boot_again.reason and not self._ending:
+                    await self._reset_attempt()
 
-    async def _boot_again(self) -> None:
-        self._attempt = self.reactor.spawn(self._boot_now(), "boot again")
+    async def _reset_attempt(self) -> None:
         try:
-            await self._attempt
-            self.events.emit("vm", "rebooted")
-        except Cancelled:
-            self._unbooted = ""
+            await self._boot_again.attempt()
         except (FlotillaError, OSError) as error:
-            if _may_pass(error):
-                self._waits_to_boot(error)
-                return
-            self._unbooted = ""
             log.error(f"the guest asked for a reset, which failed: {describe(error)}")
             self.end(1)
-        finally:
-            self._attempt = None
-
-    def _waits_to_boot(self, error: Exception) -> None:
-        reason = describe(error)
-        if reason != self._unbooted:
-            log.error(f"the guest has reset itself and can't boot: {reason}; trying again until it can")
-            self.events.emit("vm", "reset-waits", {"reason": reason})
-        self._unbooted = reason
 
     def _foreign_absence(self, vm: Vm) -> WorkerError | None:
         """What to tell about a back end of somebody else's that is away."""
@@ -347,7 +319,8 @@ class Vmm:
     def need_vm(self) -> Vm:
         self._need_config()
         if self.vm is None:
-            waits = f"its guest has reset itself and can't boot: {self._unbooted}" if self._unbooted else ""
+            reason = self._boot_again.reason
+            waits = f"its guest has reset itself and can't boot: {reason}" if reason else ""
             raise StateError("VM is not running", waits or "boot it first")
         return self.vm
 
@@ -388,7 +361,7 @@ class Vmm:
         config = self._need_config()
         self.events.emit("vm", "booting")
         self.vm = await Vm.boot(self._context, config)
-        self._unbooted = ""
+        self._boot_again.over()
         self.config = self.vm.config
         self.state = VmState.RUNNING
         self.events.emit("vm", "booted")
@@ -414,7 +387,7 @@ class Vmm:
             self.events.emit("vm", "resumed")
 
     async def _stop_vm(self) -> None:
-        self._unbooted = ""
+        self._boot_again.over()
         if self.vm is not None:
             vm, self.vm = self.vm, None
             self.state = VmState.CREATED
@@ -422,18 +395,11 @@ class Vmm:
             self.events.emit("vm", "shutdown")
 
     async def shutdown(self, _: None) -> None:
-        waited = self._give_reset_up()
+        waited = self._boot_again.give_up()
         async with self.change():
             if not waited:
                 self.need_vm()
             await self._stop_vm()
-
-    def _give_reset_up(self) -> bool:
-        """The guest that has reset itself is not to boot any more; False when there is no such guest."""
-        if self._attempt is not None:
-            self._attempt.cancel()
-            return True
-        return bool(self._unbooted)
 
     async def reboot(self, _: None) -> None:
         async with self.change():
@@ -446,7 +412,7 @@ class Vmm:
             self.events.emit("vm", "rebooted")
 
     async def delete(self, _: None) -> None:
-        self._give_reset_up()
+        self._boot_again.give_up()
         async with self.change():
             await self._stop_vm()
             if self.config is not None:
@@ -583,14 +549,3 @@ class Vmm:
             raise StateError("No migration is under way")
         if late := self.migration.cancel():
             raise StateError(f"Too late to cancel: {late}")
-
-
-def _may_pass(error: BaseException | None) -> bool:
-    """Whether a boot that failed for it is worth another try. Only other people's back ends are talked to at boot."""
-    while error is not None:
-        if isinstance(error, (WorkerError, ProtocolError, Timeout)):
-            return True
-        if isinstance(error, OSError) and error.errno in SHORTAGES:
-            return True
-        error = error.__cause__
-    return False

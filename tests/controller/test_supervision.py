@@ -333,7 +333,7 @@ def test_nobody_is_to_blame_when_a_slow_disk_takes_longer_than_a_pause_waits(rig
     rig.run(rig.frontend.resume())
     columns = rig.replaced(process.pid)
     assert not process.blameable and not any(deaths(rig))
-    assert columns["last_cause"] == "hung" and "did not stop its rings in time" in columns["last_reason"]
+    assert columns["last_cause"] == "hung" and "start or stop its rings in time" in columns["last_reason"]
     rig.done(4)
     assert [rig.result(head) for head in heads] == [(OK, bytes([sector]) * SECTOR) for sector in (1, 2, 3, 4)]
     assert [event for event, _ in rig.events] == ["worker-lost", "worker-restarted"]
