@@ -250,12 +250,12 @@ class Channel:
             self._send(peer, _error(number, StateError("too many requests under way")))
             return
         self._under_way += 1
-        serving = self._serve(peer, number, verb, message.get("args", {}))
-        self._reactor.spawn(serving, f"control {verb[:messages.SHOWN]}")
+        self._reactor.spawn(self._serve(peer, number, message), f"control {verb[:messages.SHOWN]}")
 
-    async def _serve(self, peer: Peer, number: int, verb: str, given: object) -> None:
+    async def _serve(self, peer: Peer, number: int, message: dict[str, Any]) -> None:
+        verb = str(message["verb"])
         try:
-            arguments = messages.check_arguments(verb, given)
+            arguments = messages.check_arguments(verb, message.get("args", {}))
             handler = self.handlers.get(verb)
             if handler is None:
                 raise ProtocolError(f"this process does not serve {verb!r}")

@@ -97,29 +97,35 @@ def decode(data: bytes) -> dict[str, Any]:
     """One message. Raises ProtocolError for anything that is not one."""
     if len(data) > MAX_MESSAGE:
         raise ProtocolError(f"control message of {len(data)} bytes (limit {MAX_MESSAGE})")
+    message = unpack(data, "control message")
+    if not isinstance(message, dict) or message.get("v") != VERSION:
+        version = message.get("v") if isinstance(message, dict) else "?"
+        raise ProtocolError(f"control message of version {version!s:.{SHOWN}}")
+    return message
+
+
+def unpack(data: bytes, what: str) -> object:
+    """What a peer has packed, which may have been taken over: what it costs here is bounded. Raises ProtocolError."""
     containers = 0
 
     def count(container: Any) -> Any:
         nonlocal containers
         containers += 1
         if containers > MAX_CONTAINERS:
-            raise ProtocolError(f"control message of more than {MAX_CONTAINERS} lists and maps")
+            raise ProtocolError(f"{what} of more than {MAX_CONTAINERS} lists and maps")
         return container
 
     try:
         _check_whole(data)
-        message = msgpack.unpackb(
+        unpacked = msgpack.unpackb(
             data, raw=False, strict_map_key=False, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS,
             list_hook=count, object_hook=count,
         )  # fmt: skip
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:  # TypeError: a list as a key
-        raise ProtocolError("control message is not msgpack") from error
-    if containers > MAX_DEPTH and _deeper_than(MAX_DEPTH, message):
-        raise ProtocolError(f"control message of more than {MAX_DEPTH} lists and maps inside each other")
-    if not isinstance(message, dict) or message.get("v") != VERSION:
-        version = message.get("v") if isinstance(message, dict) else "?"
-        raise ProtocolError(f"control message of version {version!s:.{SHOWN}}")
-    return message
+        raise ProtocolError(f"{what} is not msgpack") from error
+    if containers > MAX_DEPTH and _deeper_than(MAX_DEPTH, unpacked):
+        raise ProtocolError(f"{what} of more than {MAX_DEPTH} lists and maps inside each other")
+    return unpacked
 
 
 def _check_whole(data: bytes) -> None:

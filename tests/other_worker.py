@@ -42,12 +42,12 @@ def at_verb(verb, what, count=1):
     "strike() when a control request comes for the n-th time, before it is carried out."
     from shared.control import Channel
     serve, seen = Channel._serve, []
-    def struck(self, peer, number, asked, given):
-        if asked == verb:
+    def struck(self, peer, number, message):
+        if message["verb"] == verb:
             seen.append(number)
             if len(seen) == count:
                 strike(what)
-        return serve(self, peer, number, asked, given)
+        return serve(self, peer, number, message)
     Channel._serve = struck
 
 def at_message(request, what):
@@ -181,10 +181,10 @@ def started(server, message):  # SET_VRING_KICK
         raise ProtocolError("not any more")
     return start(server, message)
 
-def served(self, peer, number, verb, given):
-    if verb == "resume" and told:
-        verb = "recommence"
-    return serve(self, peer, number, verb, given)
+def served(self, peer, number, message):
+    if message["verb"] == "resume" and told:
+        message = {{**message, "verb": "recommence"}}
+    return serve(self, peer, number, message)
 
 backend._HANDLERS.update({{11: stopped, 12: started}})
 Channel._serve = served

@@ -28,9 +28,7 @@ import msgpack
 
 from shared.errors import MigrationError, ProtocolError
 from shared.handover import AGENTS_ONLY, LIMITS, Message
-from shared.messages import Field
-
-MAX_ITEMS = 1 << 16  # of one list or map
+from shared.messages import Field, unpack
 
 FIELDS: dict[Message, tuple[Field, ...]] = {
     Message.BUILD: (
@@ -76,12 +74,7 @@ def decode(kind: Message, data: bytes) -> dict[str, Any]:
     """Raises ProtocolError that names message and field."""
     if kind in AGENTS_ONLY:
         raise ProtocolError(f"{kind.name} from the peer is not for a controller")
-    try:
-        body = msgpack.unpackb(
-            data, raw=False, strict_map_key=False, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS
-        )
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
-        raise ProtocolError(f"{kind.name} from the peer is not msgpack") from error
+    body = unpack(data, f"{kind.name} from the peer")
     if not isinstance(body, dict):
         raise ProtocolError(f"{kind.name} from the peer is not a map")
     for field in FIELDS[kind]:

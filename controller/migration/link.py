@@ -34,6 +34,7 @@ from shared.reactor import Event, Reactor, describe, within
 
 T = TypeVar("T")
 GOODBYE_SECONDS = 1.0
+MAX_INBOX = 64  # a migration has a dozen messages, and hardly two at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,45 +278,56 @@ class AgentLink:
                 raise error
 
     def _event(self, name: str, arguments: dict[str, Any]) -> None:
-        if self._closed:
+        if self._closed or len(self._inbox) > MAX_INBOX:
             return
         if name == "accepted":
             self.on_accepted()
         elif name == "lost":
             self.connected = False
             self.post(error_from_wire(arguments.get("error")))
-        elif name == "moved":
-            self.on_moved(arguments)
-        elif name in ("deliver", "handed"):
-            try:
-                self._deliver(arguments) if name == "deliver" else self._take_handed(arguments)
-            except (FlotillaError, OSError, ValueError) as error:
-                self.post(ProtocolError(f"a message from the peer is unusable: {describe(error)}"))
+        try:
+            self._take(name, arguments)
+        # Of KeyError and TypeError only an agent that has been taken over is capable: it may end its migration, not us.
+        except (FlotillaError, OSError, ValueError, KeyError, TypeError) as error:
+            self.post(ProtocolError(f"a message from the peer is unusable: {describe(error)}"))
 
-    def _deliver(self, arguments: dict[str, Any]) -> None:
+    def _take(self, name: str, arguments: dict[str, Any]) -> None:
+        if len(self._inbox) == MAX_INBOX:
+            raise ProtocolError(f"{MAX_INBOX} messages came that nobody waits for")
+        if name == "moved":
+            self.on_moved({key: int(arguments[key]) for key in ("pages", "zeros", "bytes")})
+        elif name == "deliver":
+            self._deliver(arguments["type"], arguments["body"], arguments["fds"])
+        elif name == "handed":
+            self._take_handed(arguments["residue"])
+
+    def _deliver(self, kind: int, data: bytes, count: int) -> None:
         fds: list[int] = []
-        if arguments["fds"]:
+        if count:
             assert self._sidecar is not None
             _, fds = recv_fds(self._sidecar, 16, MAX_FDS)
         try:
-            if len(fds) != arguments["fds"]:
-                raise ProtocolError(f"{arguments['fds']} file descriptors announced, {len(fds)} came")
-            kind = Message(arguments["type"])
-            body = codec.decode(kind, arguments["body"])
+            if len(fds) != count:
+                raise ProtocolError(f"{count} file descriptors announced, {len(fds)} came")
+            message = Message(kind)
+            body = codec.decode(message, data)
         except BaseException:
             close_fds(fds)
             raise
-        self._progress.bytes_transferred += len(arguments["body"])
+        self._progress.bytes_transferred += len(data)
         self._progress.fds_passed += len(fds)
-        self._inbox.append(Delivery(kind, body, fds))
+        self._inbox.append(Delivery(message, body, fds))
         self._arrived.set()
 
-    def _take_handed(self, arguments: dict[str, Any]) -> None:
+    def _take_handed(self, residue: bytes) -> None:
         assert self._sidecar is not None
         _, fds = recv_fds(self._sidecar, 16, 1)
         if len(fds) != 1:
             raise ProtocolError("the stream did not come with its announcement")
-        self._handed = socket.socket(fileno=fds[0]), bytes(arguments["residue"])
+        if not isinstance(residue, bytes):
+            close_fds(fds)
+            raise ProtocolError("the stream came without what was read of it")
+        self._handed = socket.socket(fileno=fds[0]), residue
         self.connected = False  # the agent can deliver nothing any more
         self._arrived.set()
 

@@ -27,6 +27,7 @@ from controller.migration.descriptors import check_eventfd, check_ram, pidfd_pid
 from controller.migration.listener import Listener
 from controller.migration.ownership import Action, Owner, Ownership, source_action
 from controller.migration.progress import SUCCESSORS, Direction, Phase, Progress, figures
+from shared.chardev import BACKLOG_LIMIT
 from shared.errors import ConfigError, HostError, MigrationCancelled, MigrationError, ProtocolError
 from shared.handover import AGENTS_ONLY, Message
 from shared.linux import memfd
@@ -158,6 +159,12 @@ values = st.recursive(
 
 @given(st.dictionaries(st.text(), values, max_size=5))
 def test_states_survive_the_codec(state):
+    assert codec.decode(Message.STATE, codec.encode(Message.STATE, {"state": state})) == {"state": state}
+
+
+def test_state_with_all_that_a_console_may_hold_back_survives_the_codec():
+    """A terminal that nobody reads: a mebibyte that was printed and goes with the guest."""
+    state = {"console": {"in_buffer": [0xFF] * 4096, "out_buffer": [0xFF] * (BACKLOG_LIMIT + 4096)}}
     assert codec.decode(Message.STATE, codec.encode(Message.STATE, {"state": state})) == {"state": state}
 
 
