@@ -165,8 +165,10 @@ class Watchdog:
             watch.asked = time.monotonic()
             self._reactor.spawn(self._ask(process, watch), f"heartbeat {process.name}")
             return
+        if process.busy():  # with something for us, which may take as long as a disk; it answers when that is done
+            watch.asked = time.monotonic()
         silent = time.monotonic() - watch.asked
-        if silent >= self._patience(process) and not process.busy() and not self._held(process, silent):
+        if silent >= self._patience(process) and not self._held(process, silent):
             reason = f"no heartbeat for {silent:.1f} s"
             self._fleet.condemn(process, Cause.HUNG, reason, since=watch.answered or watch.asked)
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from controller.backends import Backend, BackendState
-from controller.fleet import Fleet, WorkerSpec
+from controller.fleet import Fleet, ProcessState, WorkerSpec
 from controller.statistics import NONE_YET, merge
 from controller.supervision import OFTEN, Cause, Supervision, process_state
-from controller.watchdog import Limits, Watchdog
+from controller.watchdog import Limits, Watch, Watchdog
 from shared.errors import HostError, Timeout
 from shared.reactor import Reactor, sleep
 from shared.vhost_user import INFLIGHT_ENTRY_SIZE, INFLIGHT_HEADER_SIZE
@@ -265,6 +265,19 @@ def test_worker_that_is_asked_for_something_long_is_not_hung(rig: Rig) -> None:
     rig.until(lambda: len(seen) >= 8)  # rounds of the watchdog
     assert rig.backend.process is process and rig.events == []
     rig.fleet.kill(process)
+
+
+def test_worker_that_was_busy_for_long_has_its_time_to_answer_afterwards(rig: Rig) -> None:
+    """The heartbeat's answer stands behind the stop of the rings, which took a minute: nobody hangs when that ends."""
+    process = rig.toy().backend.process
+    assert process is not None
+    rig.watchdog.stop()
+    watch = Watch(asked=time.monotonic() - 60)
+    process.busy = lambda: True
+    rig.watchdog._question(process, watch)
+    process.busy = lambda: False
+    rig.watchdog._question(process, watch)
+    assert process.state is ProcessState.RUNNING and rig.events == []
 
 
 def test_stop_that_ends_soon_is_no_hang(rig: Rig) -> None:
