@@ -41,6 +41,14 @@ class Remote:
         self.phases: list[str] = []
         self.paths: list[tuple[str, bool]] = []
 
+    def await_stop(self) -> None:
+        """With `stop_at`: it tells the phase a moment before it stops, and a SIGCONT in between would be lost."""
+        os.waitid(os.P_PIDFD, self.pidfd, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+    def go_on(self) -> None:
+        self.await_stop()
+        signal.pidfd_send_signal(self.pidfd, signal.SIGCONT)
+
     def receive_remote(self, url: str, **faults: Any) -> None:
         """The same from another host."""
         lab = self._lab

@@ -4,7 +4,6 @@ be.
 
 from __future__ import annotations
 
-import os
 import signal
 
 import pytest
@@ -189,7 +188,7 @@ def stopped_at_claimed(lab, **arguments):
     destination.receive(lab.url, stop_at="claimed")
     source.do("send", url=lab.url, **arguments)
     source.wait_phase("handed-over")
-    os.waitid(os.P_PIDFD, destination.pidfd, os.WSTOPPED | os.WNOWAIT)
+    destination.await_stop()
     return source, destination
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 
 import pytest
@@ -79,7 +78,7 @@ def test_late_answer_settles_a_doubt(lab):
     destination.receive_remote(lab.url, stop_at="committed")
     sent = source.call("send", url=lab.url, settings={"started": 0.3, "prepared": 60})
     assert sent["kind"] == "MigrationInDoubt"
-    os.kill(destination.pid, signal.SIGCONT)
+    destination.go_on()
     source.wait_event("resolved")
     assert destination.done("receive")["error"] is None
     lab.runs_on(destination)
@@ -94,7 +93,7 @@ def test_commit_that_comes_too_late_is_refused_and_settles_the_doubt(lab):
     source.wait_phase("preparing")
     destination.wait_phase("prepared")
     lab.pass_time(0.5)
-    os.kill(destination.pid, signal.SIGCONT)
+    destination.go_on()
     sent, received = source.done("send"), destination.done("receive")
     assert sent["error"][1] == "the destination refused it" and sent["running"], sent
     assert received["error"]

@@ -242,7 +242,7 @@ def test_source_is_told_that_it_cancels_too_late_once_commit_has_been_said(lab):
     source.do("send", url=lab.url)
     destination.wait_phase("committed")
     assert source.call("cancel")["late"] == "the destination has been told to run the guest"
-    os.kill(destination.pid, signal.SIGCONT)
+    destination.go_on()
     assert source.done("send")["error"] is None and destination.done("receive")["error"] is None
     lab.runs_on(destination)
 
@@ -264,13 +264,13 @@ def test_cancel_that_comes_with_commit_counts_or_is_told_to_be_late(lab):
     destination.receive_remote(lab.url)
     source.do("send", url=lab.url, stop_at="committed")  # with COMMIT still to be said
     source.wait_phase("committed")
-    os.waitid(os.P_PIDFD, source.pidfd, os.WSTOPPED | os.WNOWAIT)
+    source.await_stop()
     os.kill(destination.pid, signal.SIGSTOP)
-    os.waitid(os.P_PIDFD, destination.pidfd, os.WSTOPPED | os.WNOWAIT)
-    os.kill(source.pid, signal.SIGCONT)
+    destination.await_stop()
+    source.go_on()
     source.call("fds")  # COMMIT is on its way
     destination.do("cancel")
-    os.kill(destination.pid, signal.SIGCONT)
+    destination.go_on()
     sent, received = source.done("send"), destination.done("receive")
     if received["late"]:
         assert sent["error"] is None and received["error"] is None
