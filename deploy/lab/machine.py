@@ -126,6 +126,8 @@ class Session:
         self._machine = machine
         self._sinks = {**sinks, "control": self._hear}
         self._heard = b""
+        self._out_sent: int | None = None  # bytes that the machine has sent to "out", once it has said so
+        self._out_arrived = 0
         self._began = self._beat = self._ticked = time.monotonic()
         self._sockets: dict[str, socket.socket] = {}
         self._selector = selectors.DefaultSelector()
@@ -195,7 +197,17 @@ class Session:
             return False
         if sink := self._sinks.get(name):
             sink(data)
+        if name == "out":
+            self._out_arrived += len(data)
+            self._acknowledge()
         return True
+
+    def _acknowledge(self) -> None:
+        """The machine waits for this before it ends."""
+        if self._out_sent is not None and self._out_arrived >= self._out_sent:
+            self._out_sent = None
+            with contextlib.suppress(OSError):
+                self._sockets["control"].send(b"got\n", socket.MSG_DONTWAIT)
 
     def _type(self) -> None:
         (key,) = (key for key in self._selector.get_map().values() if key.data == "terminal")
@@ -218,6 +230,9 @@ class Session:
                 self._began = self._beat
             elif word == "left":
                 self.verdict.left.append(rest)
+            elif word == "out":
+                self._out_sent = int(rest)
+                self._acknowledge()
             elif word == "rc":
                 self.verdict.code = int(rest)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,14 @@ def test_host_interrupts_the_machine_and_is_answered(lab: Lab, monkeypatch: pyte
     monkeypatch.setattr(Session, "_hear", lambda session, data: words.append(data) or hear(session, data))
     lab.run("sleep 30").must_succeed()
     assert b"".join(words).count(b"beat\n") > 20
+
+
+def test_out_comes_back_whole_to_a_host_that_is_slow_to_read(lab: Lab) -> None:
+    """It is a host's to be busy; here it looks away while the machine says its last words."""
+    script = "head -c 3000000 /dev/zero > $OUT/zeros; echo look away > $EVENTS"
+    done = lab.run(script, sinks={"events": lambda _: time.sleep(5)})
+    assert (done.code, done.died) == (0, "")
+    assert (done.out / "zeros").read_bytes() == bytes(3000000)
 
 
 def test_killed_vmm_is_not_the_death_of_the_lab_machine(lab: Lab) -> None:
