@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import socket
 
 MAX_ANSWER = 4096
-SPAWN_SECONDS = 30.0
+# For an answer; twice as long each time that it was not enough, or a host on which Python needs longer to start would
+# have one zygote after another.
+SPAWN_SECONDS, MOST_SECONDS = 30.0, 600.0
 # The name of the descriptor on which a worker that can't go on says why, in at most so many bytes.
 LAST_WORDS = "last-words"
 LAST_WORDS_BYTES = 1024
@@ -60,6 +62,7 @@ class Zygote:
         self._lock = Lock()
         self._socket: socket.socket | None = None
         self._note = -1
+        self._late = 0  # answers in a row that did not come in time
         self._released = Event()
         self._released.set()
 
@@ -161,7 +164,12 @@ class Zygote:
         if self._note >= 0:
             os.pwrite(self._note, bytes(NOTE_BYTES), 0)
         send_fds(self._socket, data, fds)
-        await readable(reactor, self._socket.fileno(), SPAWN_SECONDS)
+        try:
+            await readable(reactor, self._socket.fileno(), min(SPAWN_SECONDS * 2**self._late, MOST_SECONDS))
+        except Timeout:
+            self._late += 1
+            raise
+        self._late = 0
         answer, _ = recv_fds(self._socket, MAX_ANSWER)
         if not answer:
             raise ConnectionResetError("it has ended")

@@ -94,6 +94,17 @@ def test_a_zygote_that_does_not_answer_in_time_is_replaced_and_its_late_answer_i
     assert fleet.zygote.pid != silent
 
 
+def test_a_zygote_has_more_time_each_time_that_it_was_not_enough(reactor, fleet, monkeypatch):
+    """A host on which Python starts slowly: one that is replaced as fast as it starts would never serve."""
+    monkeypatch.setattr("controller.spawn.SPAWN_SECONDS", 0.005)
+    for _ in range(8):
+        with contextlib.suppress(FlotillaError):
+            process = reactor.run_until(fleet.start(toy(count=1), {}, ignore), SECONDS)
+            break
+    assert reactor.run_until(process.call(Verb.STATS), SECONDS) == {"count": 1}
+    assert fleet.zygote.starts > 2
+
+
 # A zygote stops between the fork and the answer.
 HALF_WAY = """
 import msgpack, os, signal
