@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import os
 import signal
-import struct
 import subprocess
 from collections.abc import Iterator
 from tempfile import TemporaryFile
 from typing import Final
 
-from guest.pattern import MAGIC, SECTOR, Sector, decode
+from guest.pattern import SECTOR, Sector, decode, header
 from shared.errors import FlotillaError, HostError
 
 COMMAND_SECONDS: Final = 300.0
 SAID_BYTES: Final = 300
 _ZERO: Final = bytes(SECTOR)
-_HEADER: Final = struct.Struct("<4Q")
 
 
 class Lost(FlotillaError):
@@ -55,7 +53,7 @@ class Image:
         """What is there now, for wrote(). The VM may run: nothing is judged. Raises HostError."""
         self._noted = {}
         for number, data in self._sectors():
-            if sector := _header(number, data):
+            if (sector := header(data)) and sector.number == number:
                 self._noted[number] = sector
         if self._before is None:
             self._before = self._noted
@@ -63,8 +61,8 @@ class Image:
     def wrote(self) -> bool:
         """Whether the guest has written since note(). The VM may run. Raises HostError."""
         for number, data in self._sectors():
-            sector = _header(number, data)
-            if sector is None or sector == self._noted.get(number):
+            sector = header(data)
+            if sector is None or sector.number != number or sector == self._noted.get(number):
                 continue
             try:
                 decode(data)
@@ -118,12 +116,6 @@ class Image:
         elif before is not None and before.seed == sector.seed and sector.generation < before.generation:
             raise Lost(f"{self.path}: sector {number} has generation {sector.generation}, and had {before.generation}")
         return sector
-
-
-def _header(number: int, data: bytes) -> Sector | None:
-    """What the sector says of itself, true or not; None: it is not the guest's."""
-    magic, itself, generation, seed = _HEADER.unpack_from(data)
-    return Sector(number, generation, seed) if (magic, itself) == (MAGIC, number) else None
 
 
 def run_command(command: str) -> None:

@@ -255,15 +255,18 @@ class Assembly:
     async def wait_serving(self) -> None:
         """Until every device has its worker. Raises WorkerError that names device and reason, within WORKER_SECONDS;
         at once for a back end of somebody else's that is away: nobody knows for how long."""
-        for foreign in self._foreign():
-            if (absence := foreign.absence()) is not None:
-                raise absence
+        if (absence := self.foreign_absence()) is not None:
+            raise absence
         await gather(self._reactor, *(backend.wait_serving(WORKER_SECONDS) for backend in self._backends))
 
     def absence(self) -> WorkerError | None:
         """The error that names a worker which does not serve now."""
         ours = (b.absence() for b in self._backends if b.state is not BackendState.SERVING)
-        return next(ours, None) or next((absence for f in self._foreign() if (absence := f.absence())), None)
+        return next(ours, None) or self.foreign_absence()
+
+    def foreign_absence(self) -> WorkerError | None:
+        """The same of other people's back ends only, whom nobody here can start."""
+        return next((absence for foreign in self._foreign() if (absence := foreign.absence())), None)
 
     def describe_workers(self) -> list[dict[str, Any]]:
         """Rows of `vmm.fleet` for workers that do not serve as they should, and for other people's back ends."""

@@ -144,6 +144,10 @@ class Vm:
         """Until every device has its worker. Raises WorkerError that names device and reason, within a bounded time."""
         await self._made.wait_serving()
 
+    def foreign_absence(self) -> WorkerError | None:
+        """What to tell about a back end of somebody else's that is away; None: all are there."""
+        return self._made.foreign_absence()
+
     async def pause(self) -> dict[str, float]:
         """Stop the guest; milliseconds per step. Raises FlotillaError with the guest running again."""
         timings: dict[str, float] = {}

@@ -27,7 +27,6 @@ from controller.devices.events import GuestEvent
 from controller.events import EventMonitor
 from controller.faults.permission import fault_inject
 from controller.fleet import Fleet, fill_in_pss
-from controller.foreign import KIND as FOREIGN
 from controller.leavings import Leavings
 from controller.runtime import RuntimeDir
 from controller.signals import Signals
@@ -42,7 +41,6 @@ from shared.errors import (
     GuestLost,
     NotFoundError,
     StateError,
-    WorkerError,
 )
 from shared.reactor import Lock, Reactor, describe, sleep, within
 from shared.typed import TYPE_CHECKING, Any
@@ -233,7 +231,7 @@ class Vmm:
             if self.vm is None or self._ending:
                 return
             self.events.emit("vm", "rebooting")
-            absence = self._foreign_absence(self.vm)
+            absence = self.vm.foreign_absence()
             await self._stop_vm()
             if absence is not None:
                 self._boot_again.waits_for(absence)
@@ -250,14 +248,6 @@ class Vmm:
         except (FlotillaError, OSError) as error:
             log.error(f"the guest asked for a reset, which failed: {describe(error)}")
             self.end(1)
-
-    def _foreign_absence(self, vm: Vm) -> WorkerError | None:
-        """What to tell about a back end of somebody else's that is away."""
-        for row in vm.describe():
-            if row["kind"] == FOREIGN and row["state"] != "running":
-                last = self.fleet.supervision.columns(FOREIGN, row["device"])["last_reason"]
-                return WorkerError(f"{row['device']}: its vhost-user back end is away: {last}")
-        return None
 
     async def _guest_power_off(self) -> None:
         async with self._operations:
@@ -403,7 +393,7 @@ class Vmm:
 
     async def reboot(self, _: None) -> None:
         async with self.change():
-            absence = self._foreign_absence(self.need_vm())
+            absence = self.need_vm().foreign_absence()
             if absence is not None:
                 raise absence  # it could not boot
             self.events.emit("vm", "rebooting")

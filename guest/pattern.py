@@ -20,6 +20,7 @@ MAGIC: Final = 0x314B4C42544F4C46
 _STEP: Final = 0x9E3779B97F4A7C15
 _MASK: Final = (1 << 64) - 1
 _WORDS: Final = struct.Struct("<64Q")
+_HEADER: Final = struct.Struct("<4Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +39,16 @@ def encode(sector: Sector) -> bytes:
     return _WORDS.pack(MAGIC, sector.number, sector.generation, sector.seed, *words)
 
 
+def header(data: bytes) -> Sector | None:
+    """What 512 bytes say that they are, damaged or not; None when they are no sector of the guest's."""
+    magic, number, generation, seed = _HEADER.unpack_from(data)
+    return Sector(number, generation, seed) if magic == MAGIC else None
+
+
 def decode(data: bytes) -> Sector | None:
     """What 512 bytes hold; None when they are no sector of the guest's. Raises ValueError when it is damaged."""
-    words = _WORDS.unpack(data)
-    if words[0] != MAGIC:
-        return None
-    sector = Sector(words[1], words[2], words[3])
-    if encode(sector) != data:
+    sector = header(data)
+    if sector is not None and encode(sector) != data:
         raise ValueError(f"sector {sector.number}, generation {sector.generation}: the pattern is damaged")
     return sector
 

@@ -89,6 +89,15 @@ class Disk(Rig):
         data = b"".join(self.memory.read(gpa, n) for gpa, n in zip(targets, writable, strict=False))
         return self.memory.read(targets[-1], 1)[0], data
 
+    def kept_on(self, daemon: Daemon) -> tuple[ForeignBackend, Supervision, list[str]]:
+        """It is dialled again whenever it is lost; what supervision says of that."""
+        events: list[str] = []
+        supervision = Supervision(lambda _source, event, _properties: events.append(event))
+        foreign = ForeignBackend(self.reactor, self.frontend, "_disk0", daemon.socket, supervision)
+        self.run(foreign.connect())
+        self.run(self.frontend.activate(QSD_FEATURES, self.queues()))
+        return foreign, supervision, events
+
 
 @pytest.fixture
 def disk() -> Iterator[Disk]:
@@ -144,11 +153,7 @@ def test_qsd_marks_what_it_writes(disk: Disk, daemon: Daemon) -> None:
 
 def test_foreign_back_end_is_dialled_until_one_makes_sense(disk: Disk, daemon: Daemon) -> None:
     """First nobody listens, then somebody talks nonsense, then somebody serves: none of it ends the attempts."""
-    events: list[str] = []
-    supervision = Supervision(lambda _source, event, _properties: events.append(event))
-    foreign = ForeignBackend(disk.reactor, disk.frontend, "_disk0", daemon.socket, supervision)
-    disk.run(foreign.connect())
-    disk.run(disk.frontend.activate(QSD_FEATURES, disk.queues()))
+    foreign, _, events = disk.kept_on(daemon)
     daemon.process.kill()
     daemon.process.wait()
     disk.until(lambda: "refused" in str(foreign.absence()))
@@ -181,11 +186,7 @@ def test_foreign_back_end_is_dialled_until_one_makes_sense(disk: Disk, daemon: D
 
 def test_back_end_that_wakes_after_its_stop_took_too_long_serves_again(disk: Disk, daemon: Daemon) -> None:
     """It stops its rings then, for nobody: it has to be told anew to run them."""
-    events: list[str] = []
-    supervision = Supervision(lambda _source, event, _properties: events.append(event))
-    foreign = ForeignBackend(disk.reactor, disk.frontend, "_disk0", daemon.socket, supervision)
-    disk.run(foreign.connect())
-    disk.run(disk.frontend.activate(QSD_FEATURES, disk.queues()))
+    foreign, supervision, events = disk.kept_on(daemon)
     daemon.process.send_signal(signal.SIGSTOP)
     try:
         os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED)
