@@ -236,9 +236,8 @@ def test_another_vmm_that_receives_there_now_does_not_answer_and_goes_on_receivi
     resolve_here(source)
     for _ in range(20):  # a question that was still on its way keeps everybody else out while it is answered
         sent = source.call("send", url=lab.url)
-        if sent["error"] is None:
+        if sent["error"] is None or "nobody listens on" not in sent["error"][-1]:
             break
-        assert sent["running"], sent
     assert sent["error"] is None, sent
     assert other.done("receive")["error"] is None
     lab.runs_on(other)
