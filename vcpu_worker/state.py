@@ -15,6 +15,7 @@ from shared import kvm
 from shared.errors import ProtocolError
 from shared.kvm import ioctl
 from shared.typed import Any
+from vcpu_worker import xsave
 
 State = dict[str, Any]
 
@@ -53,10 +54,16 @@ def _get(fd: int, name: str) -> bytes:
     return bytes(value)
 
 
-def _set(fd: int, name: str, data: object) -> None:
+def _checked(name: str, data: object) -> bytes:
+    size = ctypes.sizeof(_BLOBS[name][2])
+    if not isinstance(data, bytes) or len(data) != size:
+        raise ProtocolError(f"vCPU state: {name}: expected {size} bytes")
+    return data
+
+
+def _set(fd: int, name: str, value: object) -> None:
     _, request, struct = _BLOBS[name]
-    if not isinstance(data, bytes) or len(data) != ctypes.sizeof(struct):
-        raise ProtocolError(f"vCPU state: {name}: expected {ctypes.sizeof(struct)} bytes")
+    data = _checked(name, value)
     if name == "xcrs" and not int.from_bytes(data[:4], "little"):
         return  # nr_xcrs: saved where the kernel does not use XSAVE. Such a kernel refuses the ioctl, even for none
     ioctl(fd, request, struct.from_buffer_copy(data))
@@ -66,6 +73,7 @@ class VcpuCodec:
     """Saves and loads vCPUs of one VM; knows the host's MSR list and XSAVE size, asked once, before any downtime."""
 
     def __init__(self, vm: kvm.KvmVm) -> None:
+        self._host = vm.kvm
         self._indices = list(dict.fromkeys([*vm.kvm.msr_indices(), *MTRR_MSRS]))
         # KVM_CAP_XSAVE2 is 0 where KVM_GET_XSAVE's 4096 bytes hold everything.
         self._xsave_size = max(vm.kvm.check_extension(kvm.KVM_CAP_XSAVE2), kvm.XSAVE_SIZE)
@@ -92,7 +100,7 @@ class VcpuCodec:
                 raise ProtocolError(f"vCPU state: {key} is missing")
         for name in _LOAD_FIRST:
             _set(fd, name, state[name])
-        self._set_xsave(fd, state["xsave"])
+        self._set_xsave(fd, state["xsave"], _checked("xcrs", state["xcrs"]))
         for name in _LOAD_REST:
             if name in state:
                 _set(fd, name, state[name])
@@ -111,12 +119,19 @@ class VcpuCodec:
         ioctl(fd, kvm.KVM_GET_XSAVE2 if self._xsave_size > kvm.XSAVE_SIZE else kvm.KVM_GET_XSAVE, buffer)
         return bytes(buffer)
 
-    def _set_xsave(self, fd: int, data: object) -> None:
+    def _set_xsave(self, fd: int, data: object, xcrs: bytes) -> None:
         if not isinstance(data, bytes) or not kvm.XSAVE_SIZE <= len(data) <= self._xsave_size:
             raise ProtocolError("vCPU state: xsave: this host's XSAVE area is smaller", "CPU features differ")
         buffer = (ctypes.c_uint8 * self._xsave_size)()
         ctypes.memmove(buffer, data, len(data))
-        ioctl(fd, kvm.KVM_SET_XSAVE, buffer)
+        try:
+            ioctl(fd, kvm.KVM_SET_XSAVE, buffer)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # Asked only now: KVM's whole CPUID costs more than all else here, and hosts are mostly alike.
+            xsave.leave_out(buffer, xsave.xcr0(xcrs), xsave.supported_components(self._host))
+            ioctl(fd, kvm.KVM_SET_XSAVE, buffer)
 
     def _get_nested(self, fd: int) -> bytes | None:
         """None where KVM has no nesting, and where the guest does not use it: there is nothing to carry."""

@@ -119,6 +119,32 @@ def test_host_without_xsave_has_no_extended_control_registers_to_set(
             codec.load(target.vcpus[0].fd, {**state, "xcrs": b""})
 
 
+ABSENT = 40  # an XSAVE component that no CPU has
+
+
+def with_component(state: dict[str, Any], bit: int, *, enabled: bool) -> dict[str, Any]:
+    """A state whose XSAVE area lists a component as present, and whose guest may have enabled it in XCR0."""
+    area, xcrs = bytearray(state["xsave"]), bytearray(state["xcrs"])
+    area[512 + bit // 8] |= 1 << bit % 8
+    if enabled:
+        xcrs[16 + bit // 8] |= 1 << bit % 8
+    return {**state, "xsave": bytes(area), "xcrs": bytes(xcrs)}
+
+
+def test_a_component_that_the_host_lacks_and_the_guest_has_not_enabled_is_left_out(state: dict[str, Any]) -> None:
+    with rig(ALL_EXITS, started=False) as target:
+        codec, fd = VcpuCodec(target.vm), target.vcpus[0].fd
+        codec.load(fd, with_component(state, ABSENT, enabled=False))
+        assert codec.save(fd)["xsave"] == state["xsave"]
+
+
+def test_a_component_that_the_guest_uses_and_the_host_lacks_is_named(state: dict[str, Any]) -> None:
+    with rig(ALL_EXITS, started=False) as target:
+        codec, fd = VcpuCodec(target.vm), target.vcpus[0].fd
+        with pytest.raises(ProtocolError, match=f"the guest uses component {ABSENT}, which this host has not"):
+            codec.load(fd, with_component(state, ABSENT, enabled=True))
+
+
 @pytest.mark.parametrize("key", ["regs", "xsave", "lapic_state"])
 def test_a_struct_of_another_size_is_refused(key: str, state: dict[str, Any]) -> None:
     with rig(ALL_EXITS, started=False) as target:
