@@ -10,6 +10,9 @@
 | the same epoch again: a ring or I/O thread took no turn though nudged, and is in no system call | the same |
 | either, with a thread of it, or of our own messaging, that would run or waits for a page | PATIENCE |
 
+A look at threads takes time, on a slow host too much: what came meanwhile is read before anybody is ended, and one
+whose rings seem to stand still is asked once more.
+
 Not judged: a worker that carries out something for the controller (a quiesce waits for the disk, as long as that
 takes), and one whose main thread is held by the kernel. A late timer of our own is the host's fault and is forgiven.
 A worker that was replaced as hung within the last minute gets twice the time, and so on.
@@ -69,6 +72,7 @@ class Watch(Record, frozen=False):
     answered: float = 0.0
     epoch: int = -1
     still: float | None = None  # since when its epoch has not moved
+    doubted: bool = False  # it has been asked once more
 
 
 class Watchdog:
@@ -169,7 +173,15 @@ class Watchdog:
             watch.asked = time.monotonic()
         silent = time.monotonic() - watch.asked
         if silent >= self._patience(process) and not self._held(process, silent):
-            reason = f"no heartbeat for {silent:.1f} s"
+            self._give_up(process, watch, f"no heartbeat for {silent:.1f} s", TURNS)
+
+    def _give_up(self, process: Process, watch: Watch, reason: str, turns: int) -> None:
+        """Unless its answer has come while its threads were looked at."""
+        if watch.asked is None or not self._watching:
+            return
+        if turns:
+            self._reactor.call_soon(lambda: self._give_up(process, watch, reason, turns - 1))
+        else:
             self._fleet.condemn(process, Cause.HUNG, reason, since=watch.answered or watch.asked)
 
     async def _ask(self, process: Process, watch: Watch) -> None:
@@ -193,13 +205,18 @@ class Watchdog:
     def _progress(self, process: Process, watch: Watch, epoch: int, busy: bool) -> None:
         now = time.monotonic()
         if epoch != watch.epoch or busy:
-            watch.epoch, watch.still = epoch, now
+            watch.epoch, watch.still, watch.doubted = epoch, now, False
             return
         still = now - (watch.still if watch.still is not None else now)
         # Asked once a period: what did not move from one answer to the next had a whole one.
         if still < max(self._patience(process) - 2 * GRACE, 0) or self._held(process, still, main=False):
+            watch.doubted = False
             return
-        self._fleet.condemn(process, Cause.HUNG, f"its rings took no turn for {still:.1f} s", since=watch.still)
+        if watch.doubted:
+            self._fleet.condemn(process, Cause.HUNG, f"its rings took no turn for {still:.1f} s", since=watch.still)
+        else:  # a turn that was taken after the answer was made is in the next one
+            watch.doubted, watch.asked = True, now
+            self._reactor.spawn(self._ask(process, watch), f"heartbeat {process.name}")
 
     def _patience(self, process: Process) -> float:
         hung = self._fleet.supervision.often(process.kind, process.name, Cause.HUNG)
@@ -210,8 +227,13 @@ class Watchdog:
             return True
         if seconds >= PATIENCE:
             return False
-        theirs = thread_states(process.pid)
-        return "R" in theirs or "D" in theirs or "R" in thread_states(os.getpid(), but=threading.get_native_id())
+        # The question goes from a thread of ours to theirs, the answer back: twice, so that it can't slip by.
+        return any(
+            "R" in (theirs := thread_states(process.pid))
+            or "D" in theirs
+            or "R" in thread_states(os.getpid(), but=threading.get_native_id())
+            for _ in range(2)
+        )
 
 
 def _well_formed(answer: dict[str, Any]) -> bool:

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
+from controller import watchdog
 from controller.backends import Backend, BackendState
 from controller.fleet import Fleet, ProcessState, WorkerSpec
 from controller.statistics import NONE_YET, merge
 from controller.supervision import OFTEN, Cause, Supervision, process_state
 from controller.watchdog import Limits, Watch, Watchdog
 from shared.errors import HostError, Timeout
-from shared.reactor import Reactor, sleep
+from shared.reactor import Future, Reactor, sleep
 from shared.vhost_user import INFLIGHT_ENTRY_SIZE, INFLIGHT_HEADER_SIZE
 from tests.controller.processes import running
 from tests.controller.supervised import SECTOR, VERSION_1, Supervised
@@ -252,6 +253,56 @@ def test_worker_whose_answer_is_there_is_not_hung_when_the_controller_had_no_tim
 
     rig.watchdog._tick = starved  # type: ignore[method-assign]
     rig.until(lambda: ticks >= 6)
+    assert rig.events == []
+
+
+def test_answer_that_comes_while_the_threads_are_looked_at_is_in_time(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow host a look takes as long as an answer, and whoever is looked at last is at rest again."""
+    process = rig.toy().backend.process
+    assert process is not None
+    call, looked, answered = process.call, Future[None](), 0
+
+    async def late(verb: str, seconds: float | None, **arguments: Any) -> Any:
+        nonlocal answered
+        answer = await call(verb, seconds, **arguments)
+        if verb == "heartbeat" and not looked.done():
+            await looked
+        answered += 1
+        return answer
+
+    def look(_pid: int, but: int = 0) -> str:
+        looked.set_result(None)
+        return "S"
+
+    monkeypatch.setattr(process, "call", late)
+    monkeypatch.setattr(watchdog, "thread_states", look)
+    rig.until(lambda: answered >= 3)
+    assert looked.done() and rig.events == []
+
+
+def test_turn_that_is_taken_after_the_answer_was_made_is_in_the_next_one(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = rig.toy().backend.process
+    assert process is not None
+    call, looked, answered = process.call, False, 0
+
+    async def before_its_turn(verb: str, seconds: float | None, **arguments: Any) -> Any:
+        nonlocal answered
+        answer = await call(verb, seconds, **arguments)
+        answered += looked
+        return answer if looked else {**answer, "epoch": 0}
+
+    def look(_pid: int, but: int = 0) -> str:
+        nonlocal looked
+        looked = True
+        return "S"
+
+    monkeypatch.setattr(process, "call", before_its_turn)
+    monkeypatch.setattr(watchdog, "thread_states", look)
+    rig.until(lambda: answered >= 3)
     assert rig.events == []
 
 
