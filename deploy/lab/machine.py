@@ -62,6 +62,7 @@ class Verdict:
     up: float | None = None
     left: list[str] = field(default_factory=list)
     console: str = ""
+    waited: float = 0.0  # seconds for which the emulator could have run and had no CPU
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -69,6 +70,17 @@ def write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def waited_for_cpu(pid: int) -> float:
+    """Seconds of the thread of a process that has waited longest (Documentation/scheduler/sched-stats.rst); 0 where the
+    kernel does not count them.
+    """
+    waited = [0]
+    for thread in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # it has ended
+            waited.append(int(thread.read_text().split()[1]))
+    return max(waited) / 1e9
 
 
 def accelerator() -> list[str]:
@@ -171,7 +183,7 @@ class Session:
                 for key, _ in self._selector.select(1.0):
                     if key.data != "qemu":
                         self._pass_on(key.data)
-                self._tick()
+                self._tick(process.pid)
                 if not self.verdict.died and (why := self._overdue()):
                     self.verdict.died = f"{why}; {self._where()}"
                     process.kill()
@@ -236,10 +248,11 @@ class Session:
             elif word == "rc":
                 self.verdict.code = int(rest)
 
-    def _tick(self) -> None:
+    def _tick(self, pid: int) -> None:
         now = time.monotonic()
         if self.verdict.up is not None and now - self._ticked >= TICK:
             self._ticked = now
+            self.verdict.waited = waited_for_cpu(pid)
             with contextlib.suppress(OSError, KeyError):  # full: the machine reads no more, which _overdue will tell
                 self._sockets["control"].send(b"tick\n", socket.MSG_DONTWAIT)
 

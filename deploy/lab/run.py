@@ -18,6 +18,7 @@ from deploy.lab.cache import lab_folder, say
 from deploy.lab.machine import Machine, Session, Sink, Verdict
 
 HOST_DIED = 125
+BUSY = 0.1  # the part of a job's time for which it may wait for a CPU before that is told
 RESERVED = {"code", "bin", "job", "greeting"}
 
 # What the launchers of the lab put in front of the path: see init/lab for the mounts.
@@ -133,4 +134,6 @@ def _summary(verdict: Verdict, staging: float, machine: float) -> str:
     up = f"up after {verdict.up:.1f} s of its own time" if verdict.up is not None else "never up"
     how = "died" if verdict.died else f"the job's exit code is {verdict.code}"
     left = f"; the job left running: {', '.join(verdict.left)}" if verdict.left else ""
-    return f"{how}; staging {staging:.1f} s, machine {machine:.1f} s ({up}){left}"
+    busy = f"; other work on this host kept it from a CPU for {verdict.waited:.0f} s"
+    kept = busy if verdict.waited > BUSY * machine else ""
+    return f"{how}; staging {staging:.1f} s, machine {machine:.1f} s ({up}){kept}{left}"

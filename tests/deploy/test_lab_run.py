@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
 
-from deploy.lab.run import collect
+from deploy.lab.machine import Verdict, waited_for_cpu
+from deploy.lab.run import _summary, collect
 
 
 def archive(path: Path, *names: str) -> None:
@@ -33,3 +38,19 @@ def test_archive_that_did_not_come_whole_is_said(tmp_path: Path, capsys: pytest.
     collect(tmp_path / "out.tar", tmp_path / "out")
     assert "$OUT did not come back whole: " in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_time_without_a_cpu_is_counted_and_told_where_it_is_much() -> None:
+    cpu = str(min(os.sched_getaffinity(0)))
+    busy = ["taskset", "-c", cpu, sys.executable, "-c", "while True: pass"]
+    with subprocess.Popen(busy) as one, subprocess.Popen(busy) as two:
+        try:
+            end = time.monotonic() + 30
+            while not (waited := waited_for_cpu(one.pid)):
+                assert time.monotonic() < end, "two that never rest on one CPU, and none has waited for it"
+        finally:
+            one.kill()
+            two.kill()
+    assert 0 < waited < 30
+    assert "kept it from a CPU for 12 s" in _summary(Verdict(code=0, waited=12.0), 1.0, 100.0)
+    assert "CPU" not in _summary(Verdict(code=0, waited=9.0), 1.0, 100.0)
