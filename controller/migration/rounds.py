@@ -24,6 +24,7 @@ SHRINKS = 0.7  # a round that leaves less than this share of what it found is wo
 SMALL_MS = 5.0  # of copying: not worth a round
 ENOUGH_BYTES = 1 << 20  # a round of less is no measure of what the network carries: most of it is the turn
 GUESS = 100e6  # bytes per second, before the first round that says something
+UNASKED_SHARE, UNASKED_MOST_MS = 0.01, 5000.0  # of the time so far, for copying within a downtime that nobody bounds
 FRESH_SECONDS = 5.0  # a flush of the disks that is older than this is repeated before the pause
 
 
@@ -80,10 +81,11 @@ class Rounds:
         """If the guest were paused now."""
         return self.copy_ms + self.overhead_ms
 
-    @property
-    def copy_bound_ms(self) -> float:
+    def copy_bound_ms(self, elapsed_s: float) -> float:
         left = self.bounds.downtime_ms - self.overhead_ms
-        return left if self.bounds.strict or self.shrinks else max(left, self.overhead_ms)
+        if self.bounds.strict or self.shrinks:
+            return left
+        return max(left, self.overhead_ms, min(UNASKED_SHARE * elapsed_s * 1e3, UNASKED_MOST_MS))
 
     @property
     def shrinks(self) -> bool:
@@ -112,7 +114,7 @@ class Rounds:
             if self.bounds.strategy is Strategy.CANCEL:
                 return Next.GIVE_UP
             return Next.PAUSE if built else Next.ROUND
-        if not built or self.copy_ms > self.copy_bound_ms:
+        if not built or self.copy_ms > self.copy_bound_ms(elapsed_s):
             return Next.ROUND
         return Next.ROUND if self.shrinks and self.copy_ms > SMALL_MS else Next.PAUSE
 

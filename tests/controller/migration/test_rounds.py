@@ -62,6 +62,31 @@ def test_turn_of_the_network_that_is_longer_than_a_bound_nobody_asked_for_does_n
     assert rounds.next(112.0, built=True) is (Next.ROUND if strict else Next.PAUSE)
 
 
+@pytest.mark.parametrize(("strict", "ends"), [(False, 250), (True, None)])
+def test_guest_that_dirties_what_the_network_carries_is_paused_for_a_hundredth_of_the_time_unless_bounded(
+    strict: bool, ends: int | None
+) -> None:
+    """0.5 MB/s of both for ever, 1.25 MB in each round; the first took 100 s."""
+    rounds = after(Rounds(Bounds(downtime_ms=300, strict=strict)), 50 * MB, 100.0, 305, turn=0.01)
+    clock = 100.0
+    while rounds.next(clock, built=True) is Next.ROUND and clock < 3500:
+        after(rounds, MB * 5 // 4, 2.5, 305, turn=0.01)
+        clock += 2.5
+    assert clock == ends if ends else clock >= 3500
+    if ends:
+        assert rounds.copy_ms == pytest.approx(2500, rel=0.01)
+
+
+def test_default_bound_grows_no_further_than_five_seconds() -> None:
+    """A guest that rewrites 6 s' worth all the time."""
+    rounds = after(Rounds(Bounds(downtime_ms=300, strict=False)), 1000 * MB, 1.0, 1_500_000)
+    for clock in (100.0, 1000.0, 3500.0):
+        after(rounds, 6000 * MB, 6.0, 1_500_000)
+        assert rounds.next(clock, built=True) is Next.ROUND
+    after(rounds, 6000 * MB, 6.0, 1_200_000)  # 4.9 s
+    assert rounds.next(3510.0, built=True) is Next.PAUSE
+
+
 def test_default_bound_is_kept_as_long_as_rounds_get_shorter():
     """Though what no round makes shorter takes most of it: 190 of 300 ms."""
     rounds = Rounds(Bounds(downtime_ms=300, strict=False))
