@@ -34,6 +34,7 @@ from shared.reactor import Event, Reactor, describe, within
 
 ANSWERS = (Heard.STARTED, Heard.REFUSED)
 NO_ANSWER = {"outcome": str(Heard.NOTHING), "secret": ""}
+LAST_SECONDS = 5.0  # for the end of a question that is under way
 AGAIN_SECONDS = 0.1  # until it listens again after a peer that was no good
 
 
@@ -95,6 +96,15 @@ class Inquiry(_Links):
 
     def start(self, ticket: Ticket, on_answer: Callable[[Heard], None]) -> None:
         self._reactor.spawn(self._run(ticket, on_answer), "inquiry")
+
+    async def close(self) -> None:
+        """No more questions. One that is under way is asked to its end, if that comes soon: a VMM that waits for a
+        guest at this address would take a cut for that guest's, and wait no more."""
+        self._stopped.set()
+        try:
+            await within(self._reactor, LAST_SECONDS, self.ended.wait(), "the end of the last question")
+        except Timeout:
+            await super().close()
 
     async def _run(self, ticket: Ticket, on_answer: Callable[[Heard], None]) -> None:
         settings = self._settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 
 import pytest
 
@@ -184,9 +185,10 @@ class Stranger:
         self._listener.settimeout(20)
         self._answer = wire.encode(Message.OUTCOME, codec.encode(Message.OUTCOME, answer))
 
-    def answers(self) -> None:
-        """Returns when the source has hung up, without having said that it heard."""
+    def answers(self, first: Callable[[], object] = lambda: None) -> None:
+        """Returns when the source has hung up, without having said that it heard. `first` is done before a word."""
         connection, _ = self._listener.accept()
+        first()
         with connection:
             connection.settimeout(20)
             connection.sendall(wire.encode_hello())
@@ -235,13 +237,29 @@ def test_another_vmm_that_receives_there_now_does_not_answer_and_goes_on_receivi
     assert source.call("fds")["progress"]["state"] == "in-doubt"
     resolve_here(source)
     while "nobody listens on" in str((sent := source.call("send", url=lab.url))["error"]):
-        # A question on its way keeps others out; withdrawn half-way it is a cut stream, which ends a receive.
-        if other.read().get("phase") == "failed":
-            assert other.done("receive")["error"]
-            other.receive_remote(lab.url)
+        assert sent["running"], sent
+        other.wait_event("migration-receive-ready")  # a question keeps others out until it has been answered
     assert sent["error"] is None, sent
     assert other.done("receive")["error"] is None
     lab.runs_on(other)
+
+
+def test_question_that_is_under_way_when_somebody_decides_is_asked_to_its_end(lab):
+    """A VMM that receives there would take a cut for that of its own guest's stream."""
+    source, destination = lab.remote_source(), lab.controller()
+    falls_into_doubt(lab, Cut(Message.STARTED), source, destination)
+    assert destination.done("receive")["error"] is None
+    stranger = Stranger(f"{lab.folder}/relay", {"outcome": "nothing", "secret": ""})
+
+    def decide() -> None:
+        source.do("resolve", here=False)
+        while source.call("fds")["progress"]["state"] == "in-doubt":
+            pass
+
+    stranger.answers(decide)
+    stranger.close()
+    assert source.done("resolve")["error"] is None
+    lab.runs_on(destination)
 
 
 def test_stranger_that_answers_without_the_secret_is_not_believed(lab):
