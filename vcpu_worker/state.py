@@ -15,7 +15,6 @@ from shared import kvm
 from shared.errors import ProtocolError
 from shared.kvm import ioctl
 from shared.typed import Any
-from vcpu_worker import xsave
 
 State = dict[str, Any]
 
@@ -129,6 +128,8 @@ class VcpuCodec:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
+            from vcpu_worker import xsave
+
             # Asked only now: KVM's whole CPUID costs more than all else here, and hosts are mostly alike.
             xsave.leave_out(buffer, xsave.xcr0(xcrs), xsave.supported_components(self._host))
             ioctl(fd, kvm.KVM_SET_XSAVE, buffer)

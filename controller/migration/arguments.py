@@ -40,7 +40,7 @@ class Bounds:
     """How long the guest may stand still, and how long all may take.
 
     `strict`: somebody asked for this downtime_ms. The default is a wish: where pausing and starting alone take longer,
-    the guest moves all the same.
+    or the guest dirties what the network carries, it moves all the same (rounds.py).
     """
 
     downtime_ms: int = DOWNTIME_MS

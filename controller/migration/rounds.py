@@ -5,9 +5,11 @@ A round sends what the one before has left dirty. Pausing now would cost
     downtime = what is dirty / throughput + fixed        fixed: pause, state, two turns of the network, load, start
 
 and the guest is paused once that is within the bound, and the last round has not made it much smaller any more: another
-round of a few milliseconds that halves the downtime is worth it. Rounds change nothing about the fixed part. Where that
-takes most of a bound that nobody asked for (a slow host, a network with long turns), and rounds do not get shorter any
-more, copying may take as long again.
+round of a few milliseconds that halves the downtime is worth it. Rounds change nothing about the fixed part.
+
+A bound that nobody asked for keeps no guest once rounds do not get shorter any more. Where the fixed part takes most of
+it (a slow host, a network with long turns), copying may take as long again; where the guest dirties what the network
+carries, a hundredth of the time so far (docs/adr/0007-default-downtime.md).
 """
 
 from __future__ import annotations
