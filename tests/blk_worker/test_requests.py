@@ -261,11 +261,12 @@ def test_failure_injected_by_a_test_reaches_the_guest(disk: Path) -> None:
 
 def test_slow_request_does_not_hold_up_the_others(disk: Path) -> None:
     """A request that hangs in an I/O thread leaves the ring and the other threads free."""
-    with Rig(disk, indirect=True).start() as rig:
+    with Rig(disk, indirect=True) as rig:
         drive = rig.drive[0]
         rig.backend.fault("hang", 0)
         stuck = {drive.submit(OUT, 0, sector_bytes(0, 1)), drive.submit(OUT, 1, sector_bytes(1, 1))}
-        drive.kick()
+        # Only now: a ring thread that came upon the first request alone would carry it out itself, and hang with it.
+        rig.start()
         rig.until(lambda: rig.backend.stats()["inflight"] == 2)
         rig.backend.fault("clear", 0)
         assert set(drive.wait(2)) == stuck
