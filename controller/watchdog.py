@@ -35,7 +35,6 @@ from shared.records import Record, field
 from shared.typed import Any, Final
 
 GRACE: Final = 0.02
-TURNS: Final = 6  # of the reactor, more than an answer's way from the socket to _ask() takes
 PATIENCE: Final = 10.0
 MOST: Final = 30.0
 
@@ -110,14 +109,7 @@ class Watchdog:
 
     def _settle(self) -> None:
         self._forgive(time.monotonic() - self._due)
-        self._listen(TURNS)
-
-    def _listen(self, turns: int) -> None:
-        """Timers go before what the same turn's messages wake, and an answer takes a few turns to whoever asked."""
-        if turns:
-            self._reactor.call_soon(lambda: self._listen(turns - 1))
-        elif self._watching:
-            self._judge()
+        self._reactor.call_settled(self._judge)
 
     def _forgive(self, late: float) -> None:
         for watch in self._watches.values():  # whoever was asked has not had this time
@@ -126,6 +118,8 @@ class Watchdog:
             watch.stopped = watch.stopped + late if watch.stopped is not None else None
 
     def _judge(self) -> None:
+        if not self._watching:
+            return
         self._timer = None
         seen: dict[int, Watch] = {}
         for patient in self._patients():
@@ -169,19 +163,18 @@ class Watchdog:
             watch.asked = time.monotonic()
             self._reactor.spawn(self._ask(process, watch), f"heartbeat {process.name}")
             return
-        if process.busy():  # with something for us, which may take as long as a disk; it answers when that is done
+        # One that is stopped is _look's to judge, and has its time to answer when it goes on. One that is busy for us
+        # may take as long as a disk; it answers when that is done.
+        if watch.stopped is not None or process.busy():
             watch.asked = time.monotonic()
         silent = time.monotonic() - watch.asked
         if silent >= self._patience(process) and not self._held(process, silent):
-            self._give_up(process, watch, f"no heartbeat for {silent:.1f} s", TURNS)
+            reason = f"no heartbeat for {silent:.1f} s"
+            self._reactor.call_settled(lambda: self._give_up(process, watch, reason))
 
-    def _give_up(self, process: Process, watch: Watch, reason: str, turns: int) -> None:
+    def _give_up(self, process: Process, watch: Watch, reason: str) -> None:
         """Unless its answer has come while its threads were looked at."""
-        if watch.asked is None or not self._watching:
-            return
-        if turns:
-            self._reactor.call_soon(lambda: self._give_up(process, watch, reason, turns - 1))
-        else:
+        if watch.asked is not None and self._watching:
             self._fleet.condemn(process, Cause.HUNG, reason, since=watch.answered or watch.asked)
 
     async def _ask(self, process: Process, watch: Watch) -> None:

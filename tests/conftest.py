@@ -55,6 +55,21 @@ def runtime_folder() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def signals_only_processes() -> Iterator[None]:
+    """A pid of 0 (a row of `vmm.fleet` has it while its process is being replaced) is a process group for kill(2):
+    ours, with whoever runs the tests. A test that sends a signal there fails instead."""
+    kill = os.kill
+
+    def careful(pid: int, number: int) -> None:
+        assert pid > 0, f"kill({pid}) is for a whole group of processes"
+        kill(pid, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "kill", careful)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind(request: pytest.FixtureRequest, runtime_folder: Path) -> Iterator[None]:
     before = leaks.Snapshot.take(runtime_folder)

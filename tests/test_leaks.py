@@ -9,6 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from tests import leaks
 
 ORPHAN = "sh -c 'sleep 1000 & exec sleep 1000' & echo $!"
@@ -26,6 +28,12 @@ def test_orphan_that_ends_by_itself_is_no_leak(tmp_path: Path) -> None:
     before = leaks.Snapshot.take(tmp_path)
     subprocess.run(["sh", "-c", "sleep 0.2 &"], check=True)
     assert leaks.find(before, None) == []
+
+
+@pytest.mark.parametrize("pid", [0, -1])
+def test_signal_for_a_group_of_processes_is_refused(pid: int) -> None:
+    with pytest.raises(AssertionError, match="whole group"):
+        os.kill(pid, 0)
 
 
 def test_shared_memory_name_is_found_and_removed(tmp_path: Path) -> None:

@@ -165,7 +165,8 @@ class Vmm:
         return {row["device"]: row for row in self.ask("fleet")}
 
     def pid_of(self, device: str) -> int:
-        return int(self.fleet()[device]["pid"])
+        """Waits for one that is being replaced: its row's pid is 0."""
+        return int(poll(lambda: self.fleet().get(device, {}).get("pid")))
 
 
 def events(path: Path, *names: str) -> list[tuple[str, dict[str, Any]]]:

@@ -20,7 +20,7 @@ from controller.statistics import NONE_YET, merge
 from controller.supervision import OFTEN, Cause, Supervision, process_state
 from controller.watchdog import Limits, Watch, Watchdog
 from shared.errors import HostError, Timeout
-from shared.reactor import Future, Reactor, sleep
+from shared.reactor import SETTLED_ROUNDS, Future, Reactor, sleep
 from shared.vhost_user import INFLIGHT_ENTRY_SIZE, INFLIGHT_HEADER_SIZE
 from tests.controller.processes import running
 from tests.controller.supervised import SECTOR, VERSION_1, Supervised
@@ -318,16 +318,39 @@ def test_worker_that_is_asked_for_something_long_is_not_hung(rig: Rig) -> None:
     rig.fleet.kill(process)
 
 
+def by_hand(rig: Rig) -> None:
+    """The watchdog looks when the test says so, and a stall of the test's own is no hang."""
+    rig.watchdog._timer.cancel()  # type: ignore[union-attr]
+    rig.watchdog._limits = Limits(period=LIMITS.period, answer={}, other=30.0)
+
+
+def settle(rig: Rig) -> None:
+    for _ in range(2 * SETTLED_ROUNDS):
+        rig.run(sleep(rig.reactor, 0))
+
+
 def test_worker_that_was_busy_for_long_has_its_time_to_answer_afterwards(rig: Rig) -> None:
     """The heartbeat's answer stands behind the stop of the rings, which took a minute: nobody hangs when that ends."""
     process = rig.toy().backend.process
     assert process is not None
-    rig.watchdog.stop()
+    by_hand(rig)
     watch = Watch(asked=time.monotonic() - 60)
     process.busy = lambda: True
     rig.watchdog._question(process, watch)
     process.busy = lambda: False
     rig.watchdog._question(process, watch)
+    settle(rig)
+    assert process.state is ProcessState.RUNNING and rig.events == []
+
+
+def test_worker_that_was_stopped_with_a_question_open_is_no_hang_at_the_first_look(rig: Rig) -> None:
+    """Nor to blame: what stopped it was not its work."""
+    process = rig.toy().backend.process
+    assert process is not None
+    by_hand(rig)
+    watch = Watch(asked=time.monotonic() - 60, stopped=time.monotonic())
+    rig.watchdog._question(process, watch)
+    settle(rig)
     assert process.state is ProcessState.RUNNING and rig.events == []
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 
 import pytest
 
@@ -57,6 +59,22 @@ def test_file_that_can_not_be_waited_for_is_refused_and_leaves_nothing_behind(re
 def test_within_says_what_was_waited_for(reactor):
     with pytest.raises(Timeout, match="the answer of life"):
         reactor.run_until(within(reactor, 0.01, Future(), "the answer of life"), 5)
+
+
+def test_answer_that_came_while_this_process_stood_still_beyond_the_time_is_in_time(reactor):
+    here, there = socket.socketpair()
+    with here, there:
+        there.send(b"the answer")
+
+        async def main():
+            answer = reactor.spawn(readable(reactor, here.fileno(), 0.01))
+            await sleep(reactor, 0)
+            stood_still = time.monotonic() + 0.02
+            while time.monotonic() < stood_still:
+                pass
+            await answer
+
+        reactor.run_until(main(), 30)
 
 
 def test_cancel_runs_finally_blocks_and_a_later_result_does_not_step_again(reactor):
