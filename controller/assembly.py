@@ -181,9 +181,10 @@ class Assembly:
                 self._reactor, frontend, disk.id, disk.vhost_socket, self._context.fleet.supervision
             )
             self._disks[disk.id] = Disk(disk, None, frontend, foreign=foreign)
-            await foreign.connect()
-            sizes = (disk.queue_size,) * disk.num_queues
-            return await VhostUserDevice.attach(self._reactor, frontend, disk.id, FOREIGN_BLOCK, sizes)
+            device_id, sizes = disk.id, (disk.queue_size,) * disk.num_queues
+            return await foreign.connect(
+                lambda: VhostUserDevice.attach(self._reactor, frontend, device_id, FOREIGN_BLOCK, sizes)
+            )
         image = self._images.pop(disk.id) if disk.id in self._images else disks.open_image(disk, first)
         self._disks[disk.id] = Disk(disk, image, frontend)
         device = disk_device(self._reactor, frontend, disk, image)

@@ -23,7 +23,7 @@ from enum import StrEnum
 
 from controller.fleet import Fleet, Process, ProcessState, WorkerSpec, row
 from controller.statistics import checked, merge
-from controller.supervision import OFTEN, RECENT_SECONDS, Cause, cause_of
+from controller.supervision import OFTEN, RECENT_SECONDS, Cause, cause_of, process_state
 from controller.vhost_frontend import Frontend
 from controller.warmup import warm_up
 from shared import log
@@ -254,7 +254,9 @@ class Backend:
         """A worker that did not get as far as serving must be gone before its successor is forked."""
         process, self.process = self.process, None
         if process is not None:
-            self._fleet.kill(process)
+            # Who is dying already dies of something else: a loss, and not an end that we wanted.
+            if not process_state(process.pid)[1]:
+                self._fleet.kill(process)
             await process.ended.wait()
 
     # Replacing a process that serves (controller/upgrade.py) -----------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 
 from controller.cgroups import Cgroups
-from controller.spawn import LAST_WORDS, LAST_WORDS_BYTES, Zygote
+from controller.spawn import LAST_WORDS, LAST_WORDS_BYTES, Zygote, end_child
 from controller.supervision import Cause, Supervision, process_state, thread_places
 from controller.users import Users
 from shared import log
@@ -241,6 +241,7 @@ class Fleet:
             raise WorkerError(f"{spec.name}: {error.strerror}") from error
         try:
             pid = await self.zygote.fork(self._reactor, request, {**fds, LAST_WORDS: theirs})
+            process = self._adopt_worker(spec, pid, on_end, restarts)
         except BaseException:
             os.close(last_words)
             if endpoint:  # a process that was ended again may have bound it
@@ -250,9 +251,17 @@ class Fleet:
             raise
         finally:
             os.close(theirs)
-        process = self.adopt(spec.kind, spec.label, pid, on_end, restarts)
         process.last_words, process.endpoint, process.aside = last_words, endpoint, spec.standby
         return process
+
+    def _adopt_worker(
+        self, spec: WorkerSpec, pid: int, on_end: Callable[[Process], None], restarts: int
+    ) -> Process:
+        try:
+            return self.adopt(spec.kind, spec.label, pid, on_end, restarts)
+        except OSError as error:  # no descriptor is left: a process that can't be watched must not be
+            end_child(pid)
+            raise WorkerError(f"{spec.name}: {error.strerror}") from error
 
     def exchange(self, process: Process, before: Process, name: str) -> None:
         """`process` has the name from now on that `before` had."""

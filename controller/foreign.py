@@ -1,20 +1,23 @@
 """A vhost-user back end that somebody else runs: dialled at its socket, and again whenever it went away.
 
     connect ──▶ running ──(hung up, talked nonsense)──▶ restarting ──dialled, replayed──▶ running
-                                                          │  ▲
-                                                          └──┘ after 0.05 s, 0.1 s, … LAST_DELAY, until close()
+       │                                                  │  ▲
+       └──(the same)──▶ WorkerError                       └──┘ after 0.05 s, 0.1 s, … LAST_DELAY, until close()
 """
 
 from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
 
 from controller.fleet import row
 from controller.supervision import Supervision, cause_of
 from controller.vhost_frontend import Frontend, dial
 from shared import log
-from shared.errors import FlotillaError, WorkerError
+from shared.errors import FlotillaError, WorkerError, WorkerLost
 from shared.reactor import Reactor, describe, sleep
-from shared.typed import Any, Final
+from shared.typed import Any, Final, TypeVar
 
+T = TypeVar("T")
 FIRST_DELAY, LAST_DELAY = 0.05, 2.0
 KIND: Final = "vhost-user"
 
@@ -34,14 +37,28 @@ class ForeignBackend:
         self._restarts = 0
         self._reason = ""  # why nobody serves; "" while somebody does
 
-    async def connect(self) -> None:
-        """For the first time. Raises WorkerError."""
-        self._frontend.on_lost = self._lost
+    async def connect(self, attach: Callable[[], Awaitable[T]]) -> T:
+        """For the first time; what `attach` makes of the connected front end. It is dialled again only from then on:
+        without what the VM has to know of the device, nobody could wait for its return. Raises WorkerError."""
+        self._frontend.on_lost = self._gone
         try:
             await self._frontend.connect(await dial(self._reactor, self._path))
         except (FlotillaError, OSError) as error:
-            reason = f"{self._id}: its vhost-user back end at {self._path} does not serve: {describe(error)}"
-            raise WorkerError(reason) from error
+            raise self._useless(error) from error
+        try:
+            attached = await attach()
+            await self._frontend.wait_connected()
+        except WorkerLost as error:
+            raise self._useless(error) from error
+        self._frontend.on_lost = self._lost
+        return attached
+
+    def _gone(self, error: Exception | None) -> None:
+        reason = describe(error) if error else "it closed the connection"
+        self._frontend.give_up(WorkerLost(reason))
+
+    def _useless(self, error: Exception) -> WorkerError:
+        return WorkerError(f"{self._id}: its vhost-user back end at {self._path} does not serve: {describe(error)}")
 
     def close(self) -> None:
         """No more attempts; the front end is its owner's to close."""

@@ -50,6 +50,13 @@ class NetDevice(EarlyDevice):
         super().__init__(reactor, frontend, device_id, NET, sizes, virtio_net.features(spec), config)
         self.negotiated: Callable[[], int] = lambda: self._acked  # the transport knows it earlier
 
+    def _changed_in_back_end(self) -> None:
+        # Before a driver can see its ACK used (virtio 1.2, 5.1.6.5.4.2): the worker says so before it uses it. What is
+        # due again comes with the worker's answer.
+        status = NET_CONFIG.integer(self._config, "status") & ~virtio_net.S_ANNOUNCE
+        self._config = NET_CONFIG.replace(self._config, "status", status)
+        super()._changed_in_back_end()
+
     def read_config(self, offset: int, size: int) -> int:
         status = self._announcing | (virtio_net.S_LINK_UP if self.negotiated() & virtio_net.F_STATUS else 0)
         config = NET_CONFIG.replace(self._config, "status", status)
@@ -130,11 +137,12 @@ class Nets:
         foreign = ForeignBackend(
             self._reactor, frontend, config.id, config.vhost_socket, self._fleet.supervision
         )
-        await foreign.connect()
-        sizes = (config.queue_size,) * config.num_queues
+        device_id, sizes = config.id, (config.queue_size,) * config.num_queues
         spec = _spec(config, config.mtu)
         space = virtio_net.config(spec, 0)
-        device = await VhostUserDevice.attach(self._reactor, frontend, config.id, FOREIGN_NET, sizes, space)
+        device = await foreign.connect(
+            lambda: VhostUserDevice.attach(self._reactor, frontend, device_id, FOREIGN_NET, sizes, space)
+        )
         if config.mtu is None:
             device.features &= ~virtio_net.F_MTU
         return Nic(config, spec, device, foreign=foreign)

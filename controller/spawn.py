@@ -148,7 +148,7 @@ class Zygote:
                     pid, cause = self.stop(), error
                     log.warn(f"the zygote does not answer (attempt {attempt}): {describe(error)}; it is replaced")
                 except BaseException:
-                    _end(self.stop())
+                    end_child(self.stop())
                     raise
                 if pid < 0:
                     raise WorkerError(f"{request['name']}: the zygote could not fork")
@@ -176,8 +176,8 @@ class Zygote:
         return int(msgpack.unpackb(answer)["pid"])
 
 
-def _end(pid: int) -> None:
-    """Of a child of ours that nobody wants; 0: there is none."""
+def end_child(pid: int) -> None:
+    """One that nobody knows of yet, and nobody wants; 0: there is none."""
     if pid:
         os.kill(pid, signal.SIGKILL)
         _reap(pid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,21 @@ def test_close_ends_a_worker_that_is_being_forked(rig: Rig) -> None:
     rig.run(backend.close())
     rig.run(task)
     assert rig.fleet.processes == []
+
+
+def test_worker_that_is_dying_when_its_successor_needs_its_place_is_a_loss(rig: Rig) -> None:
+    """Whoever notices first: the end of its connection may come before that of its process."""
+    backend = rig.toy()
+    rig.run(backend.start())
+    process = backend.process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    clearing = backend._clear()
+    clearing.send(None)  # at once: in the reactor its end could be seen first
+    rig.run(process.ended.wait())
+    assert not process.wanted
+    clearing.close()
 
 
 def test_failed_worker_is_restarting_no_more_when_the_vm_ends(rig: Rig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import signal
@@ -217,6 +218,19 @@ def test_controller_without_descriptors_for_a_worker_says_so_and_does_not_wait(r
         assert isinstance(error, WorkerLost)
         assert "did not come up" in str(error) and "Too many open files" in str(error)
         assert fleet.processes == []
+
+
+def test_worker_that_can_not_be_watched_for_want_of_a_descriptor_is_ended(reactor, fleet, monkeypatch):
+    forked = []
+
+    def none_left(pid: int) -> int:
+        forked.append(pid)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "pidfd_open", none_left)
+    with pytest.raises(WorkerError, match="_toy0: Too many open files"):
+        reactor.run_until(fleet.fork(toy(), {}, ignore), SECONDS)
+    assert not os.path.exists(f"/proc/{forked[0]}") and fleet.processes == []
 
 
 def test_unknown_verb_missing_field_and_wrong_type_are_typed_errors(reactor, fleet):

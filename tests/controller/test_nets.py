@@ -103,6 +103,18 @@ def test_announcement_interrupts_the_driver_each_time(rig):
     assert rig.run(rig.nets.counters())["_net0"]["announcements"] > 0
 
 
+def test_announcement_that_was_acknowledged_is_gone_before_the_worker_is_asked(rig):
+    """virtio 1.2, 5.1.6.5.4.2: a driver that sees its ACK used reads no S_ANNOUNCE."""
+    device = rig.make()
+    rig.start()
+    rig.run(rig.nets.load({"_net0": STATE}))
+    rig.nets.announce()
+    poll(lambda: rig.run(rig.nets.counters()) and status(device) & virtio_net.S_ANNOUNCE)
+    device.frontend.on_config_change()
+    assert not status(device) & virtio_net.S_ANNOUNCE
+    poll(lambda: rig.run(rig.nets.counters()) and status(device) & virtio_net.S_ANNOUNCE)  # this one is due still
+
+
 def test_loaded_state_outlives_a_worker_until_the_guest_runs(rig):
     rig.make()
     rig.start()

@@ -17,7 +17,7 @@ from controller.foreign import ForeignBackend
 from controller.pci.virtio import Virtqueue
 from controller.supervision import Supervision
 from controller.vhost_frontend import Frontend, dial
-from shared.errors import Timeout
+from shared.errors import Timeout, WorkerError
 from shared.linux import memfd
 from tests.controller.vhost_rig import RAM, Rig, pages
 
@@ -94,9 +94,13 @@ class Disk(Rig):
         events: list[str] = []
         supervision = Supervision(lambda _source, event, _properties: events.append(event))
         foreign = ForeignBackend(self.reactor, self.frontend, "_disk0", daemon.socket, supervision)
-        self.run(foreign.connect())
+        self.run(foreign.connect(attached))
         self.run(self.frontend.activate(QSD_FEATURES, self.queues()))
         return foreign, supervision, events
+
+
+async def attached() -> None:
+    """Nothing more is to be known of the device."""
 
 
 @pytest.fixture
@@ -201,3 +205,16 @@ def test_back_end_that_wakes_after_its_stop_took_too_long_serves_again(disk: Dis
     assert events == ["worker-lost", "worker-restarted"]
     assert supervision.columns("vhost-user", "_disk0")["last_cause"] == "hung"
     foreign.close()
+
+
+def test_back_end_that_goes_away_before_its_configuration_was_read_is_told(disk: Disk, daemon: Daemon) -> None:
+    """Nobody would dial it again: there is no device yet that could wait."""
+
+    async def attach() -> bytes:
+        daemon.close()
+        return await disk.frontend.get_config(60)
+
+    foreign = ForeignBackend(disk.reactor, disk.frontend, "_disk0", daemon.socket, Supervision(lambda *_: None))
+    with pytest.raises(WorkerError, match=f"_disk0: its vhost-user back end at {daemon.socket} does not serve: "):
+        disk.run(foreign.connect(attach))
+    assert not disk.frontend.connected
