@@ -273,6 +273,8 @@ class Backend:
         """A process beside the one that serves, and our ends of its devices' connections. Raises WorkerError."""
         process, sockets = await self._fork(replace(self._task(), program=program, standby=True))
         self._standby = process
+        if self._closing:  # close() found none to kill
+            self._fleet.kill(process)
         return process, sockets
 
     def hand_over(self, process: Process, before: Process, program: str, vet: Callable[[Process], None]) -> None:

@@ -272,7 +272,10 @@ class Fleet:
 
     async def greet(self, process: Process) -> None:
         """Wait for its hello. Raises WorkerLost; the process has been waited for then."""
-        if process.endpoint and process.state is not ProcessState.ENDED:
+        if process.state is ProcessState.ENDED:  # it was quicker than the caller's next step
+            what = f"{process.name} (pid {process.pid}) did not come up"
+            raise WorkerLost(f"{what}: {process.reason or process.obituary}")
+        if process.endpoint:
             await self._hello(process)
         if process.state is ProcessState.STARTING:
             process.state = ProcessState.RUNNING

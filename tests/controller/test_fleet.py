@@ -184,6 +184,16 @@ def test_worker_that_says_why_it_can_not_start_is_quoted(reactor, fleet):
         reactor.run_until(fleet.start(toy(lacks="moon"), {}, ignore), SECONDS)
 
 
+@pytest.mark.parametrize(
+    ("spec", "reason"), [({"lacks": "moon"}, "this host has no moon"), ({"refuse": True}, "ended with 3")]
+)
+def test_worker_that_has_ended_before_it_is_greeted_did_not_come_up(reactor, fleet, spec, reason):
+    process = reactor.run_until(fleet.fork(toy(**spec), {}, ignore), SECONDS)
+    reactor.run_until(process.ended.wait(), SECONDS)
+    with pytest.raises(WorkerLost, match=rf"_toy0 \(pid {process.pid}\) did not come up: .*{reason}$"):
+        reactor.run_until(fleet.greet(process), SECONDS)
+
+
 def test_worker_that_never_says_hello_has_been_waited_for_when_that_is_an_error(reactor, fleet, monkeypatch):
     monkeypatch.setattr("controller.fleet.HELLO_SECONDS", 0.5)
     with pytest.raises(WorkerLost, match="did not come up: no answer within"):

@@ -449,6 +449,22 @@ def test_device_closed_meanwhile(rig: Rig, step: Step) -> None:
     assert rig.fleet.processes == [] and task.done() and isinstance(task.exception(), WorkerError)
 
 
+def test_device_closed_while_its_new_process_is_being_forked(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a hello that never comes."""
+    monkeypatch.setattr("controller.fleet.HELLO_SECONDS", 2 * SECONDS)
+    rig.load.stopping = True
+    rig.run(rig._task)
+    rig.fleet.zygote.hold()
+    task = rig.reactor.spawn(rig.handover("stand_still()", 2 * SECONDS).run(), "upgrade")
+    task.add_done_callback(lambda _: None)
+    rig.until(lambda: rig.backend.disturbed)
+    close = rig.reactor.spawn(rig.backend.close(), "close")
+    rig.until(lambda: rig.backend.closing)
+    rig.fleet.zygote.release()
+    rig.run(close)
+    assert rig.fleet.processes == [] and task.done() and isinstance(task.exception(), WorkerError)
+
+
 # What is compared -----------------------------------------------------------------------------------------------------
 
 
