@@ -43,8 +43,16 @@ def failure(error: BaseException) -> dict[str, Any]:
     return {"status": status_of(error), "body": body.encode(errors="replace")}
 
 
+async def _no_descriptors() -> list[int]:
+    return []
+
+
 async def answer(
-    verbs: dict[str, Verb], method: str, name: str, body: bytes, fetch: Callable[[], list[int]] = list
+    verbs: dict[str, Verb],
+    method: str,
+    name: str,
+    body: bytes,
+    fetch: Callable[[], Awaitable[list[int]]] = _no_descriptors,
 ) -> dict[str, Any]:
     """{"status", "body"} for one request. Never raises for what a client or the VM did wrong.
 
@@ -62,7 +70,7 @@ async def answer(
         if endpoint.fds and isinstance(argument, dict):
             if argument.get("fds"):
                 raise ConfigError(f"{name}: fds in the body", "send the descriptors with the request (SCM_RIGHTS)")
-            argument["fds"] = fds = fetch()
+            argument["fds"] = fds = await fetch()
         result = await verb(argument)
     except (FlotillaError, OSError) as error:
         close_fds(fds)

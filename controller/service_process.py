@@ -38,7 +38,8 @@ class Service(Record):
 
 
 class ServiceProcess:
-    """`process` and `channel` are the present ones, None between two. It says `ready` when it serves."""
+    """`process` and `channel` are the present ones, None between two; `starts`: so many have been begun. It says
+    `ready` when it serves."""
 
     def __init__(self, reactor: Reactor, fleet: Fleet, runtime_dir: str, service: Service) -> None:
         self._reactor = reactor
@@ -48,7 +49,7 @@ class ServiceProcess:
         self.process: Process | None = None
         self.channel: Channel | None = None
         self._endpoint = ""
-        self._starts = 0
+        self.starts = 0
         self._began = 0.0
         self._delay = FIRST_DELAY
         self._closing = False
@@ -76,9 +77,9 @@ class ServiceProcess:
 
     async def _launch(self) -> None:
         service = self._service
-        self._starts += 1
+        self.starts += 1
         self._began = time.monotonic()
-        endpoint = self._endpoint = f"ipc://{self._runtime_dir}/{service.name}.{self._starts}"
+        endpoint = self._endpoint = f"ipc://{self._runtime_dir}/{service.name}.{self.starts}"
         self.channel = Channel(self._reactor, endpoint, bind=True, router=True, limits=LIMITS[service.verb])
         self.channel.handlers[service.verb] = service.handler
         self.channel.on_event = lambda event, _: self._ready(endpoint) if event == "ready" else None
@@ -86,7 +87,7 @@ class ServiceProcess:
             service.name, service.name, service.module, service.sandbox, {"controller": endpoint}, control=False
         )
         with service.descriptors() as fds:
-            process = await self._fleet.fork(spec, fds, self._ended, self._starts - 1)
+            process = await self._fleet.fork(spec, fds, self._ended, self.starts - 1)
         self.process = process
         process.state = ProcessState.RUNNING
 
@@ -94,10 +95,14 @@ class ServiceProcess:
         unlink_endpoint(endpoint)
         self._reactor.spawn(self._restored(), self._service.what)
 
-    async def _restored(self) -> None:
+    async def present(self, start: int) -> Process | None:
+        """The process of that start, which has said something; None: it has ended."""
         async with self._launching:  # the zygote's answer may come after its child's word
-            if self.process is not None:
-                self._fleet.supervision.restored(self.process.kind, self.process.name, self.process.pid)
+            return self.process if self.starts == start else None
+
+    async def _restored(self) -> None:
+        if (process := await self.present(self.starts)) is not None:
+            self._fleet.supervision.restored(process.kind, process.name, process.pid)
 
     def _hang_up(self) -> None:
         if self.channel is not None:

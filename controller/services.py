@@ -78,14 +78,15 @@ class Services:
 
     def _answer(self, request: dict[str, Any]) -> Awaitable[dict[str, Any]]:
         assert self._api is not None
-        service, api, numbers = self._api, self._api.process, request.get("fds") or []
+        service, start, numbers = self._api, self._api.starts, request.get("fds") or []
 
-        def fetch() -> list[int]:
+        async def fetch() -> list[int]:
             """Ours are duplicates; the API process closes its own when it has the answer. All or none."""
+            api = await service.present(start) if numbers else None
             fds: list[int] = []
             try:
                 for number in numbers:
-                    if api is None or api is not service.process:  # its pidfd is closed, and maybe another file's
+                    if api is None:  # its pidfd is closed, and maybe another file's
                         raise WorkerLost("the API process that had the request's descriptors has ended")
                     fds.append(pidfd_getfd(api.pidfd, number))
             except BaseException:

@@ -154,6 +154,39 @@ def test_descriptors_of_an_api_process_that_ended_before_they_were_fetched_are_a
         assert set(os.listdir("/proc/self/fd")) <= before
 
 
+def test_descriptors_are_fetched_from_an_api_process_whose_pid_is_not_known_yet(rig, monkeypatch):
+    """It serves before the zygote's answer has been read."""
+    rig.run(rig.remote("ping"))
+    pid, read, fork, forked = rig.process("api").pid, Event(), rig.fleet.zygote.fork, []
+
+    async def late(*request):
+        forked.append(await fork(*request))
+        await read.wait()
+        return forked[0]
+
+    api, before = rig.services._api, rig.services._api.channel
+
+    async def dialled():
+        while api.channel in (None, before) or not api.channel._peers:
+            await sleep(rig.reactor, 0.01)
+
+    monkeypatch.setattr(rig.fleet.zygote, "fork", late)
+    os.kill(pid, signal.SIGKILL)
+    rig.run(dialled())
+    request = {"method": "PUT", "path": "vm.add-net", "body": b"{}", "fds": [0, 1]}
+    answer = rig.reactor.spawn(rig.services._answer(request))
+    rig.run(sleep(rig.reactor, 0))
+    assert rig.process("api") is None
+    read.set()
+    told = rig.run(answer)
+    assert told["status"] == 200, told
+    fds = json.loads(told["body"])["fds"]
+    theirs = [os.stat(f"/proc/{forked[0]}/fd/{number}") for number in (0, 1)]
+    assert all(os.path.samestat(os.fstat(fd), there) for fd, there in zip(fds, theirs, strict=True))
+    for fd in fds:
+        os.close(fd)
+
+
 def test_killed_janitor_is_replaced_and_knows_the_paths(rig, tmp_path):
     extra = ApiSocket.listen(str(tmp_path / "extra"))
     rig.leavings.path(str(tmp_path / "extra"), True)
