@@ -7,6 +7,7 @@ import pytest
 from controller.fleet import Fleet
 from controller.spawn import Zygote
 from shared.reactor import Reactor
+from tests.controller.processes import close_sockets
 
 SECONDS = 20
 
@@ -27,3 +28,4 @@ def fleet(reactor, tmp_path):
         made.kill(process)
         reactor.run_until(process.ended.wait(), SECONDS)
     zygote.stop()
+    close_sockets()

@@ -8,6 +8,7 @@ from typing import Any
 
 from controller.fleet import Fleet
 from controller.spawn import Zygote
+from shared import control
 from shared.reactor import Reactor, sleep
 
 SECONDS = 30.0
@@ -27,6 +28,15 @@ def running(runtime_dir: str) -> Iterator[tuple[Reactor, Fleet]]:
             reactor.run_until(process.ended.wait(), SECONDS)
         zygote.stop()
         reactor.close()
+        close_sockets()
+
+
+def close_sockets() -> None:
+    """Returns when none of zmq's is open: it closes what a test has let go of in threads of its own, and the next one
+    may count descriptors."""
+    if control._context is not None:
+        control._context.destroy(linger=0)
+        control._context = None
 
 
 class Turned:

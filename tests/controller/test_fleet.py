@@ -9,10 +9,12 @@ import resource
 import signal
 
 import pytest
+import zmq
 
 from controller import spawn
 from controller.fleet import Process, ProcessState, WorkerSpec
 from controller.supervision import process_state
+from shared.control import context
 from shared.errors import FlotillaError, ProtocolError, WorkerError, WorkerLost
 from shared.messages import Verb
 from shared.reactor import Cancelled, Future, sleep
@@ -204,6 +206,7 @@ def test_worker_that_never_says_hello_has_been_waited_for_when_that_is_an_error(
 @pytest.mark.parametrize("free", range(6))
 def test_controller_without_descriptors_for_a_worker_says_so_and_does_not_wait(reactor, fleet, free):
     process = reactor.run_until(fleet.fork(toy(), {}, ignore), SECONDS)
+    another = context().socket(zmq.DEALER)  # ZeroMQ has its threads, without whose descriptors it aborts
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
     taken: list[int] = []
@@ -221,6 +224,7 @@ def test_controller_without_descriptors_for_a_worker_says_so_and_does_not_wait(r
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         for fd in taken:
             os.close(fd)
+        another.close()
     error = greeting.exception()
     if error is None:
         assert process.state is ProcessState.RUNNING and free > 0
@@ -257,7 +261,8 @@ def test_unknown_verb_missing_field_and_wrong_type_are_typed_errors(reactor, fle
         reactor.run_until(process.call(Verb.LOAD, kind="toy", version=5, state={}), SECONDS)
 
 
-def test_orderly_stop_ends_with_zero(reactor, fleet):
+def test_orderly_stop_ends_with_zero(reactor, fleet, monkeypatch):
+    monkeypatch.setattr("controller.fleet.STOP_SECONDS", SECONDS)
     process = reactor.run_until(fleet.start(toy(), {}, ignore), SECONDS)
     reactor.run_until(fleet.stop(process), SECONDS)
     assert process.exit_status == 0
