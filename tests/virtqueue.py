@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import select
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from controller.pci.virtio import Virtqueue
@@ -32,6 +33,7 @@ class Driver:
     avail_index: int = 0
     used_index: int = 0
     next_buffer: int = 0
+    held_back: bool = False
 
     def __post_init__(self) -> None:
         self.buffers_at = self.buffers_at or self.base + 0x4000
@@ -64,7 +66,21 @@ class Driver:
         """Put a descriptor chain into the avail ring, without a kick."""
         self.memory.write(self.avail + 4 + 2 * (self.avail_index % self.size), struct.pack("<H", head))
         self.avail_index = (self.avail_index + 1) & 0xFFFF
-        self.memory.view(self.avail, 4).cast("H")[1] = self.avail_index
+        self._publish()
+
+    def _publish(self) -> None:
+        if not self.held_back:
+            self.memory.view(self.avail, 4).cast("H")[1] = self.avail_index
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A device finds all that is offered within it, or none."""
+        self.held_back = True
+        try:
+            yield
+        finally:
+            self.held_back = False
+            self._publish()
 
     def add(self, readable: Sequence[bytes] = (), writable: Sequence[int] = ()) -> tuple[int, list[int]]:
         """Offer a chain of the given bytes and of writable buffers of the given sizes: (head, their addresses)."""
