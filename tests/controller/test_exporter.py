@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
+import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +27,11 @@ from tests.controller.processes import SECONDS, running
 ASK = b"GET /metrics HTTP/1.0\r\n\r\n"
 
 
+def unread(sock: socket.socket) -> int:
+    """Bytes that its peer has not read."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
 class Rig:
     """`collections` counts what the exporter asked for; until `go_on` is set, nobody is answered."""
 
@@ -38,6 +46,7 @@ class Rig:
         self.go_on = Event()
         self.go_on.set()
         self.pids = [os.getpid()]
+        self.asking: list[socket.socket] = []
         self.failure: Exception | None = None
         listening = ApiSocket.listen(str(self.path))
         self.exporter = Exporter(reactor, fleet, str(self.runtime), self.leavings, listening, self._collect)
@@ -61,6 +70,7 @@ class Rig:
             client.sendall(request)
             client.shutdown(socket.SHUT_WR)
             client.setblocking(False)
+            self.asking.append(client)
             received = b""
             while True:
                 await readable(self.reactor, client.fileno(), SECONDS)
@@ -69,9 +79,20 @@ class Rig:
                     return received
                 received += data
 
+    async def _present(self):
+        while not self.fleet.processes:
+            await sleep(self.reactor, 0.01)
+        return self.fleet.processes[0]
+
     @property
     def process(self):
-        return next((process for process in self.fleet.processes if process.kind == "metrics"), None)
+        """Waited for: it may serve before its pid is known."""
+        return self.run(self._present())
+
+    async def read_by_the_exporter(self, count: int) -> None:
+        """Until it has the requests of so many clients, which wait for their answers."""
+        while sum(unread(client) == 0 for client in self.asking) < count:
+            await sleep(self.reactor, 0.002)
 
 
 @pytest.fixture
@@ -108,6 +129,7 @@ def test_scrapes_at_the_same_time_share_one_collection(rig):
     rig.go_on.clear()
     scrapes = [rig.reactor.spawn(rig.scrape()) for _ in range(8)]
     rig.run(rig.asked.wait())
+    rig.run(rig.read_by_the_exporter(len(scrapes)))
     rig.go_on.set()
     texts = rig.run(gather(rig.reactor, *scrapes))
     assert all(b'flotilla_build_info{version="1"}' in text for text in texts)
@@ -244,7 +266,7 @@ def test_stop_removes_the_socket_and_ends_the_process(rig):
     process = rig.process
     rig.run(rig.exporter.stop())
     assert not rig.path.exists() and not Path(f"{rig.path}.lock").exists()
-    assert process.ended.is_set() and rig.process is None
+    assert process.ended.is_set() and rig.fleet.processes == []
 
 
 def test_the_janitor_is_told_of_the_socket(rig):

@@ -54,6 +54,7 @@ class Rig:
         before = self.worker()
         os.kill(before.pid, signal.SIGKILL)
         self.run(before.ended.wait())
+        self.run(self.nets._workers()["_net0"].wait_serving(SECONDS))
         self.run(self.nets._workers()["_net0"].call("heartbeat"))
         assert self.worker().restarts == before.restarts + 1
 
@@ -122,6 +123,7 @@ def test_loaded_state_outlives_a_worker_until_the_guest_runs(rig):
     rig.kill()
     assert rig.state()["pairs"] == 2
     rig.nets.announce()
+    poll(lambda: rig.run(rig.nets.counters()) and rig.nets._workers()["_net0"].preload is None)
     rig.kill()
     assert rig.state()["pairs"] == 1  # no ring has run, so there is no region that would know better
 

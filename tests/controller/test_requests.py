@@ -11,11 +11,13 @@ from controller.api.endpoints import ENDPOINTS
 from shared.errors import ConfigError, DuplicateIdError, FlotillaError, NotFoundError, StateError
 from shared.reactor import Reactor
 
+SECONDS = 60.0
+
 
 def ask(verb, method, name, body=b""):
     loop = Reactor()
     try:
-        answer = loop.run_until(requests.answer({name: verb} if verb else {}, method, name, body), 5)
+        answer = loop.run_until(requests.answer({name: verb} if verb else {}, method, name, body), SECONDS)
     finally:
         loop.close()
     return answer["status"], json.loads(answer["body"]) if answer["body"] else None

@@ -13,6 +13,7 @@ import pytest
 
 from controller.api_socket import ApiSocket
 from controller.leavings import Leavings
+from controller.service_process import LAST_DELAY
 from controller.services import Services
 from shared.errors import StateError, Timeout
 from shared.reactor import Event, readable, sleep
@@ -69,8 +70,8 @@ class Rig:
     def process(self, kind):
         return next((process for process in self.fleet.processes if process.kind == kind), None)
 
-    async def successor(self, kind, pid):
-        """Until a process of that kind with another pid is there."""
+    async def successor(self, kind, pid=0):
+        """Until a process of that kind with another pid is there: it may serve before its pid is known."""
         while (now := self.process(kind)) is None or now.pid == pid:
             await sleep(self.reactor, 0.01)
         return now
@@ -106,12 +107,11 @@ def test_an_error_reaches_the_client_with_its_causes(rig):
 
 def test_killed_api_process_is_replaced_and_no_client_is_refused(rig):
     rig.run(rig.remote("ping"))
-    pid = rig.process("api").pid
+    pid = rig.run(rig.successor("api")).pid
     os.kill(pid, signal.SIGKILL)
     code, _, err = rig.run(rig.remote("ping"))
     assert code == 0, err
-    assert rig.process("api").pid != pid
-    assert rig.process("api").restarts == 1
+    assert rig.run(rig.successor("api", pid)).restarts == 1
 
 
 def test_api_process_whose_endpoint_cannot_be_made_is_tried_again_until_it_can(rig, monkeypatch, capfd):
@@ -127,7 +127,7 @@ def test_api_process_whose_endpoint_cannot_be_made_is_tried_again_until_it_can(r
             await sleep(rig.reactor, 0.01)
             said += capfd.readouterr().err
 
-    os.kill(rig.process("api").pid, signal.SIGKILL)
+    os.kill(rig.run(rig.successor("api")).pid, signal.SIGKILL)
     rig.run(told())
     away.rename(rig.runtime)
     code, _, err = rig.run(rig.remote("ping"))
@@ -137,7 +137,7 @@ def test_api_process_whose_endpoint_cannot_be_made_is_tried_again_until_it_can(r
 @pytest.mark.parametrize("when", ["dies with the request", "died and has a successor"])
 def test_descriptors_of_an_api_process_that_ended_before_they_were_fetched_are_an_error(rig, when):
     rig.run(rig.remote("ping"))
-    api = rig.process("api")
+    api = rig.run(rig.successor("api"))
     before = set(os.listdir("/proc/self/fd"))
     # The controller has the request, and no turn of its reactor has looked at it yet.
     answer = rig.services._answer({"method": "PUT", "path": "vm.add-net", "body": b"{}", "fds": [0, 1]})
@@ -146,6 +146,7 @@ def test_descriptors_of_an_api_process_that_ended_before_they_were_fetched_are_a
         rig.run(rig.successor("api", api.pid))
         rig.run(rig.remote("ping"))
     else:
+        rig.services._api._delay = LAST_DELAY  # no successor opens anything meanwhile
         assert select.select([api.pidfd], [], [], SECONDS)[0]
     told = rig.run(answer)
     assert told["status"] == 500
@@ -157,7 +158,7 @@ def test_descriptors_of_an_api_process_that_ended_before_they_were_fetched_are_a
 def test_descriptors_are_fetched_from_an_api_process_whose_pid_is_not_known_yet(rig, monkeypatch):
     """It serves before the zygote's answer has been read."""
     rig.run(rig.remote("ping"))
-    pid, read, fork, forked = rig.process("api").pid, Event(), rig.fleet.zygote.fork, []
+    pid, read, fork, forked = rig.run(rig.successor("api")).pid, Event(), rig.fleet.zygote.fork, []
 
     async def late(*request):
         forked.append(await fork(*request))
@@ -212,13 +213,16 @@ def test_what_changes_while_the_janitor_is_being_forked_is_known_to_it(tmp_path)
         rig.leavings.path(str(tmp_path / "gone"), False)
         rig.leavings.path(str(tmp_path / "late"), True)
         rig.run(start)
+        janitor = rig.process("janitor")
         rig.run(rig.services.stop())
+        rig.run(janitor.ended.wait())
     assert (tmp_path / "gone").exists() and not (tmp_path / "late").exists()
     gone.close()
     late.close()
 
 
-def test_stop_answers_what_is_under_way_and_leaves_no_socket(rig):
+def test_stop_answers_what_is_under_way_and_leaves_no_socket(rig, monkeypatch):
+    monkeypatch.setattr("controller.services.GOODBYE_SECONDS", SECONDS)
     slow = rig.reactor.spawn(rig.remote("info"))
     rig.run(rig.entered.wait())
     rig.reactor.call_soon(rig.release.set)

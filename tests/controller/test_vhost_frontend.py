@@ -318,10 +318,11 @@ def test_a_back_end_that_talks_nonsense_is_dropped(rig: Rig) -> None:
 
 def test_a_hung_back_end_is_given_up_after_the_deadline(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.up()
-    monkeypatch.setattr("controller.vhost_frontend.SECONDS", 0.05)
-    rig.servers[-1]._connection._on_message = vu.Message.close_fds
-    asked = rig.reactor.spawn(rig.frontend.get_config(4))
-    rig.until(lambda: bool(rig.lost))
+    with monkeypatch.context() as patch:
+        patch.setattr("controller.vhost_frontend.SECONDS", 0.05)
+        rig.servers[-1]._connection._on_message = vu.Message.close_fds
+        asked = rig.reactor.spawn(rig.frontend.get_config(4))
+        rig.until(lambda: bool(rig.lost))
     assert isinstance(rig.lost[0], Timeout)
     rig.run(rig.frontend.replay(rig.back_end()))
     assert rig.run(asked) == [CONFIG[:4]]
