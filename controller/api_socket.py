@@ -15,6 +15,7 @@ import stat
 
 from controller.locks import try_lock
 from shared.errors import HostError
+from shared.listening import listen_as
 
 BACKLOG = 128
 
@@ -43,12 +44,7 @@ class ApiSocket:
         try:
             _remove_stale(path, what, in_use)
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            umask = os.umask(0o177)
-            try:
-                sock.bind(path)
-            finally:
-                os.umask(umask)
-            sock.listen(BACKLOG)
+            listen_as(sock, path, BACKLOG, 0o600)
         except OSError as error:
             os.unlink(f"{path}.lock")
             os.close(lock_fd)

@@ -160,14 +160,14 @@ def _open_file(path: str) -> HostEnd:
 def _open_socket(path: str) -> HostEnd:
     import socket
 
+    from shared.listening import listen_as
+
     if not path:
         raise ConfigError("socket= is missing", "give socket=PATH")
     if os.path.exists(path):
         _remove_stale(path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
-        sock.bind(path)
-        os.chmod(path, 0o600)
-        sock.listen(1)
+        listen_as(sock, path, 1, 0o600)
         return HostEnd(Mode.SOCKET, {"listen": sock.detach()}, path, unlink=True)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 from shared import log
 from shared.errors import ConfigError, FlotillaError
+from shared.listening import listen_as
 from shared.reactor import Reactor
 from shared.vhost_worker import VhostWorker
 
@@ -84,8 +85,7 @@ def _listen(path: str) -> socket.socket:
     try:
         if _is_stale(path):
             os.unlink(path)
-        listener.bind(path)
-        listener.listen(1)
+        listen_as(listener, path, 1)
     except OSError as error:
         listener.close()
         raise ConfigError(f"--socket-path {path}: {os.strerror(error.errno or 0)}") from error

@@ -11,8 +11,8 @@ from enum import StrEnum
 from typing import Any
 
 from shared.errors import ConfigError
+from shared.listening import MAX_PATH
 
-MAX_PATH = 107  # bytes of a unix socket's path
 DOWNTIME_MS = 300
 TIMEOUT_S = 3600
 _BOUNDS = ("downtime_ms", "timeout_s", "timeout_strategy")

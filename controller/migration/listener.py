@@ -8,8 +8,9 @@ import os
 import socket
 import stat
 
-from controller.migration.arguments import MAX_PATH, Url
+from controller.migration.arguments import Url
 from shared.errors import ConfigError, HostError
+from shared.listening import listen_as
 
 
 def listen(url: Url) -> Listener | TcpListener:
@@ -52,9 +53,7 @@ class Listener:
         _clear(path)
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            # A socket's own mode becomes its name's: nobody else's even before a chmod could come.
-            os.fchmod(self.sock.fileno(), 0o600)
-            _listen_as(self.sock, self.path)
+            listen_as(self.sock, self.path, 1, 0o600)
             self._identity: tuple[int, int] | None = _identity(self.path)
         except OSError as error:
             self.sock.close()
@@ -74,21 +73,6 @@ class Listener:
     def close(self) -> None:
         self.remove_name()
         self.sock.close()
-
-
-def _listen_as(sock: socket.socket, path: str) -> None:
-    """Listen first and appear second: whoever sees the name can connect, as scripts that wait for it do."""
-    hidden = os.path.join(os.path.dirname(path), f".{os.getpid()}")
-    if len(os.fsencode(hidden)) > MAX_PATH:
-        hidden = path  # so deep a folder leaves no room for a second name
-    sock.bind(hidden)
-    sock.listen(1)
-    if hidden != path:
-        try:
-            os.rename(hidden, path)
-        except OSError:
-            os.unlink(hidden)
-            raise
 
 
 def _identity(path: str) -> tuple[int, int]:
