@@ -306,8 +306,15 @@ class Trial:
 
     @staticmethod
     def _vcpu(guest: Guest) -> dict[str, Any]:
-        rows: list[dict[str, Any]] = guest.ask("fleet")
-        return next(row for row in rows if row["kind"] == "vcpu")
+        """Its row, once it has a process: that of one which is being replaced has pid 0."""
+        found: list[dict[str, Any]] = []
+
+        def look() -> bool:
+            found[:] = [row for row in guest.ask("fleet") if row["kind"] == "vcpu" and row["pid"]]
+            return bool(found)
+
+        wait(look, "a vCPU process")
+        return found[0]
 
     def migrates(self) -> Finding:
         source, path = self._guest, self._folder / "migration"

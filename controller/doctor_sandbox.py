@@ -20,7 +20,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack, suppress
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -37,6 +39,7 @@ WIDTH: Final = 20  # of a column
 VM_KINDS: Final = ("blk", "net", "console", "vcpu", "api", "metrics", "janitor")
 KINDS: Final = (*VM_KINDS, "migration_agent")
 REFUSALS: Final = (errno.EPERM, errno.EACCES, errno.ENOSYS)
+FORKS: Final = ("fork", "vfork", "clone")
 CONTROLLER: Final = "controller"  # stands for its pid among a call's arguments
 PROT_READ_EXEC, MAP_PRIVATE_ANONYMOUS = 5, 0x22
 TIOCSTI: Final = 0x5412
@@ -131,11 +134,50 @@ def verdict(answer: int) -> Verdict:
 def attempt(captive: Captive, controller: int, trial: Attempt) -> Verdict:
     """One row's cell."""
     arguments = [controller if isinstance(word, str) else word for word in trial.arguments]
-    answer = captive.call(trial.call, *arguments)
-    if answer > 0 and trial.call in ("fork", "vfork", "clone"):
-        with suppress(OSError):
-            os.kill(answer, signal.SIGKILL)
-    return verdict(answer)
+    if trial.call not in FORKS:
+        return verdict(captive.call(trial.call, *arguments))
+    with ended_children(captive.pid):
+        return verdict(captive.call(trial.call, *arguments))
+
+
+@contextmanager
+def ended_children(pid: int) -> Iterator[None]:
+    """Kill what a process forks in the body, also while it lasts: who calls vfork waits for its child's end.
+
+    The call's answer is no pid of ours: it counts as the process's own namespace does.
+    """
+    known, over = children(pid), threading.Event()
+
+    def watch() -> None:
+        last = False
+        while not last:
+            last = over.is_set()
+            for child in children(pid) - known:
+                known.add(child)
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            over.wait(0.001)
+
+    thread = threading.Thread(target=watch, name="children")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def children(pid: int) -> set[int]:
+    """Those of all its threads, zombies too."""
+    found: set[int] = set()
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return found  # it has ended
+    for thread in threads:
+        with suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as file:
+            found.update(map(int, file.read().split()))
+    return found
 
 
 def try_all(pid: int, controller: int) -> dict[str, Verdict]:

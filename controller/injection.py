@@ -13,10 +13,12 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import time
 from contextlib import suppress
 from types import TracebackType
 from typing import Final
 
+from controller.supervision import process_state
 from shared.errors import HostError
 from shared.ptrace import (
     PTRACE_CONT,
@@ -33,7 +35,8 @@ from shared.ptrace import (
 from shared.syscall_numbers import NUMBERS
 
 SYSCALL: Final = b"\x0f\x05"
-ATTEMPTS: Final = 200
+SECONDS: Final = 30.0  # for a process to come to its next system call
+TURN: Final = 0.01  # that one which computes has in between, unless it waits before
 SCRATCH: Final = 1024  # bytes below the stack, where its red zone has long ended
 
 
@@ -54,20 +57,22 @@ class Captive:
         self._dead = False
 
     def __enter__(self) -> Captive:
+        end = time.monotonic() + SECONDS
         ptrace(PTRACE_SEIZE, self.pid)
         try:
-            for _ in range(ATTEMPTS):
+            while True:
                 ptrace(PTRACE_INTERRUPT, self.pid)
                 self._wait()
                 ptrace(PTRACE_GETREGS, self.pid, ctypes.addressof(self._regs))
                 if self._memory(self._regs.rip - len(SYSCALL), len(SYSCALL)) == SYSCALL:
                     return self
+                if time.monotonic() > end:
+                    raise HostError(f"process {self.pid} never waits in a system call")
                 ptrace(PTRACE_CONT, self.pid)
+                self._let_run()
         except BaseException:
             self._let_go()
             raise
-        self._let_go()
-        raise HostError(f"process {self.pid} never waits in a system call")
 
     def __exit__(
         self, _type: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
@@ -102,6 +107,12 @@ class Captive:
                 break
         ptrace(PTRACE_GETREGS, self.pid, ctypes.addressof(regs))
         return ctypes.c_int64(regs.rax).value
+
+    def _let_run(self) -> None:
+        """An interrupt that comes before it has a CPU again stops it where it was: it has to get on in between."""
+        end = time.monotonic() + TURN
+        while time.monotonic() < end and process_state(self.pid)[0] not in "SD":
+            time.sleep(TURN / 10)
 
     def _wait(self) -> int:
         """The signal with which it has stopped."""

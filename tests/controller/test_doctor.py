@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -46,6 +47,29 @@ def test_without_a_guest_the_later_checks_say_that_they_were_not_tried(tmp_path)
     for check in (trial.disk, trial.vcpu_kill, trial.migrates):
         line = doctor.make("x", check, 10)
         assert (line.status, line.text) == (doctor.Status.FAIL, "not tried: the probe guest does not run")
+
+
+def test_vcpu_process_that_is_being_replaced_is_waited_for(tmp_path, monkeypatch):
+    """Its row's pid is 0 meanwhile, which to kill(2) is our own process group."""
+    process = subprocess.Popen(["sleep", "1000"])
+    pids = [0, process.pid, 0, 0, 7]
+
+    class Guest:
+        output = b""
+
+        def ask(self, _):
+            pid = pids.pop(0)
+            return [{"kind": "vcpu", "pid": pid, "restarts": int(len(pids) < 3)}]
+
+        def until(self, pattern, since):
+            pids.append(7)
+
+    monkeypatch.setattr(doctor, "pings", lambda guest: True)
+    trial = doctor.Trial(tmp_path)
+    trial._guests.append(Guest())
+    found = trial.vcpu_kill()
+    assert process.wait(30) == -signal.SIGKILL
+    assert f"vCPU process {process.pid} was killed; 7 took over" in found.text
 
 
 def test_unusable_runtime_directory_is_a_fail(monkeypatch, tmp_path):

@@ -16,15 +16,17 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
+from controller import doctor_sandbox
 from controller.config.worker_uid import WorkerUid
 from controller.fleet import WorkerSpec
 from controller.injection import Captive
 from controller.sandbox_report import look
+from controller.supervision import process_state
 from controller.users import Users
 from shared import sandbox
 from shared.sandbox import PROFILES, confine, list_for
 from tests.controller.processes import SECONDS, running
-from tests.vmm import environment
+from tests.vmm import environment, poll
 
 TIOCSPTLCK = 0x4004_5431
 ROOT = os.geteuid() == 0
@@ -168,6 +170,7 @@ def test_a_user_does_not_count_with_those_of_the_vmms_own_limit(start):
 
 PARENT = """
 import os, sys
+from controller import doctor_sandbox
 from controller.config.worker_uid import WorkerUid
 from controller.fleet import WorkerSpec
 from controller.injection import Captive
@@ -213,6 +216,22 @@ def test_nobody_else_can_be_named_from_inside(start):
             assert captive.call("pidfd_open", target, 0) == -errno.ESRCH
             assert captive.call("ptrace", 0x4206, target, 0, 0) == -errno.ESRCH
         assert captive.call("kill", -1, signal.SIGKILL) == -errno.ESRCH  # everybody: nobody
+
+
+@needs_root
+@pytest.mark.parametrize("call", doctor_sandbox.FORKS)
+def test_a_fork_that_is_let_through_is_ended_and_nobody_else(start, monkeypatch, call):
+    """Its answer is a pid of the captive's namespace, whose number is somebody else's here."""
+    killed, kill = [], os.kill
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid) or kill(pid, number))
+    pid = start("worker", "false")
+    trial = next(trial for trial in doctor_sandbox.ATTEMPTS if trial.call == call)
+    with Captive(pid) as captive:
+        before = doctor_sandbox.children(pid)
+        assert doctor_sandbox.attempt(captive, os.getpid(), trial) == doctor_sandbox.Verdict(False, "ALLOWED")
+        (child,) = doctor_sandbox.children(pid) - before
+        poll(lambda: process_state(child)[0] in "ZX")
+        assert killed == [child]
 
 
 def test_workers_of_devices_keep_nothing():
