@@ -19,8 +19,10 @@ CLONE_NEWNS = 0x00020000
 MS_REC, MS_PRIVATE = 0x4000, 1 << 18
 PR_SET_CHILD_SUBREAPER = 36
 
-# How long a process that is already on its way out may take until it counts as leaked, in seconds.
-GRACE = 2.0
+# How long a process that is already on its way out may take until it counts as leaked, in seconds: one that is really
+# left behind never ends, but one that ends may be without a CPU for a while.
+GRACE = 20.0
+DEATH = 30.0  # and how long one that we have killed may take
 SHM = Path("/dev/shm")
 NETNS = Path("/run/netns")
 
@@ -154,13 +156,13 @@ def end_leaked_processes(before: Snapshot) -> list[str]:
         for pid in sorted(new):
             what = describe(pid)
             if _is_zombie(pid) or _wait_gone(pid, deadline):
-                _wait_gone(pid, deadline + GRACE)
+                _wait_gone(pid, time.monotonic() + DEATH)
                 continue
             leaked.append(what)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            _wait_gone(pid, time.monotonic() + GRACE)
-        if time.monotonic() > deadline + 10 * GRACE:
+            _wait_gone(pid, time.monotonic() + DEATH)
+        if time.monotonic() > deadline + DEATH:
             leaked.append(f"processes that do not end: {sorted(descendants() - before.processes)}")
             break
     return leaked

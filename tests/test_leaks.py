@@ -13,12 +13,16 @@ import pytest
 
 from tests import leaks
 
-ORPHAN = "sh -c 'sleep 1000 & exec sleep 1000' & echo $!"
+ORPHAN = "sh -c 'sleep 1000 > /dev/null & echo $! $$; exec sleep 1000 > /dev/null' &"
 
 
-def test_process_of_a_process_is_found_and_ended(tmp_path: Path) -> None:
+def test_process_of_a_process_is_found_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaks, "GRACE", 0.1)
     before = leaks.Snapshot.take(tmp_path)
-    subprocess.run(["sh", "-c", ORPHAN], check=True, stdout=subprocess.DEVNULL)
+    pids = subprocess.run(["sh", "-c", ORPHAN], check=True, stdout=subprocess.PIPE, timeout=30).stdout.split()
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{int(pid)}/cmdline").read_bytes() != b"sleep\x001000\x00" for pid in pids):
+        assert time.monotonic() < end
     lines = leaks.find(before, None)
     assert len([line for line in lines if "sleep 1000" in line]) == 2
     assert not leaks.descendants() - before.processes
