@@ -180,7 +180,7 @@ class Session:
         self._selector.register(pidfd, selectors.EVENT_READ, "qemu")
         try:
             while process.poll() is None:
-                for key, _ in self._selector.select(1.0):
+                for key, _ in self._selector.select(min(1.0, TICK)):
                     if key.data != "qemu":
                         self._pass_on(key.data)
                 self._tick(process.pid)

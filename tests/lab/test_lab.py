@@ -39,7 +39,7 @@ def test_output_exit_code_arguments_and_files_come_back(lab: Lab, tmp_path: Path
 
 def test_script_that_never_ends_has_code_124_and_is_not_started_again(lab: Lab) -> None:
     starts = bytearray()
-    done = lab.run("echo start > $EVENTS; sleep 1000", limit=3, sinks={"events": starts.extend})
+    done = lab.run("echo start > $EVENTS; sleep 1000", limit=30, sinks={"events": starts.extend})
     assert (done.code, done.died, bytes(starts)) == (124, "", b"start\n")
 
 

@@ -62,7 +62,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "verify: %s is smaller than a block\n", argv[1]);
         return 2;
     }
-    time_t end = argc == 3 ? time(NULL) + atol(argv[2]) : 0, said = time(NULL);
+    time_t said = time(NULL), end = argc == 3 ? said + atol(argv[2]) : 0;
     uint64_t random = (uint64_t)said, writes = 0, reads = 0;
     for (;;) {
         random = mixed(random + 0x9e3779b97f4a7c15ull);
