@@ -72,7 +72,7 @@ class HostVm:
     def type(self, name: str, text: str) -> None:
         """Type into a window; control characters must not get into the serial port's own shell."""
         octal = "".join(f"\\{ord(letter):03o}" for letter in text)
-        self.ask(f"printf '{octal}' > /tmp/{name}", ASK_SECONDS)
+        self.ask(f"printf '{octal}' > \"${{WINDOWS:-/tmp}}/{name}\"", ASK_SECONDS)
 
     def await_text(self, name: str, pattern: str, seconds: float, since: int = 0) -> re.Match[str]:
         """Wait for text in a window's lines. Raises DemoError."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import stat
 from collections.abc import Iterator
@@ -71,15 +72,13 @@ def host(tmp_path: Path) -> Iterator[HostVm]:
     """A host VM whose console is a bash of this machine, with the window script that the images have."""
     shutil.copy(nested.OVERLAY / "root/window", tmp_path)
     (tmp_path / "window").chmod(0o755)
-    terminal = Terminal("vm-1", SHELL, tmp_path, lambda *_: None, tmp_path)
+    terminal = Terminal("vm-1", f"WINDOWS={shlex.quote(str(tmp_path))} {SHELL}", tmp_path, lambda *_: None, tmp_path)
     vm = HostVm("vm-1", terminal, Events(None))
     vm.await_prompt(SECONDS)
     yield vm
     terminal.type("exit 0\n")  # an interactive bash ignores SIGTERM
     terminal.await_end(SECONDS)
     terminal.close()
-    for name in ("one", "two"):
-        Path(f"/tmp/{name}").unlink(missing_ok=True)
 
 
 def test_command_tells_what_it_shows_and_how_it_ends(host: HostVm) -> None:
@@ -132,7 +131,8 @@ def test_api_socket_is_asked_without_a_program_of_ours(host: HostVm, tmp_path: P
     answer.write_bytes(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n" + b'{"state": "Running"}')
     listen = f"socat UNIX-LISTEN:{tmp_path}/api SYSTEM:'head -n 1 > asked; cat http'"
     host.window("one", listen)
-    host.await_path(f"-S {tmp_path}/api", SECONDS)
+    # Listening: its name is there earlier, and refuses.
+    host.ask(f"until grep -q ' 00010000 .* {tmp_path}/api$' /proc/net/unix; do sleep 0.1; done", SECONDS)
     assert host.api(f"{tmp_path}/api", "vm.info", SECONDS) == {"state": "Running"}
     assert (tmp_path / "asked").read_text().startswith("GET /api/v1/vm.info HTTP/1.0")
     host.expect_end("one", SECONDS)

@@ -99,7 +99,7 @@ def test_lock_is_exclusive_and_the_second_waits(tmp_path: Path) -> None:
         thread = threading.Thread(target=second)
         thread.start()
         order.append("first")
-    thread.join(10)
+    thread.join(60)
     assert order == ["first", "second"]
 
 
