@@ -425,12 +425,14 @@ def test_log_level_is_taken_and_a_wrong_one_is_refused(worker: Subject) -> None:
     assert lives(worker)
 
 
-def test_shutdown_ends_with_zero(worker: Subject) -> None:
+def test_shutdown_ends_with_zero(worker: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("controller.fleet.STOP_SECONDS", SECONDS)
     worker.run(worker.fleet.stop(worker.process))
     assert worker.process.exit_status == 0
 
 
-def test_shutdown_ends_with_zero_while_quiet(worker: Subject) -> None:
+def test_shutdown_ends_with_zero_while_quiet(worker: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("controller.fleet.STOP_SECONDS", SECONDS)
     worker.call(Verb.QUIESCE)
     worker.run(worker.fleet.stop(worker.process))
     assert worker.process.exit_status == 0

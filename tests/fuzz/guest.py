@@ -19,7 +19,7 @@ from typing import Any
 from controller.machine.hostcpu import host_phys_bits
 from controller.machine.layout import compute
 from tests.network import Network
-from tests.vmm import Vmm, probe
+from tests.vmm import Vmm, poll, probe
 
 RAM = 128 << 20
 DISK = 16 << 20
@@ -55,12 +55,18 @@ def finished(vmm: Vmm, steps: int, since: int = 0) -> int:
     return vmm.expect(r"fuzz ok \d+ irqs=\d+\nprobe: done bad=0\n", 30 + STEP_SECONDS * steps, since).end()
 
 
+def settled(rows: dict[str, Any]) -> dict[str, Any]:
+    """Nothing while a worker comes or goes."""
+    return {} if {row["state"] for row in rows.values()} & {"starting", "stopping"} else rows
+
+
 def healthy(vmm: Vmm, pid: int) -> None:
     """It lives, answers, and at worst a device is being restarted or set aside."""
     assert vmm.process.poll() is None and vmm.process.pid == pid, vmm.errors[-3000:]
     assert vmm.ask("ping")["pid"] == pid
     assert vmm.ask("info")["state"] == "Running"
-    rows = vmm.fleet()
+    # A worker that has just been condemned is "stopping" until its end is seen, and its device's successor "starting".
+    rows: dict[str, Any] = poll(lambda: settled(vmm.fleet()))
     assert {"_disk0", "_net1", "console", "vcpu0"} <= set(rows)
     assert {row["state"] for row in rows.values()} <= STATES, rows
     assert "Traceback" not in vmm.errors and "unexpected" not in vmm.errors, vmm.errors[-3000:]

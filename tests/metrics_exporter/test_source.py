@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from shared.errors import HostError, ProtocolError
 from shared.figures import Figures, to_wire
 from shared.linux import memfd, send_fds
 from shared.reactor import Reactor
+from tests.descriptors import descriptors
 
 SECONDS = 20.0
 GARBAGE = bytes.fromhex("c1ff00")
@@ -66,16 +66,6 @@ class Rig:
         measured = self.measure()
         assert (measured.figures.version, measured.pss_bytes) == ("2", {7: 3 << 10})
         assert not descriptors() - self.descriptors
-
-
-def descriptors() -> set[tuple[str, str]]:
-    """Ours that are open, and what they are: zmq closes those of an earlier test whenever it comes to it, and a number
-    that is free again may be somebody else's."""
-    found = set()
-    for number in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # the one of the listing itself
-            found.add((number, os.readlink(f"/proc/self/fd/{number}")))
-    return found
 
 
 def rollup(kib: int) -> bytes:

@@ -57,6 +57,7 @@ def test_a_parent_that_died_before_the_tie_is_noticed(when: str, code: int) -> N
 # A controller in a pid namespace whose /proc is still that of the namespace above.
 BELOW = """
 import os, sys
+from controller import fleet as fleets
 from controller.fleet import WorkerSpec
 from shared.linux import libc
 from shared.sandbox import CLONE_NEWPID
@@ -65,6 +66,7 @@ assert libc.unshare(CLONE_NEWPID) == 0
 child = os.fork()
 if child == 0:
     assert os.getpid() == 1
+    fleets.STOP_SECONDS = SECONDS
     with running(sys.argv[1]) as (reactor, fleet):
         spec = WorkerSpec("toy", "_toy0", "tests.toy_worker", "worker")
         process = reactor.run_until(fleet.start(spec, {}, lambda _: None), SECONDS)

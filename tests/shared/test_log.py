@@ -6,6 +6,7 @@ import os
 import re
 import select
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,11 +40,12 @@ def sink():
     os.close(made.write_end)
 
 
-def test_line_has_cloud_hypervisors_shape(sink):
+def test_line_has_cloud_hypervisors_shape(sink, monkeypatch):
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: log._began + 5.25))
     log.warn("the disk is full")
     (line,) = sink.writes()
     assert re.fullmatch(
-        r"cloud-hypervisor: 5\.\d{6}s: <_disk0> WARN:shared/test_log\.py:\d+ -- the disk is full\n", line
+        r"cloud-hypervisor: 5\.250000s: <_disk0> WARN:shared/test_log\.py:\d+ -- the disk is full\n", line
     )
 
 

@@ -24,7 +24,7 @@ def test_run_until_returns_the_coroutines_value(reactor):
         await sleep(reactor, 0)
         return 7
 
-    assert reactor.run_until(main(), 5) == 7
+    assert reactor.run_until(main(), 30) == 7
 
 
 def test_readable_wakes_when_the_fd_has_data(reactor):
@@ -32,10 +32,10 @@ def test_readable_wakes_when_the_fd_has_data(reactor):
     reactor.call_later(0.01, lambda: os.eventfd_write(fd, 3))
 
     async def main():
-        await readable(reactor, fd, 5)
+        await readable(reactor, fd, 30)
         return os.eventfd_read(fd)
 
-    assert reactor.run_until(main(), 5) == 3
+    assert reactor.run_until(main(), 30) == 3
     os.close(fd)
 
 
@@ -58,7 +58,7 @@ def test_file_that_can_not_be_waited_for_is_refused_and_leaves_nothing_behind(re
 
 def test_within_says_what_was_waited_for(reactor):
     with pytest.raises(Timeout, match="the answer of life"):
-        reactor.run_until(within(reactor, 0.01, Future(), "the answer of life"), 5)
+        reactor.run_until(within(reactor, 0.01, Future(), "the answer of life"), 30)
 
 
 def test_answer_that_came_while_this_process_stood_still_beyond_the_time_is_in_time(reactor):
@@ -95,7 +95,7 @@ def test_cancel_runs_finally_blocks_and_a_later_result_does_not_step_again(react
         with pytest.raises(Cancelled):
             await task
 
-    reactor.run_until(main(), 5)
+    reactor.run_until(main(), 30)
     assert seen == ["cleaned"]
 
 
@@ -115,7 +115,7 @@ def test_cancel_of_a_task_whose_future_just_completed_is_not_lost(reactor):
         with pytest.raises(Cancelled):
             await task
 
-    reactor.run_until(main(), 5)
+    reactor.run_until(main(), 30)
 
 
 def test_gather_waits_for_all_before_it_raises(reactor):
@@ -129,7 +129,7 @@ def test_gather_waits_for_all_before_it_raises(reactor):
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        reactor.run_until(gather(reactor, bad(), good()), 5)
+        reactor.run_until(gather(reactor, bad(), good()), 30)
     assert finished == [True]
 
 
@@ -158,7 +158,7 @@ def test_lock_is_fair_and_event_wakes_all(reactor):
         event.set()
         await gather(reactor, *tasks)
 
-    reactor.run_until(main(), 5)
+    reactor.run_until(main(), 30)
     assert order == ["a", "b", "c"]
 
 
@@ -167,5 +167,5 @@ def test_timers_fire_in_order_and_cancelled_ones_do_not(reactor):
     reactor.call_later(0.02, lambda: fired.append(2))
     reactor.call_later(0.01, lambda: fired.append(1))
     reactor.call_later(0.015, lambda: fired.append(0)).cancel()
-    reactor.run_until(sleep(reactor, 0.03), 5)
+    reactor.run_until(sleep(reactor, 0.03), 30)
     assert fired == [1, 2]

@@ -41,7 +41,7 @@ class Receiver:
                 self.reactor.call_later(0.001, check)
 
         check()
-        self.reactor.run_until(done, 5.0)
+        self.reactor.run_until(done, 30.0)
 
     def close(self) -> None:
         self.connection.close()
@@ -218,7 +218,7 @@ def test_what_the_socket_does_not_take_is_sent_later_with_its_descriptor(receive
             done.set_result(None)
 
     receiver.reactor.add_reader(receiver.peer.fileno(), drain)
-    receiver.reactor.run_until(done, 5.0)
+    receiver.reactor.run_until(done, 30.0)
     receiver.reactor.remove_reader(receiver.peer.fileno())
     assert [len(m.fds) for m in arrived] == [0] * sent + [1]
     assert not receiver.closed

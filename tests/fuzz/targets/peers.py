@@ -6,6 +6,7 @@ import contextlib
 import os
 import struct
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,6 +33,7 @@ from tests.fuzz.engine import Target
 from tests.fuzz.turns import settle
 from vcpu_worker.ch_form import from_ch
 
+SECONDS = 30.0
 TAIL = {"v": 1, "id": 999_999, "verb": "hello", "args": {}}
 
 
@@ -64,7 +66,8 @@ class ControlRig:
         self.peer.send(msgpack.packb({**TAIL, "id": 1 << 40 | self.number}))
         poll = zmq.Poller()
         poll.register(self.peer, zmq.POLLIN)
-        for _ in range(200):
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
             settle(self.reactor)
             while poll.poll(0):
                 answer = messages.decode(self.peer.recv())
