@@ -16,32 +16,33 @@ MAX_PATH = 107  # bytes of a unix socket's path
 def listen_as(sock: socket.socket, path: str, backlog: int, mode: int | None = None) -> None:
     """Raises OSError, EADDRINUSE if something is there. `mode` is the name's, by default what umask leaves.
 
-    bind() makes the name that it is given, and until listen() that one refuses: hence a hidden one first.
+    bind() makes the name that it is given, and until listen() that one refuses: hence another first. The kernel tells
+    that one for ever (ss -x, /proc/net/unix), so whoever looks for `path` there is to find it.
     """
-    hidden = os.path.join(os.path.dirname(path), f".{os.urandom(4).hex()}")
-    if len(os.fsencode(path)) > MAX_PATH or len(os.fsencode(hidden)) > MAX_PATH:
-        hidden = path  # so deep a folder leaves no room for a second name
-    sock.bind(hidden)
+    first = f"{path}.{os.urandom(4).hex()}"
+    if len(os.fsencode(first)) > MAX_PATH:
+        first = path  # no room for a second name
+    sock.bind(first)
     try:
         if mode is not None:
-            os.chmod(hidden, mode)
+            os.chmod(first, mode)
         sock.listen(backlog)
-        if hidden != path:
-            _rename(hidden, path)
+        if first != path:
+            _rename(first, path)
     except OSError:
-        os.unlink(hidden)
+        os.unlink(first)
         raise
 
 
-def _rename(hidden: str, path: str) -> None:
+def _rename(first: str, path: str) -> None:
     """rename(2) would replace what somebody else has put there meanwhile."""
     try:
-        os.link(hidden, path, follow_symlinks=False)
+        os.link(first, path, follow_symlinks=False)
     except FileExistsError:
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from None
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-        os.rename(hidden, path)  # a file system without hard links
+        os.rename(first, path)  # a file system without hard links
         return
-    os.unlink(hidden)
+    os.unlink(first)
