@@ -448,23 +448,23 @@ static void blk_refuse(const struct blk_request *request, struct blk_scratch *sc
 {
     struct blk_counters *counters = &request->queue->counters;
     struct vring_chain *chain = &scratch->chain;
-    struct blk_request_header header;
+    struct blk_request_header header = {.sector = UINT64_MAX};
 
     *o = (struct blk_outcome){.kind = BLK_OTHER, .status = BLK_S_IOERR};
     *len = 0;
-    counters->poisoned++;
-    counters->poisoned_sector = UINT64_MAX;
     if (blindly || vring_parse(&request->queue->vring, request->head, chain)
         || chain->readable_bytes < sizeof(header) || !chain->writable_bytes) {
         chain->readable = chain->writable = 0;
-        return;
+    } else {
+        struct blk_span out = {chain->iov, chain->readable, chain->readable_bytes};
+        struct iovec *last = &chain->iov[chain->readable + chain->writable - 1];
+        *((volatile uint8_t *)last->iov_base + last->iov_len - 1) = BLK_S_IOERR;
+        *len = 1;
+        blk_copy(&out, &header, sizeof(header), false);
     }
-    struct blk_span out = {chain->iov, chain->readable, chain->readable_bytes};
-    struct iovec *last = &chain->iov[chain->readable + chain->writable - 1];
-    *((volatile uint8_t *)last->iov_base + last->iov_len - 1) = BLK_S_IOERR;
-    *len = 1;
-    blk_copy(&out, &header, sizeof(header), false);
-    counters->poisoned_sector = header.sector;
+    /* The count last: whoever sees it tells the sector with it, and never again. */
+    __atomic_store_n(&counters->poisoned_sector, header.sector, __ATOMIC_RELAXED);
+    __atomic_store_n(&counters->poisoned, counters->poisoned + 1, __ATOMIC_RELEASE);
 }
 
 /*

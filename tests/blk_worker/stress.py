@@ -18,6 +18,7 @@ from tests.blk_worker.driver import GPA, IN, OK, OUT, Driver, Memory, pages
 from tests.blk_worker.rig import Rig, sector_bytes
 
 SECTORS = 2048
+MIN_TURNS = 120  # every kind of turn, and more than 100 requests, however little of the time was ours
 
 
 def submit(drive: Driver, chance: random.Random, stamps: dict[int, int], busy: dict[int, tuple[int, int]]) -> None:
@@ -66,7 +67,7 @@ def main(library: str, disk: str, seconds: float) -> int:
     own = Mapping(GPA, rig.memory.size, 0, rig.memory.address)
     end = time.monotonic() + seconds
     turn = 0
-    while time.monotonic() < end:
+    while time.monotonic() < end or turn < MIN_TURNS:
         turn += 1
         for n, drive in enumerate(rig.drive):
             submit(drive, chance, stamps[n], busy[n])

@@ -6,6 +6,7 @@ import ctypes
 import os
 import random
 import struct
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from blk_worker import native
 from blk_worker.backend import BlockBackend
 from blk_worker.disk import open_disk
+from shared import native as loops
 from shared.disk_geometry import Topology
 from shared.errors import ConfigError, FlotillaError, ProtocolError
 from shared.reactor import Reactor
@@ -132,16 +134,21 @@ def test_stop_waits_for_what_is_in_flight(disk: Path) -> None:
     """The fence: when stop_queue answers, the slow write is done and its notification sent."""
     with Rig(disk).start() as rig:
         drive = rig.drive[0]
-        rig.backend.fault("delay", 150)
+        rig.until(lambda: drained(drive.call_fd) == 1)  # that of the ring's start
+        rig.backend.fault("hang", 0)
         heads = {drive.submit(OUT, n, sector_bytes(n, 1)) for n in range(3)}
         drive.kick()
         rig.until(lambda: rig.backend.counters(0).inflight > 0)
+        rig.backend.request_stop()
+        assert not rig.backend._native.blk_stopped(rig.backend._device, 0)
+        release = threading.Thread(target=rig.backend.fault, args=("clear", 0))
+        release.start()
         base = rig.backend.stop_queue(0)
+        release.join()
         assert rig.backend.counters(0).inflight == 0
         taken = drive.reap()
         assert base == drive.used_idx() == len(taken) > 0
-        assert os.eventfd_read(drive.call_fd) > 0
-        rig.backend.fault("clear", 0)
+        assert drained(drive.call_fd) > 0
         rig.backend.start_queue(rig.ring(0, base))
         left = drive.wait(len(drive.pending)) if drive.pending else {}
         assert set(taken) | set(left) == heads
@@ -360,8 +367,9 @@ def test_event_idx_spares_notifications(disk: Path) -> None:
 
 
 def test_a_frozen_ring_thread_takes_no_turn_until_it_is_cleared(disk: Path) -> None:
-    with Rig(disk).start() as rig:
+    with Rig(disk) as rig:
         rig.backend.fault("freeze", 0)
+        rig.start()
         rig.backend.epoch()
         rig.drive[0].submit(IN, 0, length=512)
         rig.drive[0].kick()
@@ -378,6 +386,7 @@ def test_a_notification_that_got_lost_is_sent_at_the_next_heartbeat(disk: Path) 
         rig.until(lambda: rig.backend.counters(0).inflight == 0)
         drained(drive.call_fd)
         rig.backend.fault("withhold", 1)
+        drive.arm()  # else none is owed, and none can be withheld
         drive.submit(IN, 1, length=512)
         drive.kick()
         rig.until(lambda: drive.used_idx() == 2 and rig.backend.counters(0).inflight == 0)
@@ -422,6 +431,7 @@ def test_a_fault_is_not_armed_again_by_the_next_one(disk: Path) -> None:
         assert drive.do(IN, 8, length=512)[0] == OK
         rig.until(lambda: rig.backend.counters(0).inflight == 0)
         rig.backend.fault("withhold", 1)
+        drive.arm()  # else none is owed, and none can be withheld
         drive.submit(IN, 8, length=512)
         drive.kick()
         rig.until(lambda: drive.used_idx() == 3 and rig.backend.counters(0).inflight == 0)
@@ -496,6 +506,49 @@ def test_a_poisoned_request_is_told_once_and_with_its_sector_if_there_is_one(
         assert drive.do(IN, 8, length=512)[0] == IOERR
         rig.backend._report()
         assert "1 requests failed: Input/output error" in capfd.readouterr().err
+
+
+# Stands still, once armed, in the next copy of a request's header.
+HELD = """
+#define _GNU_SOURCE
+#include <string.h>
+#include <sched.h>
+int held_copies; /* 1: armed, 2: held */
+static void *held_memcpy(void *to, const void *from, size_t size)
+{
+    int armed = 1;
+    if (size == 16 && __atomic_compare_exchange_n(&held_copies, &armed, 2, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+        while (__atomic_load_n(&held_copies, __ATOMIC_SEQ_CST) == 2)
+            sched_yield();
+    return memcpy(to, from, size);
+}
+#define memcpy held_memcpy
+"""
+
+
+def test_a_poisoned_request_is_counted_when_its_sector_is_known(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sees the count tells the sector with it: it must not be seen before."""
+    library, loop = tmp_path / "blk.so", loops.LOOPS["blk"]
+    (tmp_path / "held.h").write_text(HELD)
+    command = ["gcc", "-std=gnu11", *loop.cflags, "-include", tmp_path / "held.h", "-o", library, loop.source]
+    subprocess.run(command, cwd=loops.ROOT, check=True, timeout=60)
+    monkeypatch.setitem(loops.LOOPS, "blk", loop._replace(library=str(library)))
+    with Rig(disk, inflight=True, trial=True) as rig:
+        drive, held = rig.drive[0], ctypes.c_int.in_dll(rig.backend._native, "held_copies")
+        taken_over(rig, drive.submit(IN, 9, length=512), POISON)
+        held.value = 1
+        rig.start()
+        try:
+            rig.until(lambda: held.value == 2)
+            before = rig.backend.stats()
+        finally:
+            held.value = 0
+        assert before["poisoned"] == 0 and "poisoned_sector" not in before
+        drive.wait(1)
+        after = rig.backend.stats()
+        assert (after["poisoned"], after["poisoned_sector"]) == (1, 9)
 
 
 def drained(fd: int) -> int:

@@ -14,11 +14,12 @@ import pytest
 
 from shared.control import Channel, unlink_endpoint
 from shared.errors import ProtocolError
-from shared.reactor import Reactor
+from shared.reactor import Reactor, readable
 from shared.worker import CONTRACT
 from tests.blk_worker.driver import IN, OK, OUT, Driver, memory_for
 from tests.blk_worker.rig import image, sector_bytes
 from tests.vhost_frontend import Frontend
+from tests.vmm import SECONDS
 
 SIZE = 32
 START = """
@@ -45,16 +46,20 @@ class Running:
         )
         os.close(fds[0])
         theirs.close()
-        ours.settimeout(20)
+        ours.settimeout(SECONDS)
         self.sock = ours
         self.channel = Channel(self.reactor, self.endpoint, bind=False)
 
     def call(self, verb: str, **arguments: Any) -> dict[str, Any]:
-        return self.reactor.run_until(self.channel.call(verb, **arguments), 20)
+        return self.reactor.run_until(self.channel.call(verb, SECONDS, **arguments))
 
     def close(self) -> None:
-        self.call("shutdown")
-        assert self.process.wait(20) == 0
+        """That `shutdown` is answered is not promised: the worker may be gone before its answer is sent."""
+        self.reactor.spawn(self.channel.call("shutdown", None), "shutdown")
+        pidfd = os.pidfd_open(self.process.pid)
+        self.reactor.run_until(readable(self.reactor, pidfd, SECONDS))
+        os.close(pidfd)
+        assert self.process.wait() == 0
         self.channel.close()
         self.reactor.close()
         self.sock.close()
