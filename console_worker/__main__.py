@@ -53,6 +53,7 @@ def _console(start: Start, reactor: Reactor) -> Console | None:
         if end.mode is Mode.PTY:
             _take_terminal(end.fds["slave"])
         _watch_resize(reactor, console)
+        console.resized()  # of a resize since its making nobody was told
     return console
 
 

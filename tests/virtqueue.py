@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from controller.pci.virtio import Virtqueue
 from shared.memory import GuestMemory
+from tests.vmm import SECONDS
 
 NEXT, WRITE = 1, 2
 
@@ -114,7 +115,7 @@ class Driver:
             self.used_index = (self.used_index + 1) & 0xFFFF
         return done
 
-    def wait(self, count: int = 1, seconds: float = 10.0) -> list[tuple[int, int]]:
+    def wait(self, count: int = 1, seconds: float = SECONDS) -> list[tuple[int, int]]:
         """Wait for `count` completions by interrupt, for a back end in another process."""
         done = self.completed()
         poll = select.poll()

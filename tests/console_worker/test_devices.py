@@ -25,6 +25,7 @@ from shared.vhost_backend import Server
 from shared.vhost_device import Ring
 from tests.echo_backend import drained
 from tests.virtqueue import WRITE, Driver, queue_of
+from tests.vmm import SECONDS
 
 RAM = 4 << 20
 CONSOLE_FEATURES, RNG_FEATURES = 0x1_0000_0001, 0x1_0000_0000
@@ -72,7 +73,7 @@ class Bench:
         self.run(self.frontends["rng"].activate(RNG_FEATURES, (queue_of(self.entropy),)))
 
     def run(self, awaitable: Awaitable[object]) -> object:
-        return self.reactor.run_until(awaitable, 10.0)
+        return self.reactor.run_until(awaitable, SECONDS)
 
     def until(self, condition: Callable[[], bool]) -> None:
         done: Future[None] = Future()
