@@ -326,8 +326,9 @@ static void __attribute__((noreturn, used)) vcpu_main(struct vcpu_start *start)
                            syscall4(__NR_prctl, PR_SET_SECCOMP, SECCOMP_MODE_FILTER, (long)start->seccomp, 0) < 0))
         die(127);
     v.page->error = 0;
-    v.page->stats[STAT_STARTS]++;
     STORE(v.page->state, STATE_RUNNING);
+    /* The count last: who is counted is RUNNING. */
+    STORE(v.page->stats[STAT_STARTS], v.page->stats[STAT_STARTS] + 1);
     run_vcpu(&v);
 }
 

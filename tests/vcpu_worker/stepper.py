@@ -22,10 +22,10 @@ from shared.ptrace import (
     ptrace,
     user_regs_struct,
 )
+from tests.vmm import SECONDS
 from vcpu_worker.process import Vcpu
 
 SYS_IOCTL = 16
-SECONDS = 5.0
 
 
 class Stepper:

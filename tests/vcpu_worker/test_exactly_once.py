@@ -137,9 +137,14 @@ def test_a_kill_after_any_number_of_instructions_with_interrupt_and_wish() -> No
 
 
 def step_until(machine: Rig, condition: Callable[[], bool]) -> None:
-    """Let vCPU 0 go instruction by instruction until the condition holds, then kill it there; no successor yet."""
+    """Start vCPU 0 and let it go instruction by instruction, from before the guest's first on, until the condition
+    holds, then kill it there; no successor yet."""
     vcpu = machine.vcpus[0]
+    vcpu.request_pause()
+    vcpu.spawn()
+    machine.run_until(lambda: vcpu.parked)
     stepper = Stepper(vcpu, lambda: machine.take(vcpu))
+    vcpu.resume()
     for _ in range(5000):
         if condition():
             break
@@ -152,10 +157,9 @@ def step_until(machine: Rig, condition: Callable[[], bool]) -> None:
 
 def test_a_byte_that_is_in_stays_native_when_the_registers_change() -> None:
     """Killed between its append and the sentinel; then another vCPU sets DLAB: the byte must not become a divisor."""
-    with rig(LOOP.format(body=BODIES["transmit"])) as machine:
+    with rig(LOOP.format(body=BODIES["transmit"]), started=False) as machine:
         vcpu, uart = machine.vcpus[0], machine.pages.uart
-        head = uart.tx_head
-        step_until(machine, lambda: uart.tx_head > head and uart.tx_done[0] == vcpu.page.epoch)
+        step_until(machine, lambda: uart.tx_head > 0 and uart.tx_done[0] == vcpu.page.epoch)
         sent = uart.tx_head
         uart.lcr = 0x80
         handed = vcpu.page.handoff
@@ -171,9 +175,9 @@ def test_a_latch_write_that_another_has_overwritten_is_not_repeated() -> None:
     body = "movl $0x80001234, %eax; mov $0xcf8, %dx; out %eax, %dx; stop: mov $0x80, %dx; out %al, %dx; jmp stop"
     with rig(LOOP.format(body=body), started=False) as machine:
         vcpu, pci = machine.vcpus[0], machine.pages.pci
-        vcpu.spawn()
         step_until(machine, lambda: pci.latch != 0)
         assert pci.latch == 0x8000_1234
+        assert vcpu.page.stats[layout.Stat.POST_CODE] == 0
         pci.set_address(0x8000_5678)
         vcpu.spawn()
         machine.run_until(lambda: vcpu.page.stats[layout.Stat.POST_CODE] > 10)
@@ -205,7 +209,7 @@ def test_an_exit_in_the_controllers_hands_is_not_finished_natively_by_a_successo
 MUTANTS = {
     "a new process does not finish what it finds": (
         "pio-write",
-        "    v.page->stats[STAT_STARTS]++;",
+        "    STORE(v.page->stats[STAT_STARTS], v.page->stats[STAT_STARTS] + 1);",
         "    STORE(v.run->exit_reason, EXIT_SENTINEL);",
     ),
     "no sentinel": ("pio-write", "            STORE(*reason, EXIT_SENTINEL);", "            ;"),
