@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from net_worker.tap import open_tap
+from tests.vmm import SECONDS, poll
 
 CLONE_NEWNET = 0x4000_0000
 TUNSETSNDBUF, SIOCGIFHWADDR = 0x4004_54D4, 0x8927
@@ -105,6 +106,13 @@ class Network:
             self.ip("link", "set", "bridge", "up")
             for name in (self.NAME, "slow"):
                 self.ip("link", "set", name, "master", "bridge")
+            # A port takes part when the kernel has heard of its carrier; until then what comes by it is dropped.
+            poll(lambda: all(self._forwards(name) for name in (self.NAME, "slow")))
+
+    @staticmethod
+    def _forwards(port: str) -> bool:
+        shown = subprocess.run(["ip", "-d", "link", "show", port], check=True, timeout=20, capture_output=True)
+        return b"state forwarding" in shown.stdout
 
     def fds_for_a_worker(self) -> list[int]:
         """Duplicates that become somebody else's; the interface lives on ours."""
@@ -119,7 +127,7 @@ class Network:
         with self.inside():
             sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         sock.bind(("", port))
-        sock.settimeout(20)
+        sock.settimeout(SECONDS)
         return sock
 
     def close(self) -> None:
@@ -136,7 +144,7 @@ class Wire:
         if vnet_header:
             self.socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
         self.socket.bind((name, 0))
-        self.socket.settimeout(20)
+        self.socket.settimeout(SECONDS)
 
     def send(self, frame: bytes) -> None:
         self.socket.send(frame)

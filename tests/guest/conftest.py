@@ -32,6 +32,7 @@ class Machine:
             [*command, "-append", f"{words} {MICROVM_WORDS}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self.events: list[Event] = []
+        self._told = 0  # so many of them until() has looked at
         self._stream = Stream()
 
     def send(self, data: bytes) -> None:
@@ -40,13 +41,16 @@ class Machine:
         self.process.stdin.flush()
 
     def until(self, wanted: Callable[[Event], bool], what: str) -> Event:
-        """The first new event that is wanted. Fails when the guest ends or the deadline passes before it."""
+        """The first wanted event behind the one that was returned last. Fails when the guest ends or the deadline
+        passes before it."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
-            new = self._read(deadline, what)
-            for event in new:
+            while self._told < len(self.events):
+                event = self.events[self._told]
+                self._told += 1
                 if wanted(event):
                     return event
+            self._read(deadline, what)
 
     def line(self, kind: type[Line]) -> Line:
         event = self.until(lambda event: isinstance(event, kind), kind.__name__)

@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.guest.conftest import Machine
 from tests.net_worker.test_recovery import spawn
 from tests.netpeer import Flow, ping
 from tests.network import GUEST_MAC, Network, Wire, ipv4
-from tests.vmm import until_socket
+from tests.vmm import SECONDS, until_socket
 
 QEMU = "qemu-system-x86_64"
 MAC = GUEST_MAC.hex(":")
@@ -53,6 +54,7 @@ def qemu(sock: Path, *options: str) -> subprocess.Popen[bytes]:
         "-object", "memory-backend-memfd,id=ram,size=64M,share=on",
         "-chardev", f"socket,id=card,path={sock},reconnect=1",
         "-netdev", "vhost-user,id=net,chardev=card,queues=2", "-device", device,
+        "-boot", "reboot-timeout=100",  # iPXE gives up after a while, and asks anew at the next start
     ]  # fmt: skip
     return subprocess.Popen(command)
 
@@ -62,15 +64,15 @@ def end(program: subprocess.Popen[bytes]) -> int:
     return program.wait(20)
 
 
-def dhcp(wire: Wire, kind: int) -> bytes:
-    """The next DHCP message of that kind from the guest, BOOTP header first."""
-    while True:
-        seen = wire.receive()
-        if seen[6:12] != GUEST_MAC or seen[12:14] != b"\x08\0" or seen[23] != 17 or seen[36:38] != b"\0\x43":
-            continue
-        message = seen[42:]
-        if option(message, 53) == bytes([kind]):
-            return message
+def dhcp(seen: bytes) -> bytes | None:
+    """A frame's DHCP message, BOOTP header first, if it is one from the guest."""
+    if seen[6:12] != GUEST_MAC or seen[12:14] != b"\x08\0" or seen[23] != 17 or seen[36:38] != b"\0\x43":
+        return None
+    return seen[42:]
+
+
+def kind_of(message: bytes) -> int:
+    return int.from_bytes(option(message, 53), "big")
 
 
 def option(message: bytes, wanted: int) -> bytes:
@@ -98,14 +100,28 @@ def answer(wire: Wire, to: bytes, kind: int) -> None:
     wire.send(ipv4(17, SERVER, "255.255.255.255", udp, to_guest=True))
 
 
+def until_asked(wire: Wire) -> None:
+    """Until the guest is looking for a server."""
+    while (message := dhcp(wire.receive())) is None or kind_of(message) != DISCOVER:
+        pass
+
+
 def lease(wire: Wire) -> None:
-    """From the guest's question to its use of the address: packets pass in both directions."""
-    asked = dhcp(wire, DISCOVER)
-    assert asked[28:34] == GUEST_MAC
-    answer(wire, asked, OFFER)
-    wanted = dhcp(wire, REQUEST)
-    assert option(wanted, 50) == socket.inet_aton(LEASE)
-    answer(wire, wanted, ACK)
+    """From the guest's question to its use of the address: packets pass in both directions. Every question is answered,
+    as by a server: an answer that the kernel drops while the interface is coming up is wanted again."""
+    requests, end = 0, time.monotonic() + SECONDS
+    while (seen := wire.receive())[12:14] != b"\x08\x06" or not requests:
+        assert time.monotonic() < end, f"no use of the address; {requests} times it was asked for"
+        if (message := dhcp(seen)) is None:
+            continue
+        assert message[28:34] == GUEST_MAC
+        if kind_of(message) == DISCOVER:
+            answer(wire, message, OFFER)
+        elif kind_of(message) == REQUEST:
+            assert option(message, 50) == socket.inet_aton(LEASE)
+            answer(wire, message, ACK)
+            requests += 1
+    assert seen[28:32] == socket.inet_aton(LEASE), "it uses the address"
 
 
 @pytest.mark.parametrize("mode", ["disable-legacy=on", "disable-modern=on"], ids=["modern", "legacy"])
@@ -114,10 +130,6 @@ def test_ipxe_gets_an_address_through_our_card(lan: Network, runtime_folder: Pat
     worker = spawn(lan, sock, "--queue-pairs", "2")
     guest = qemu(sock, mode)
     lease(wire)
-    arp = wire.receive()
-    while arp[12:14] != b"\x08\x06":
-        arp = wire.receive()
-    assert arp[28:32] == socket.inet_aton(LEASE), "it uses the address"
     end(guest)
     assert end(worker) == 0
     wire.close()
@@ -127,7 +139,7 @@ def test_killed_card_comes_back_while_ipxe_asks(lan: Network, runtime_folder: Pa
     sock, wire = runtime_folder / "qemu.sock", lan.wire()
     worker = spawn(lan, sock, "--queue-pairs", "2")
     guest = qemu(sock, "disable-legacy=on")
-    dhcp(wire, DISCOVER)
+    until_asked(wire)
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     while not wire.silent():
@@ -176,7 +188,8 @@ def test_probe_guest_verifies_its_datagrams_across_kills_under_load(
                                 worker.send_signal(signal.SIGKILL)
                                 worker.wait()
                                 worker = spawn(lan, sock)
-                machine.until(lambda event: isinstance(event, NetOk), "a report of what came")
+                answers = 4 * 2 * 50  # that many at least: this report is newer than the last of them
+                machine.until(lambda event: isinstance(event, NetOk) and event.echoed >= answers, "a report of them")
                 assert not [event for event in machine.events if isinstance(event, Bad)]
         finally:
             worker.terminate()
