@@ -35,6 +35,7 @@ ROMS = [Path("/usr/lib/ipxe/qemu/pxe-virtio.rom"), Path("/usr/share/qemu/pxe-vir
 NO_KVM = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm cannot be opened")
 
 pytestmark = [
+    pytest.mark.timeout(4 * SECONDS),
     pytest.mark.skipif(shutil.which(QEMU) is None, reason=f"{QEMU} is not installed"),
     pytest.mark.skipif(not any(rom.exists() for rom in ROMS), reason="iPXE's ROM is not installed (ipxe-qemu)"),
 ]
@@ -109,7 +110,7 @@ def until_asked(wire: Wire) -> None:
 def lease(wire: Wire) -> None:
     """From the guest's question to its use of the address: packets pass in both directions. Every question is answered,
     as by a server: an answer that the kernel drops while the interface is coming up is wanted again."""
-    requests, end = 0, time.monotonic() + SECONDS
+    requests, end = 0, time.monotonic() + 2 * SECONDS  # iPXE's patience, and the start after it
     while (seen := wire.receive())[12:14] != b"\x08\x06" or not requests:
         assert time.monotonic() < end, f"no use of the address; {requests} times it was asked for"
         if (message := dhcp(seen)) is None:
