@@ -47,6 +47,7 @@ class Stream:
         self._pump: Pump | None = None
         self._closed = False
         self._reading = True
+        self._broken: MigrationError | None = None
         self.sink: Sink | None = None
         self.heard = time.monotonic()
         sock.setblocking(False)
@@ -102,8 +103,13 @@ class Stream:
             self._reactor.add_writer(self._sock.fileno(), self._write)
             return
         except OSError as error:
-            # What the peer said before it hung up (a reason, perhaps) may still be unread: the reader ends it.
-            self._drop_output(MigrationError(f"the connection to the peer broke: {error.strerror}"))
+            broken = MigrationError(f"the connection to the peer broke: {error.strerror}")
+            if self._reading and isinstance(error, ConnectionError):
+                # What the peer said before it hung up (a reason, perhaps) may still be unread, and is to be known
+                # before anything fails: the reader, which comes to the stream's end, fails what waits.
+                self._broken = broken
+            else:
+                self._drop_output(broken)
         self._reactor.remove_writer(self._sock.fileno())
 
     def _write_message(self) -> None:
@@ -160,8 +166,15 @@ class Stream:
 
     def _end(self, error: FlotillaError) -> None:
         if not self._closed:
+            self._reading = False
             self._reactor.remove_reader(self._sock.fileno())
             self._on_end(error)
+            self._drop_broken()
+
+    def _drop_broken(self) -> None:
+        """Fail what could not be written, now that nothing more is read."""
+        if self._broken is not None:
+            self._drop_output(self._broken)
 
     def _drop_output(self, error: FlotillaError) -> None:
         out, self._out = self._out, deque()
@@ -177,6 +190,7 @@ class Stream:
         """What the peer says from now on is somebody else's."""
         self._reading = False
         self._reactor.remove_reader(self._sock.fileno())
+        self._drop_broken()
 
     def detach(self) -> tuple[socket.socket, bytes]:
         """The socket, which is the caller's from now on, and what was read of a frame that is not whole. Nothing may be
@@ -194,6 +208,6 @@ class Stream:
         self._closed = True
         self._reactor.remove_reader(self._sock.fileno())
         self._reactor.remove_writer(self._sock.fileno())
-        self._drop_output(MigrationError("the connection to the peer was closed"))
+        self._drop_output(self._broken or MigrationError("the connection to the peer was closed"))
         self._decoder.close()
         self._sock.close()

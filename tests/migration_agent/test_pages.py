@@ -13,7 +13,7 @@ from shared.handover import Message
 from shared.linux import bytes_at, memfd
 from shared.pages import COUNTS, PAGE_SIZE, RUN, Bitmap, Regions
 from shared.reactor import Future, Reactor
-from shared.wire import HEADER, Frame, Item, encode, encode_hello
+from shared.wire import HEADER, Frame, Hello, Item, encode, encode_hello
 
 SECONDS = 20
 SIZE = 16 << 20
@@ -124,6 +124,19 @@ def test_a_peer_that_hangs_up_ends_the_round_and_an_end_within_pages_is_named(re
     pair.two.stream.close()
     with pytest.raises(FlotillaError, match="connection to the peer"):
         reactor.run_until(done, SECONDS)
+
+
+def test_what_the_peer_said_before_it_hung_up_comes_before_the_round_fails(reactor, pair):
+    pair.fill(7)
+    pair.bits.set(0, SIZE)
+    pair.two.stream.send(encode_hello() + encode(Message.REFUSED, b"why"))
+    pair.two.stream.close()
+    known: list[list[Item]] = []
+    done = pair.one.stream.pump(pair.pump)
+    done.add_done_callback(lambda _: known.append(list(pair.one.items)))
+    with pytest.raises(FlotillaError, match="connection to the peer broke"):
+        reactor.run_until(done, SECONDS)
+    assert known == [[Hello(1), Frame(Message.REFUSED, b"why")]]
 
 
 @pytest.mark.parametrize("cut", [4, 12, 20, 40, 5000])

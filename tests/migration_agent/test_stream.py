@@ -125,3 +125,28 @@ def test_writing_to_a_peer_that_hung_up_fails_the_message(reactor, ends):
     with pytest.raises(MigrationError, match="connection to the peer"):
         reactor.run_until(sent, SECONDS)
     reactor.run_until(one.ended, SECONDS)
+
+
+def test_what_the_peer_said_before_it_hung_up_comes_before_a_message_fails(reactor, ends):
+    """Nothing of it had been read when the message was written."""
+    one, two = ends
+    two.stream.send(encode_hello() + encode(Message.REFUSED, b"why"))
+    two.stream.close()
+    known: list[list[Hello | Frame]] = []
+    sent = one.stream.send(encode_hello())
+    sent.add_done_callback(lambda _: known.append(list(one.items)))
+    with pytest.raises(MigrationError, match="connection to the peer broke"):
+        reactor.run_until(sent, SECONDS)
+    assert known == [[Hello(1), Frame(Message.REFUSED, b"why")]]
+    assert one.ended.done()
+
+
+def test_a_message_to_a_peer_that_hung_up_fails_when_nothing_more_is_read(reactor, ends):
+    one, two = ends
+    two.stream.close()
+    before = one.stream.send(encode_hello())
+    one.stream.stop_reading()
+    after = one.stream.send(encode(Message.END_OF_RAM))
+    for sent in (before, after):
+        with pytest.raises(MigrationError, match="connection to the peer broke"):
+            reactor.run_until(sent, SECONDS)
