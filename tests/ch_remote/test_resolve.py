@@ -12,6 +12,7 @@ import pytest
 
 from ch_remote.main import main
 from tests.ch_remote.server import Server, reply, run
+from tests.vmm import read_until
 
 
 @pytest.mark.parametrize("where", ["here", "there"])
@@ -43,6 +44,5 @@ def test_a_send_draws_its_progress_on_a_terminal(server: Server, monkeypatch: py
     ours, theirs = pty.openpty()
     monkeypatch.setattr("sys.stderr", os.fdopen(theirs, "w"))
     assert run(server, "receive-migration", "unix:/x") == 0
-    shown = os.read(ours, 4096).decode()
-    assert "listening" in shown and shown.endswith("\033[K")
+    read_until(ours, lambda shown: b"listening" in shown and shown.endswith(b"\033[K"))
     os.close(ours)

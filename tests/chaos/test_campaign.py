@@ -136,24 +136,19 @@ def put(vmm: Vmm, sector: Sector) -> None:
         file.write(encode(sector))
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chaos.campaign.WRITE_SECONDS", 0.5)
-
-
-@pytest.mark.usefixtures("impatient")
 def test_guest_that_writes_nothing_from_the_beginning_is_not_struck(
-    vmm: Vmm, capsys: pytest.CaptureFixture[str]
+    vmm: Vmm, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vmm.writes = False
+    monkeypatch.setattr("chaos.campaign.WRITE_SECONDS", 0.0)
+    with vmm.guest:
+        vmm.writes = False
     assert campaign(vmm) == 1
     assert f"not recovered: the guest writes nothing to {vmm.image}: nothing new" in capsys.readouterr().out
     assert "vmm.fault-inject" not in vmm.calls
 
 
-@pytest.mark.usefixtures("impatient")
-def test_guest_that_writes_nothing_any_more_has_not_recovered(vmm: Vmm) -> None:
-    vmm.change = lambda name: stops(vmm, name)  # type: ignore[method-assign]
+def test_guest_that_writes_nothing_any_more_has_not_recovered(vmm: Vmm, monkeypatch: pytest.MonkeyPatch) -> None:
+    vmm.change = lambda name: stops_for_good(vmm, name, monkeypatch)  # type: ignore[method-assign]
     assert campaign(vmm) == 1
     outcome, why, _ = told(vmm)
     assert outcome == "not recovered" and f"the guest writes nothing to {vmm.image} any more" in why
@@ -165,10 +160,18 @@ def stops(vmm: Vmm, name: str) -> None:
     vmm.writes = name != "vmm.fault-inject" or vmm.calls[name] < 2
 
 
-@pytest.mark.usefixtures("impatient")
-def test_lost_data_says_more_than_a_guest_that_writes_nothing_any_more(vmm: Vmm) -> None:
+def stops_for_good(vmm: Vmm, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the second fault, and nobody has the patience to wait for it from then on."""
+    stops(vmm, name)
+    if not vmm.writes:
+        monkeypatch.setattr("chaos.campaign.WRITE_SECONDS", 0.0)
+
+
+def test_lost_data_says_more_than_a_guest_that_writes_nothing_any_more(
+    vmm: Vmm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def change(name: str) -> None:
-        stops(vmm, name)
+        stops_for_good(vmm, name, monkeypatch)
         if not vmm.writes:
             put(vmm, Sector(0, 4, 1))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import subprocess
 
 import pytest
 
@@ -101,10 +102,20 @@ def test_a_command_that_is_not_done_in_time_is_ended_with_all_that_it_started(tm
     alive, survived = tmp_path / "alive", tmp_path / "survived"
     os.mkfifo(alive)
     reader = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
+
+    class Begun(subprocess.Popen):
+        """Its time begins when the command does, and not with the start of the shell."""
+
+        def wait(self, timeout=None):
+            if timeout is not None:
+                assert select.select([reader], [], [], 30)[0] and os.read(reader, 1) == b"\n"
+            return super().wait(timeout)
+
+    monkeypatch.setattr("chaos.verify.subprocess.Popen", Begun)
     try:
         with pytest.raises(Lost, match="not done within 0 s"):
-            run_command(f"exec 3>{alive}; (sleep 20; touch {survived}) & wait")
-        assert select.select([reader], [], [], 60)[0] and os.read(reader, 1) == b""
+            run_command(f"exec 3>{alive}; echo >&3; (sleep 20; touch {survived}) & wait")
+        assert select.select([reader], [], [], 30)[0] and os.read(reader, 1) == b""
     finally:
         os.close(reader)
     assert not survived.exists()

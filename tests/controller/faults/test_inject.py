@@ -79,7 +79,8 @@ def test_the_end_of_a_stop_does_not_lift_a_later_one(rig):
 
 def test_a_stop_and_a_word_lift_one_another_not(rig):
     rig.inject("slow", value=5)
-    rig.inject("stop", duration_ms=50)
+    rig.inject("stop")
     rig.until(lambda: rig.state() == "T")
+    rig.inject("stop", duration_ms=50)
     rig.outlast(60)
     assert rig.count() == 5
