@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from controller.locks import is_locked
 from shared.linux import memfd
 from tests.controller.migration.toy import fork_controller
 from tests.controller.migration.toy_runner import PAGE, Ram, is_alive
@@ -43,7 +44,11 @@ class Remote:
 
     def await_stop(self) -> None:
         """With `stop_at`: it tells the phase a moment before it stops, and a SIGCONT in between would be lost."""
-        os.waitid(os.P_PIDFD, self.pidfd, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        deadline = time.monotonic() + SECONDS
+        while (state := os.waitid(os.P_PIDFD, self.pidfd, os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG)) is None:
+            assert time.monotonic() < deadline, f"controller {self.pid} does not stop; phases so far {self.phases}"
+            select.select([], [], [], 0.001)
+        assert state.si_code == os.CLD_STOPPED, f"controller {self.pid} ended in phases {self.phases}"
 
     def go_on(self) -> None:
         self.await_stop()
@@ -188,6 +193,14 @@ class Lab:
         while owner and is_alive(owner):
             assert time.monotonic() < deadline, f"runner {owner} still lives"
         assert self.ram.violations == 0
+
+    def disk_is_free(self) -> None:
+        """Nobody has the disk's lock: what a killed controller has started ends a moment later than it."""
+        deadline = time.monotonic() + SECONDS
+        with open(self.disk, "rb") as disk:
+            while is_locked(disk.fileno()):
+                assert time.monotonic() < deadline, "the disk is still locked"
+                select.select([], [], [], 0.001)
 
     def migrate(self, source: Remote, destination: Remote, **faults: Any) -> None:
         """One that must work."""

@@ -50,7 +50,7 @@ def test_destination_controller_killed(lab, phase):
         assert outcome(destination, "receive") is None
     else:
         destination.receive(lab.url, kill_at=phase)
-    source.do("send", url=lab.url)
+    source.do("send", url=lab.url, settings={"dying": 20.0})
     sent = outcome(source, "send")
     assert outcome(destination, "receive") is None or phase == "listening"
     assert sent["error"]
@@ -183,12 +183,13 @@ def test_an_agent_that_hangs_while_connecting_can_be_cancelled(lab):
 
 
 def stopped_at_claimed(lab, **arguments):
-    """(source, destination): the destination is stopped with the word at CLAIMED, and the source has noticed."""
+    """(source, destination): the destination is stopped with the word at CLAIMED, before the source waits for it."""
     source, destination = lab.source(), lab.controller()
     destination.receive(lab.url, stop_at="claimed")
-    source.do("send", url=lab.url, **arguments)
+    source.do("send", url=lab.url, stop_at="handed-over", **arguments)
     source.wait_phase("handed-over")
     destination.await_stop()
+    source.go_on()
     return source, destination
 
 
@@ -232,6 +233,6 @@ def test_destination_that_falls_silent_once_it_runs_the_guest(lab, end):
     else:
         sent = outcome(source, "send")
         assert sent["error"] is None and sent["fate"] == "there"
-        signal.pidfd_send_signal(destination.pidfd, end)
+        destination.go_on()
         assert outcome(destination, "receive")["error"] is None
         lab.runs_on(destination)

@@ -18,7 +18,7 @@ GIGABYTE = 1 << 30
 def test_guest_moves_and_its_source_has_nothing_left(lab):
     source, destination = lab.source(), lab.controller()
     destination.receive(lab.url)
-    sent = source.call("send", url=lab.url)
+    sent = source.call("send", url=lab.url, settings={"report": 60})
     received = destination.done("receive")
     assert sent["error"] is None and sent["fate"] == "there" and sent["processes"] == []
     assert received["error"] is None and received["running"]
@@ -40,7 +40,7 @@ def test_guest_moves_and_its_source_has_nothing_left(lab):
 def test_progress_has_the_breakdown_of_both_sides(lab):
     source, destination = lab.source(), lab.controller()
     destination.receive(lab.url)
-    progress = source.call("send", url=lab.url)["progress"]
+    progress = source.call("send", url=lab.url, settings={"report": 60})["progress"]
     other = destination.done("receive")["progress"]
     assert progress["state"] == other["state"] == "completed"
     assert (progress["direction"], other["direction"]) == ("send", "receive")
@@ -266,7 +266,8 @@ def test_receiver_survives_ends_and_silence(lab):
         destination.receive(lab.url)
         with knock(lab) as peer:
             peer.sendall(said)
-        assert complaint in " ".join(destination.done("receive")["error"]), said
+            peer.shutdown(socket.SHUT_WR)  # a close would be a reset, with the other's hello unread
+            assert complaint in " ".join(destination.done("receive")["error"]), said
     for settings, said, complaint in (
         ({"hello": 0.2}, b"", "the peer said nothing for 0.2 s"),
         ({"hello": 0.2}, b"FLOTILLA", "the peer said nothing for 0.2 s"),
@@ -398,7 +399,9 @@ def frame(peer: socket.socket, wanted: Message) -> list[int]:
     while True:
         header, fds = recv_fds(peer, HEADER.size)
         kind, _, length = struct.unpack("<HHI", header)
-        if length:
-            assert len(peer.recv(length, socket.MSG_WAITALL)) == length
+        while length:  # with a timeout of Python's, MSG_WAITALL waits for nothing
+            data = peer.recv(length)
+            assert data, f"the end, and {length} bytes of {Message(kind).name} are to come"
+            length -= len(data)
         if kind == wanted:
             return fds

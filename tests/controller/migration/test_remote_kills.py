@@ -11,7 +11,6 @@ import pytest
 
 from tests.controller.migration.remote_ends import (
     DESTINATION_AGENT,
-    FAST,
     RECEIVE,
     SEND,
     SOURCE_AGENT,
@@ -137,7 +136,7 @@ def test_destination_controller_killed(lab, phase):
         assert outcome(destination, "receive") is None
     else:
         destination.receive_remote(lab.url, kill_at=phase)
-    source.do("send", url=lab.url, settings=FAST)
+    source.do("send", url=lab.url)
     sent = outcome(source, "send")
     assert sent["error"]
     outcome(destination, "receive")
@@ -146,7 +145,7 @@ def test_destination_controller_killed(lab, phase):
         assert sent["kind"] == "MigrationInDoubt" and not sent["running"] and sent["progress"]["state"] == "in-doubt"
         assert "migration-in-doubt" in source.events
         lab.is_dead()
-        resolve_here(source)
+        resolve_here(lab, source)
         still_works(lab, source, lab.controller())
     else:
         assert sent["running"]
@@ -252,8 +251,11 @@ def test_cancel_that_is_repeated_is_not_too_late(lab):
     destination.receive_remote(lab.url)
     source.do("send", url=lab.url, hold_flush=True)
     source.wait_event("flushing")
+    os.kill(source.pid, signal.SIGSTOP)
+    source.await_stop()
     source.do("cancel")
     source.do("cancel")
+    source.go_on()
     assert source.done("cancel")["late"] == source.done("cancel")["late"] == ""
     assert source.done("send")["kind"] == "MigrationCancelled"
     assert destination.done("receive")["error"]

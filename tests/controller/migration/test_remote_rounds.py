@@ -9,12 +9,18 @@ from shared.handover import Message
 from tests.controller.migration.relay import Cut, Relay
 from tests.controller.migration.remote_ends import still_works
 
+HOUR = 3600  # of which a test says itself when it is over
+
 
 def test_guest_that_writes_too_fast_is_cancelled_when_the_time_is_up(lab):
     source, destination = lab.remote_source(), lab.controller()
     destination.receive_remote(lab.url)
-    sent = source.call("send", url=lab.url, bounds={"downtime_ms": 1, "timeout_s": 1})
-    assert "timeout_s=1 is over and downtime_ms=1 was not reached" in sent["error"][1]
+    source.do("send", url=lab.url, bounds={"downtime_ms": 1, "timeout_s": HOUR})
+    for _ in range(3):
+        source.wait_event("migration-memory-iteration")
+    source.call("time_up")
+    sent = source.done("send")
+    assert f"timeout_s={HOUR} is over and downtime_ms=1 was not reached" in sent["error"][1]
     assert sent["progress"]["round"] > 2
     assert destination.done("receive")["error"][1] == "the source gave up"
     still_works(lab, source, destination)
@@ -107,9 +113,11 @@ def test_end_of_the_destination_is_noticed_while_a_disk_takes_its_time(lab):
 
 
 def test_time_that_is_up_while_a_disk_takes_its_time_names_the_disk(lab):
-    source, destination = flushing(lab, bounds={"timeout_s": 3})
+    source, destination = flushing(lab, bounds={"timeout_s": HOUR})
+    source.call("time_up")
     sent = source.done("send")
-    assert sent["error"][1].startswith("timeout_s=3 is over while what the guest has written was flushed to _pulse0")
+    over = f"timeout_s={HOUR} is over while what the guest has written was flushed to _pulse0"
+    assert sent["error"][1].startswith(over)
     assert destination.done("receive")["error"]
     source.call("flushed")
     still_works(lab, source, destination)

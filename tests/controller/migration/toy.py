@@ -1,8 +1,8 @@
 """A controller with a toy VM: real reactor, fleet, zygote, agents and migration; only the guest is small.
 
 The test forks it and talks to it in JSON over a SOCK_SEQPACKET pair. Commands: {"boot"}, {"send", "url", …faults},
-{"receive", "url", …faults}, {"cancel"}, {"resolve"}, {"resume"}, {"quit"}. With `remote` a send copies the guest's RAM
-(ToyRemote) as to another host. It reports every event of the monitor and, at the
+{"receive", "url", …faults}, {"cancel"}, {"resolve"}, {"age"}, {"time_up"}, {"resume"}, {"quit"}. With `disk` a boot
+makes a guest whose RAM a send copies (ToyRemote) as to another host. It reports every event of the monitor and, at the
 end of a command, {"done": command, "error": [chain] | null, …}.
 
 Faults of one command, each at a phase: kill_at, stop_at (this controller), cancel_at, kill_runner_at, kill_agent_at;
@@ -25,6 +25,8 @@ from controller.events import EventMonitor
 from controller.fleet import Fleet, Process, WorkerSpec
 from controller.locks import try_lock, unlock
 from controller.migration import departure as departures
+from controller.migration import link as links
+from controller.migration import outcome as outcomes
 from controller.migration.arguments import Bounds
 from controller.migration.departure import Departure
 from controller.migration.fixed_cost import FixedCost
@@ -40,6 +42,10 @@ from shared.reactor import Event, Lock, Reactor
 from tests.controller.migration.toy_runner import GUEST_SIZE, PAGE, GuestRam, Ram
 
 Faults = dict[str, Any]
+FAR_SECONDS = 1800.0  # no deadline of the program's is as far away
+LAST_SECONDS = 60.0  # for the end of a question: a test answers it, however slow its machine is
+GOODBYE_SECONDS = 10.0  # likewise for an agent that is to pass on a reason
+HANGS_SECONDS = 1.0  # for one that will not
 
 
 class ToyVm:
@@ -70,12 +76,17 @@ class ToyVm:
 
     def _ended(self, _: Process) -> None:
         if self.active and not self._closed:
-            self.reactor.spawn(self._go(), "runner")
+            self.reactor.spawn(self._revive(), "runner")
 
     async def _go(self) -> None:
-        """Start the runner; one that dies over it is replaced."""
         self.active = True
+        await self._revive()
+
+    async def _revive(self) -> None:
+        """Start the runner, unless it has been quiesced meanwhile; one that dies over it is replaced."""
         for _ in range(5):
+            if not self.active:
+                return
             try:
                 await (await self.runner()).call("resume")
                 return
@@ -256,6 +267,7 @@ class Controller:
         self._faults: Faults = {}
         self._late: str | None = None
         self._paths: set[str] = set()
+        outcomes.LAST_SECONDS = LAST_SECONDS
         self.reactor.add_reader(line.fileno(), self._command)
 
     def say(self, **report: Any) -> None:
@@ -319,11 +331,16 @@ class Controller:
         self.vm.reactor = self.reactor
         await self.vm._go()
 
+    def _settings(self, faults: Faults) -> Settings:
+        agent = faults.get("agent", "")
+        links.GOODBYE_SECONDS = HANGS_SECONDS if agent.startswith("hang") else GOODBYE_SECONDS
+        return Settings(fault=agent, **faults.get("settings", {}))
+
     async def send(self, faults: Faults) -> dict[str, Any]:
         vm = self.vm
         assert vm is not None
         self._faults = vm.faults = faults
-        settings = Settings(fault=faults.get("agent", ""), **faults.get("settings", {}))
+        settings = self._settings(faults)
         paused = bool(faults.get("paused"))
         if paused:
             await vm.pause()
@@ -360,7 +377,7 @@ class Controller:
 
     async def receive(self, faults: Faults) -> None:
         self._faults = faults
-        settings = Settings(fault=faults.get("agent", ""), **faults.get("settings", {}))
+        settings = self._settings(faults)
         if self._arrived is not None:
             await self._arrived.forget()
         incoming = Incoming(
@@ -423,6 +440,17 @@ class Controller:
     async def cancel(self, _: dict[str, Any]) -> None:
         assert self._migration is not None
         self._late = self._migration.cancel()
+
+    async def age(self, _: dict[str, Any]) -> None:
+        """The time in which the destination may still take a guest in doubt is over."""
+        assert isinstance(self._migration, Departure) and self._migration._committed_at is not None
+        self._migration._committed_at -= self._migration._settings.prepared
+
+    async def time_up(self, _: dict[str, Any]) -> None:
+        """The timeout_s of a send, which has to be an hour, is over."""
+        (timer,) = (timer for timer in self.reactor._timers if timer.when > time.monotonic() + FAR_SECONDS)
+        assert timer.callback is not None
+        timer.callback()
 
     async def flushed(self, _: dict[str, Any]) -> None:
         assert isinstance(self.vm, ToyRemote)

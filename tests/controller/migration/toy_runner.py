@@ -85,10 +85,13 @@ class GuestRam:
 
     @property
     def whole(self) -> bool:
-        """Whether every page holds what the ticks so far have left there."""
+        """Whether every page holds what the ticks so far have left there. A runner that is killed within a tick may
+        have left the next one's page already, and not its count."""
         count, pages = self.count, GUEST_SIZE // PAGE - 1
-        last = {n % pages: n for n in range(max(1, count - pages + 1), count + 1)}
-        return all(self._word(1 + page).value == n for page, n in last.items())
+        last = {n % pages: (n,) for n in range(max(1, count - pages + 1), count + 1)}
+        begun = (count + 1) % pages
+        last[begun] = (*last.get(begun, (0,)), count + 1)
+        return all(self._word(1 + page).value in allowed for page, allowed in last.items())
 
     def tick(self) -> None:
         count = self.count + 1
