@@ -145,6 +145,7 @@ struct virtqueue *virtio_queue(struct virtio_device *d, u16 index, u32 max_segme
     q->indirect = d->features & F_RING_INDIRECT_DESC;
     q->event_idx = d->features & F_RING_EVENT_IDX;
     q->max_segments = max_segments;
+    q->lost_irq_ticks = (u32)word_u64("lost_irq_ticks", 2);
     ring_allocate(q);
     if (interrupts && d->pci->msix_cap)
         interrupt_connect(q);

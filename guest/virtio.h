@@ -71,7 +71,7 @@ struct virtqueue {
     u64 kicks, completions;
     /* The lost-interrupt watch of virtqueue.c. */
     bool armed, watching;
-    u32 armed_irqs, watch_ticks;
+    u32 armed_irqs, watch_ticks, lost_irq_ticks;
 };
 
 struct virtio_device *virtio_find(u16 type, u32 nth); /* NULL when there is none */

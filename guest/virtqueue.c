@@ -93,15 +93,15 @@ static void chain_free(struct virtqueue *q, u16 head)
 }
 
 /* A used entry that was found although an interrupt had been asked for and has not come: the interrupt may be on
- * its way, so it is lost only if two timer ticks later this queue's count has still not moved. Ticks, not time:
- * a paused or migrated guest sees its clock jump but no tick. */
+ * its way, so it is lost only if two timer ticks later, or as many as the word says, this queue's count has still not
+ * moved. Ticks, not time: a paused or migrated guest sees its clock jump but no tick. */
 static void watch_interrupt(struct virtqueue *q)
 {
     if (!q->watching)
         return;
     if (q->cpu->irq_count[q->vector] != q->armed_irqs) {
         q->watching = false;
-    } else if (q->cpu->irq_count[VECTOR_TIMER] - q->watch_ticks > 2) {
+    } else if (q->cpu->irq_count[VECTOR_TIMER] - q->watch_ticks > q->lost_irq_ticks) {
         bad("irq BAD lost queue=%u vector=0x%02x used=%u", q->index, q->vector, q->last_used);
         q->watching = false;
     }

@@ -69,7 +69,8 @@ def test_guest_waits_for_a_back_end_that_was_ended_and_goes_on_with_its_successo
 def test_back_end_killed_again_and_again_under_writes_loses_nothing_at_depth_one(tmp_path, daemon):
     """Without an inflight table a request that was answered out of order would be lost: one at a time none is."""
     running = daemon()
-    with Vmm.guest(tmp_path, "mode=blkload depth=1", "--disk", f"vhost_user=on,socket={daemon.sock}") as vmm:
+    words = "mode=blkload depth=1 lost_irq_ticks=100"  # a daemon that is killed owes the guest interrupts
+    with Vmm.guest(tmp_path, words, "--disk", f"vhost_user=on,socket={daemon.sock}") as vmm:
         vmm.expect("blk ok ")
         vmm.wait_api()
         for number in range(1, 6):
@@ -170,6 +171,7 @@ def test_vmm_whose_guest_waits_for_a_back_end_after_its_reset_ends_when_it_is_to
         assert not vmm.api.exists()
 
 
+@pytest.mark.timeout(300)
 def test_missing_back_end_is_an_error_that_names_the_socket(tmp_path):
     with Vmm.guest(tmp_path, "mode=equal", "--disk", f"vhost_user=on,socket={tmp_path}/none") as vmm:
         assert vmm.wait(60) == 1

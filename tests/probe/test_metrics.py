@@ -91,7 +91,7 @@ def test_killed_exporter_comes_back_on_the_same_port_and_the_guest_goes_on(tmp_p
 
 def test_killed_worker_and_vcpu_are_counted(tmp_path: Path, disk: Path, port: int) -> None:
     arguments = ["--disk", f"path={disk}", "--metrics", f"127.0.0.1:{port}"]
-    with Vmm.guest(tmp_path, "mode=blkload depth=8", *arguments) as vmm:
+    with Vmm.guest(tmp_path, "mode=blkload depth=8 lost_irq_ticks=100", *arguments) as vmm:
         vmm.expect("blk ok ")
         vmm.wait_api()
         before = until(port, lambda found: total(found, "vcpu_exits_total", vcpu="vcpu0"))

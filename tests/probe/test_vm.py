@@ -126,10 +126,11 @@ def test_pause_stops_the_guest_and_resume_lets_it_go_on(tmp_path, disk):
         assert b"BAD" not in vmm.output
 
 
+@pytest.mark.timeout(300)
 def test_a_hundred_random_kills_of_vcpu_and_blk_processes_lose_nothing(tmp_path, disk):
     """Kills are paced by the guest's own progress and by the fleet's answers, never by sleeping."""
     choice = random.Random(1)
-    with Vmm.guest(tmp_path, "mode=blkload depth=8", "--disk", f"path={disk}") as vmm:
+    with Vmm.guest(tmp_path, "mode=blkload depth=8 lost_irq_ticks=100", "--disk", f"path={disk}") as vmm:
         vmm.expect("blk ok ")
         vmm.wait_api()
         killed = {0}

@@ -40,7 +40,8 @@ def foreign(tmp_path):
 
 def test_foreign_back_end_and_its_successor(tmp_path, foreign):
     first = foreign()
-    with guest(tmp_path, net=[f"vhost_user=on,socket={foreign.path},mac=12:34:56:78:90:ab"]) as vmm:
+    net = [f"vhost_user=on,socket={foreign.path},mac=12:34:56:78:90:ab"]
+    with guest(tmp_path, "mode=net lost_irq_ticks=100", net=net) as vmm:
         ping(GUEST)
         assert vmm.expect(r"net open .* mac=(\w+)")[1] == b"1234567890ab"
         with Echo(GUEST) as echo:
@@ -52,6 +53,7 @@ def test_foreign_back_end_and_its_successor(tmp_path, foreign):
         assert b"BAD" not in vmm.output
 
 
+@pytest.mark.timeout(300)
 def test_foreign_back_end_that_is_not_there(tmp_path):
     with guest(tmp_path, net=[f"vhost_user=on,socket={tmp_path}/none"]) as vmm:
         assert vmm.wait(60) == 1
