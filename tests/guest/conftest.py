@@ -14,9 +14,9 @@ import pytest
 
 from guest.build import build
 from guest.lines import Event, Line, Stream
+from tests.vmm import SECONDS
 
 QEMU = "qemu-system-x86_64"
-DEADLINE_S = 30.0
 # QEMU's microvm has no MCFG table, no CF8 and no BAR allocation, but boots at once.
 MICROVM_WORDS = "ecam=0xe0000000 bars=0xc0000000"
 
@@ -43,7 +43,7 @@ class Machine:
     def until(self, wanted: Callable[[Event], bool], what: str) -> Event:
         """The first wanted event behind the one that was returned last. Fails when the guest ends or the deadline
         passes before it."""
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + SECONDS
         while True:
             while self._told < len(self.events):
                 event = self.events[self._told]
@@ -59,10 +59,10 @@ class Machine:
 
     def finish(self) -> list[Event]:
         """Everything, once the guest has ended by itself."""
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + SECONDS
         while self._read(deadline, "the end", may_end=True):
             pass
-        assert self.process.wait(DEADLINE_S) == 0
+        assert self.process.wait(SECONDS) == 0
         return self.events
 
     def _read(self, deadline: float, what: str, may_end: bool = False) -> list[Event]:
@@ -70,7 +70,7 @@ class Machine:
         while True:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
-                pytest.fail(f"no {what} within {DEADLINE_S} s; last: {self.events[-8:]}")
+                pytest.fail(f"no {what} within {SECONDS} s; last: {self.events[-8:]}")
             data = os.read(self.process.stdout.fileno(), 65536)
             if not data and may_end:
                 return []

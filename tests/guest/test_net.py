@@ -50,7 +50,7 @@ def bad(machine: Machine) -> list[str]:
     ],
 )  # fmt: skip
 def test_ping_and_echo_are_answered(boot: Boot, network: None, words: str, device: str) -> None:
-    machine = boot(f"mode=net {words} report_ms=0", *nic(device, 2 if "mq" in device else 1), *("-smp", "2"))
+    machine = boot(f"mode=net {words} report_ms=50", *nic(device, 2 if "mq" in device else 1), *("-smp", "2"))
     opened = machine.line(NetOpen)
     assert isinstance(opened, NetOpen)
     assert opened.mac == MAC and opened.link == 1 and opened.mtu == (1400 if "mtu" in device else 1500)
@@ -105,7 +105,7 @@ def test_load_arrives_whole_and_in_order(boot: Boot, network: None, words: str) 
 
 def test_round_trips_are_measured_and_verified(boot: Boot, network: None) -> None:
     with Sink(ECHO) as sink:
-        machine = boot("mode=netload wait=1 bytes=100 passes=50 off", *nic())
+        machine = boot("mode=netload wait=1 lost_ticks=600 bytes=100 passes=50 off", *nic())
         assert [sink.take(echo=True)[0].number for _ in range(50)] == list(range(50))
     loads = [event for event in machine.finish() if isinstance(event, NetLoad)]
     assert loads[-1].answered == 50 and loads[-1].lost == 0
@@ -117,7 +117,7 @@ def test_an_echo_that_is_not_ours_is_bad(boot: Boot, network: None) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.settimeout(20)
         sock.bind((HOST, ECHO))
-        machine = boot("mode=netload wait=1 bytes=100", *device)
+        machine = boot("mode=netload wait=1 lost_ticks=600 bytes=100", *device)
         data, address = sock.recvfrom(2000)
         sock.sendto(data[:50] + bytes(50), address)
         line = machine.line(Bad)

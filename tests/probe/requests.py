@@ -7,9 +7,7 @@ import json
 import socket
 from typing import Any
 
-from tests.vmm import Vmm, probe
-
-SECONDS = 30
+from tests.vmm import SECONDS, Vmm, probe
 
 
 def ask(vmm: Vmm, method: str, name: str, body: bytes | str | None = None) -> tuple[int, list[str]]:
