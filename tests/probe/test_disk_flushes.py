@@ -10,7 +10,7 @@ import pytest
 from tests.probe.test_remote_migration import Receiver, hop, tcp
 from tests.vmm import PROGRAM, Vmm
 
-pytestmark = pytest.mark.probe
+pytestmark = [pytest.mark.probe, pytest.mark.timeout(300)]
 
 # What is asked without a time limit of its own must be answered soon; a real disk would have 10 s.
 HURRIED = f"""
@@ -23,10 +23,16 @@ async def hurried(self, verb, timeout=..., **arguments):
 Process.call = hurried
 {PROGRAM}
 """
-# A pause that has no time for the disks.
+# A pause that has no time for the disks, however soon they would answer. While the guest runs a flush has no limit.
 IMPATIENT = f"""
-from controller.migration import departure
-departure.FLUSH_SECONDS = 0.0
+from controller.fleet import Process
+from shared.errors import Timeout
+call = Process.call
+async def impatient(self, verb, timeout=10.0, **arguments):
+    if verb == "flush" and timeout is not None:
+        raise Timeout("no answer within 0 s: flush")
+    return await call(self, verb, timeout, **arguments)
+Process.call = impatient
 {PROGRAM}
 """
 

@@ -16,12 +16,13 @@ import pytest
 from shared.handover import Message
 from tests.controller.migration.relay import Cut, Relay
 from tests.network import free_port
-from tests.vmm import REMOTE, Vmm, environment, events, poll
+from tests.vmm import REMOTE, SECONDS, Vmm, environment, events, poll
 
-pytestmark = pytest.mark.probe
+pytestmark = [pytest.mark.probe, pytest.mark.timeout(300)]
 
 HOPS = int(os.environ.get("FLOTILLA_REMOTE_HOPS", "4"))
 DISK_SIZE = 16 << 20
+SO_ACCEPTCON = 1 << 16  # <linux/net.h>, among the flags of /proc/net/unix
 
 
 @pytest.fixture
@@ -62,29 +63,39 @@ def tcp(_folder: Path) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def joined(folder: Path) -> Iterator[tuple[str, str]]:
-    with socats(folder) as (urls, _):
+    """After a migration that has succeeded they end by themselves, before anybody listens at the same names again."""
+    with socats(folder) as (urls, both):
         yield urls
+        for process in both:
+            process.wait(SECONDS)
 
 
 @contextlib.contextmanager
-def socats(folder: Path) -> Iterator[tuple[tuple[str, str], subprocess.Popen[bytes]]]:
-    """The document's two socats, unix ─▶ tcp ─▶ unix; the URLs, and the one at the source."""
+def socats(folder: Path) -> Iterator[tuple[tuple[str, str], list[subprocess.Popen[bytes]]]]:
+    """The document's two socats, unix ─▶ tcp ─▶ unix; the URLs, and both, the one at the source last."""
     here, there, port = folder / "sock1", folder / "sock2", free_port()
     commands = [
         ["socat", f"TCP-LISTEN:{port},reuseaddr,bind=127.0.0.1", f"UNIX-CLIENT:{there}"],
         ["socat", f"UNIX-LISTEN:{here},reuseaddr", f"TCP:127.0.0.1:{port}"],
     ]
     with contextlib.ExitStack() as stack:
-        _, relay = [stack.enter_context(child(command)) for command in commands]
-        poll(here.exists)
+        both = [stack.enter_context(child(command)) for command in commands]
+        poll(lambda: listens_at(here))
         poll(lambda: listens_on(port))
-        yield (f"unix:{here}", f"unix:{there}"), relay
+        yield (f"unix:{here}", f"unix:{there}"), both
     here.unlink(missing_ok=True)
 
 
 def listens_on(port: int) -> bool:
     with open("/proc/net/tcp") as file:
         return any(line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "0A" for line in list(file)[1:])
+
+
+def listens_at(path: Path) -> bool:
+    """Whether somebody does; socat's name is there before."""
+    with open("/proc/net/unix") as file:
+        sockets = [line.split() for line in file]
+    return any(words[-1] == str(path) and int(words[3], 16) & SO_ACCEPTCON for words in sockets[1:])
 
 
 @contextlib.contextmanager
@@ -339,7 +350,7 @@ class Sending:
         self._stack = contextlib.ExitStack()
         source.expect("ram ok ")
         source.wait_api()
-        self.urls, self.relay = self._stack.enter_context(socats(folder))
+        self.urls, (_, self.relay) = self._stack.enter_context(socats(folder))
         self.receiver = Receiver(destination, self.urls[1])
         argument = f"destination_url={self.urls[0]},downtime_ms=1"
         command = [sys.executable, "-c", REMOTE, "--api-socket", str(source.api), "send-migration", argument]

@@ -181,7 +181,10 @@ def move_over(hosts: FaultyHosts, source: Vmm, destination: Vmm) -> str:
     sent = source.remote("send-migration", words, timeout=150)
     if "in doubt" in sent.stderr:
         arrived = receiver.process.wait(60) == 0
-        source.ask("migration-resolve", "--there" if arrived else "--here")
+        if arrived:
+            source.ask("migration-resolve", "--there")
+        else:  # refused as long as the destination might still go on, by the source's clock
+            poll(lambda: source.remote("migration-resolve", "--here").returncode == 0, 90)
         outcome = "in doubt, settled"
     else:
         arrived = sent.returncode == 0

@@ -34,7 +34,7 @@ DOCTOR = "import sys; from controller.doctor import main; sys.exit(main(sys.argv
 
 
 @contextmanager
-def guest(tmp_path, *words, mode="mode=blkload,console,net depth=8", name="vmm"):
+def guest(tmp_path, *words, mode="mode=blkload,console,net depth=8 lost_irq_ticks=100", name="vmm"):
     """A VM with one device of each kind, and a second disk."""
     disks = []
     for number in range(2):
@@ -158,6 +158,7 @@ def test_workers_run_as_users_of_their_own(tmp_path, each):
         assert not vmm.api.exists()
 
 
+@pytest.mark.timeout(300)
 @needs_root
 def test_a_migrations_agents_are_the_users_too(tmp_path):
     """From the moment at which they are connected; before that they need the VMM's."""
@@ -165,7 +166,8 @@ def test_a_migrations_agents_are_the_users_too(tmp_path):
     with guest(tmp_path, *words, name="one") as vmm, Vmm(tmp_path, *words, name="two") as destination:
         kept(vmm)
         destination.wait_api()
-        with destination.start_remote("receive-migration", f"unix:{tmp_path}/sock") as waiting:
+        waiting = destination.start_remote("receive-migration", f"unix:{tmp_path}/sock")
+        try:
             before = kept(destination, ("migration_agent",), "none")["migration"]
             assert before["uid"] == os.geteuid() and before["root"] == "shared"
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
@@ -175,6 +177,9 @@ def test_a_migrations_agents_are_the_users_too(tmp_path):
                 assert after["pid"] == before["pid"] and "pid" in after["namespaces"]
                 assert UID <= after["uid"] == after["gid"] and after["capabilities"] == "0"
             assert waiting.wait(60) != 0
+        finally:
+            waiting.kill()  # without a peer it would wait for ever
+            waiting.wait()
         vmm.more("blk ok ")
 
 

@@ -14,6 +14,7 @@ from tests.vmm import Vmm, events, poll
 pytestmark = pytest.mark.probe
 
 DISK_SIZE = 16 << 20
+LOADED = "mode=blkload depth=8 lost_irq_ticks=100"  # a process that is killed owes the guest interrupts
 
 
 @pytest.fixture
@@ -33,11 +34,12 @@ def stopped(vmm: Vmm, device: str) -> dict[str, Any]:
     return row
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("device", ["_disk0", "vcpu0"])
 def test_stopped_process_is_replaced_under_load_and_everybody_is_told(tmp_path: Path, disk: Path, device: str) -> None:
     monitor = tmp_path / "events"
     arguments = ["--disk", f"path={disk}", "--event-monitor", f"path={monitor}"]
-    with Vmm.guest(tmp_path, "mode=blkload depth=8", *arguments) as vmm:
+    with Vmm.guest(tmp_path, LOADED, *arguments) as vmm:
         vmm.expect("blk ok ")
         vmm.wait_api()
         row = stopped(vmm, device)
@@ -67,9 +69,10 @@ def test_stopped_helper_process_is_replaced(tmp_path: Path, device: str) -> None
         vmm.more("rng ok ")
 
 
+@pytest.mark.timeout(300)
 def test_pause_takes_a_stopped_vcpu_and_a_stopped_disk_with_it(tmp_path: Path, disk: Path) -> None:
     """Both are replaced while the pause waits for them."""
-    with Vmm.guest(tmp_path, "mode=blkload depth=8", "--disk", f"path={disk}") as vmm:
+    with Vmm.guest(tmp_path, LOADED, "--disk", f"path={disk}") as vmm:
         vmm.expect("blk ok ")
         vmm.wait_api()
         for device in ("vcpu0", "_disk0"):
@@ -81,15 +84,20 @@ def test_pause_takes_a_stopped_vcpu_and_a_stopped_disk_with_it(tmp_path: Path, d
         assert b"BAD" not in vmm.output
 
 
+def serves(row: dict[str, Any], gone: int) -> bool:
+    """Whether it is the row of a successor that is up: one that is killed before may not count as a loss."""
+    return row["pid"] not in (0, gone) and row["state"] in ("running", "degraded")
+
+
 def test_counters_go_on_over_kills(tmp_path: Path, disk: Path) -> None:
-    with Vmm.guest(tmp_path, "mode=blkload depth=8", "--disk", f"path={disk}") as vmm:
+    with Vmm.guest(tmp_path, LOADED, "--disk", f"path={disk}") as vmm:
         vmm.expect("blk ok ")
         vmm.wait_api()
         before = vmm.ask("counters")["_disk0"]
         for _ in range(3):
             pid = vmm.pid_of("_disk0")
             os.kill(pid, signal.SIGKILL)
-            poll(lambda pid=pid: vmm.pid_of("_disk0") != pid)
+            poll(lambda pid=pid: serves(vmm.fleet()["_disk0"], pid))
             after = vmm.ask("counters")["_disk0"]
             for name in ("read_ops", "write_ops", "read_bytes", "write_bytes"):
                 assert after[name] >= before[name]
