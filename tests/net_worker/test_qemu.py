@@ -172,7 +172,7 @@ def test_probe_guest_verifies_its_datagrams_across_kills_under_load(
         try:
             until_socket(sock, worker)  # QEMU does not wait for it
             with closing(Machine(
-                accel, f"mode=net {words} report_ms=100",
+                accel, f"mode=net {words} report_ms=100 lost_irq_ticks=100",
                 "-object", "memory-backend-memfd,id=ram,size=128M,share=on", "-machine", "memory-backend=ram",
                 "-chardev", f"socket,id=card,path={sock},reconnect=1", "-netdev", "vhost-user,id=net,chardev=card",
                 "-device", f"virtio-net-pci,disable-legacy=on,netdev=net,mac={MAC},romfile=",
