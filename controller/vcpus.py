@@ -17,7 +17,7 @@ from controller.fleet import row
 from controller.supervision import OFTEN, Cause, Supervision
 from shared import kvm, log
 from shared.errors import FlotillaError, HostError
-from shared.reactor import Future, Reactor, describe, drain_eventfd, within
+from shared.reactor import Future, Reactor, describe, drain_eventfd, sleep, within
 from shared.seccomp import MODES
 from shared.typed import TYPE_CHECKING, Any, Protocol
 from vcpu_worker.layout import StatePages
@@ -35,9 +35,10 @@ FIRST_DELAY, LAST_DELAY = 0.02, 2.0
 BORN_SECONDS = 0.02
 # Exit codes of vcpu.c for a process that never came as far as the guest.
 BIRTH_FAILURES = {125: "its parent thread is gone", 126: "no signals", 127: "its seccomp filter is refused"}
-# An entry that KVM refuses is tried again, so often within a second: an emulated CPU refuses one in millions for a
-# reason of its own, and what is really wrong with a vCPU is wrong the next time, too.
-ENTRY_TRIES = 3
+# An entry that KVM refuses is tried again after each of these, in seconds: an emulated CPU refuses one in millions, or
+# a few in a row, for a reason of its own, and what is really wrong with a vCPU is wrong the last time, too.
+ENTRY_DELAYS = (0.0, 0.001, 0.01, 0.05, 0.2, 0.5, 1.0)
+ENTRY_SECONDS = 5.0  # after which a refusal is no other's successor
 # KVM_SYSTEM_EVENT_*: 1 shutdown, 2 reset, 3 crash
 SYSTEM_EVENT_SHUTDOWN = 1
 
@@ -87,7 +88,7 @@ class Vcpus:
         self._parking: Future[None] | None = None
         self._closing = False
         self._delays = [0.0] * len(self.all)  # before the next start, where the last ones came to nothing
-        self._refused: list[list[float]] = [[] for _ in self.all]  # when entries were refused, of the last second
+        self._refused: list[list[float]] = [[] for _ in self.all]  # when entries were refused, of the last seconds
         reactor.add_reader(self._event_fd, self._on_event)
 
     def start(self, *, paused: bool = False) -> None:
@@ -224,18 +225,21 @@ class Vcpus:
             machine.guest_shutdown()
         elif exit.kind is ExitKind.SYSTEM_EVENT:
             machine.triple_fault()
-        elif not self._enters_again(vcpu):
+        elif vcpu.entry_refused and (again := self._enters_again(vcpu)):
+            return [again]
+        else:
             machine.vcpu_failed(vcpu.name, vcpu.failure())
         return []
 
-    def _enters_again(self, vcpu: Vcpu) -> bool:
+    def _enters_again(self, vcpu: Vcpu) -> Effect | None:
+        """What to wait for before that; None: it has been tried often enough."""
         now = time.monotonic()
-        recent = [when for when in self._refused[vcpu.index] if now - when < 1.0]
-        if not vcpu.entry_refused or len(recent) == ENTRY_TRIES:
-            return False
+        recent = [when for when in self._refused[vcpu.index] if now - when < ENTRY_SECONDS]
+        if len(recent) == len(ENTRY_DELAYS):
+            return None
         self._refused[vcpu.index] = [*recent, now]
         log.warn(f"{vcpu.name}: {vcpu.failure()}: the guest could not be entered; trying again")
-        return True
+        return sleep(self._reactor, ENTRY_DELAYS[len(recent)])
 
     # Pause -------------------------------------------------------------------------------------------------------
 

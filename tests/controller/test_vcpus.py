@@ -8,6 +8,7 @@ import ctypes
 import mmap
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from controller import vcpus
 from controller.config.cli import Seccomp
 from controller.supervision import OFTEN, Supervision
-from controller.vcpus import ENTRY_TRIES, Vcpus
+from controller.vcpus import ENTRY_DELAYS, ENTRY_SECONDS, Vcpus
 from shared.reactor import Reactor, sleep
 from tests.vcpu_worker.rig import SPIN, Rig, rig
 from vcpu_worker.layout import StatePages, state_size
@@ -59,27 +60,34 @@ def all_vcpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Vcpus, Any, Mac
 
 
 def fails(made: Vcpus, vcpu: Any) -> None:
+    """Its entry, once; until that is settled."""
     made._carry_out(vcpu, Exit(1, ExitKind.FAILED, address=9))
+    end = time.monotonic() + 30
+    finished, reactor = vcpu.finished, made._reactor
+    while vcpu.finished == finished and not made._machine.stopped:
+        assert time.monotonic() < end
+        reactor.run_until(sleep(reactor, 0.001))
 
 
 def test_refused_entry_is_tried_again_and_a_vcpu_that_never_enters_resets_the_guest(all_vcpus) -> None:
     made, vcpu, machine = all_vcpus
-    for tries in range(1, ENTRY_TRIES + 1):
+    began = time.monotonic()
+    for tries in range(1, len(ENTRY_DELAYS) + 1):
         fails(made, vcpu)
         assert (vcpu.finished, machine.failed) == (tries, "")
+    assert time.monotonic() - began >= sum(ENTRY_DELAYS)  # whatever refuses for a moment has had one
+    made._refused[0] = [time.monotonic()] * len(ENTRY_DELAYS)  # also on a host that stood still in between
     fails(made, vcpu)
     assert machine.failed == "vcpu0: KVM exit 9, hardware reason 0xffffffff"
-    assert vcpu.finished == ENTRY_TRIES
+    assert vcpu.finished == len(ENTRY_DELAYS)
 
 
-def test_refused_entries_that_are_rare_are_tried_again_each_time(all_vcpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_entries_that_are_rare_are_tried_again_each_time(all_vcpus) -> None:
     made, vcpu, machine = all_vcpus
-    now = 1000.0
-    monkeypatch.setattr(vcpus.time, "monotonic", lambda: now)
-    for _ in range(10):
+    for count in range(1, 2 * len(ENTRY_DELAYS)):
         fails(made, vcpu)
-        now += 0.6
-    assert (vcpu.finished, machine.failed) == (10, "")
+        assert (vcpu.finished, machine.failed) == (count, "")
+        made._refused[0] = [when - ENTRY_SECONDS for when in made._refused[0]]
 
 
 def test_any_other_failure_is_final(all_vcpus) -> None:
