@@ -106,6 +106,12 @@ def test_what_is_typed_into_a_window_reaches_its_command_alone(host: HostVm) -> 
     assert "still here" in host.ask("echo still here", SECONDS)
 
 
+def test_a_window_that_draws_a_bar_closes_on_a_line_of_its_own(host: HostVm) -> None:
+    """The bar of a long migration is one line, longer than what a terminal takes at once: another's may cut it."""
+    host.window("one", "head -c 9000 /dev/zero | tr '\\0' x; exit 7")
+    host.terminal.await_lines("one| window closes with 7", 1, SECONDS)
+
+
 def test_line_of_a_window_counts_after_the_prompt_too(host: HostVm) -> None:
     host.terminal.type("printf 'root@vm:~# one| not equal\\nroot@vm:~# one| equal\\n'\n")
     host.await_lines("one", "equal", 1, SECONDS)
