@@ -103,6 +103,10 @@ class Process:
         said = f": {self.reason}" if self.reason else ""
         return f"{self.name} (pid {self.pid}) ended with {self.exit_status}{said}"
 
+    def stillborn(self, why: str) -> str:
+        """That it did not come up, by its last words or else `why`."""
+        return f"{self.name} (pid {self.pid}) did not come up: {self.reason or why}"
+
     @property
     def loss(self) -> Verdict:
         """What its end is to be reported as."""
@@ -273,8 +277,7 @@ class Fleet:
     async def greet(self, process: Process) -> None:
         """Wait for its hello. Raises WorkerLost; the process has been waited for then."""
         if process.state is ProcessState.ENDED:  # it was quicker than the caller's next step
-            what = f"{process.name} (pid {process.pid}) did not come up"
-            raise WorkerLost(f"{what}: {process.reason or process.obituary}")
+            raise WorkerLost(process.stillborn(process.obituary))
         if process.endpoint:
             await self._hello(process)
         if process.state is ProcessState.STARTING:
@@ -294,10 +297,7 @@ class Fleet:
             # A second one may only be started when nothing of this one can still write.
             self.kill(process)
             await process.ended.wait()
-            what = f"{process.name} (pid {process.pid}) did not come up"
-            if process.reason:
-                raise WorkerLost(f"{what}: {process.reason}") from None
-            raise WorkerLost(f"{what}: {error}") from error
+            raise WorkerLost(process.stillborn(str(error))) from (None if process.reason else error)
         except BaseException:
             self.kill(process)
             raise

@@ -54,8 +54,7 @@ class ForeignBackend:
         return attached
 
     def _gone(self, error: Exception | None) -> None:
-        reason = describe(error) if error else "it closed the connection"
-        self._frontend.give_up(WorkerLost(reason))
+        self._frontend.give_up(WorkerLost(_why(error)))
 
     def _useless(self, error: Exception) -> WorkerError:
         return WorkerError(f"{self._id}: its vhost-user back end at {self._path} does not serve: {describe(error)}")
@@ -76,7 +75,7 @@ class ForeignBackend:
         return row(KIND, self._id, 0, state, self._restarts)
 
     def _lost(self, error: Exception | None) -> None:
-        self._reason = describe(error) if error else "it closed the connection"
+        self._reason = _why(error)
         self._supervision.lost(KIND, self._id, 0, cause_of(error), f"{self._path}: {self._reason}")
         self._reactor.spawn(self._redial(), f"reconnect {self._id}")
 
@@ -95,3 +94,7 @@ class ForeignBackend:
             self._restarts += 1
             self._supervision.restored(KIND, self._id, 0)
             return
+
+
+def _why(error: Exception | None) -> str:
+    return describe(error) if error else "it closed the connection"
